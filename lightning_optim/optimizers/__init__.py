@@ -1,0 +1,26 @@
+"""Optimizers: one file per algorithm; see :mod:`.rule` for what a rule is and :mod:`.registry` for all of them."""
+
+from .adabelief import AdaBelief
+from .anon import Anon
+from .deva import DeVA
+from .deva_vector import DeVAVector
+from .hvadam import HVAdam
+from .laprop import LaProp
+from .muon import Muon
+from .mvn_grad import MVNGrad
+from .namo import NAMO, NAMOD
+from .soap import SOAP
+
+__all__ = [
+    "NAMO",
+    "NAMOD",
+    "SOAP",
+    "AdaBelief",
+    "Anon",
+    "DeVA",
+    "DeVAVector",
+    "HVAdam",
+    "LaProp",
+    "MVNGrad",
+    "Muon",
+]

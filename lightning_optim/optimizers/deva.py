@@ -1,0 +1,217 @@
+"""DeVA, the spectral (S-infinity) form: decoupled variance adaptation of orthogonalised momentum."""
+
+from __future__ import annotations
+
+from math import sqrt
+from typing import Literal
+
+from torch import Tensor
+
+from ..polar import orthogonalize
+from .eigenbasis import Eigenbasis, axis_state, permute_
+from .hybrid import Fallback, MatrixOptimizer
+from .optimizer import Params
+from .rule import (
+    EIGENBASIS,
+    LIKE_PARAMETER,
+    ORTHOGONALIZER,
+    Hyperparameters,
+    MatrixRule,
+    Observer,
+    Scalars,
+    Shape,
+    add_,
+    ema_,
+    ignore,
+    mix,
+    squared_norm,
+)
+
+_FORMS = ("momentum", "sign", "instantaneous", "efficient")
+
+
+def _axes(shape: Shape, hp: Hyperparameters) -> tuple[int, ...]:
+    return tuple(i for i in (0, 1) if _matrix(shape)[i] <= hp["max_precondition_dim"])
+
+
+def _matrix(shape: Shape) -> Shape:
+    columns = 1
+    for size in shape[1:]:
+        columns *= size
+    return (shape[0], columns)
+
+
+def _state(shape: Shape, hp: Hyperparameters) -> dict[str, Shape | None]:
+    rows, columns = _matrix(shape)
+    variance: dict[str, Shape | None] = {"v": LIKE_PARAMETER}
+    if hp["form"] == "efficient":
+        variance = {"row_v": (rows, 1), "column_v": (1, columns)}
+    return {"m": LIKE_PARAMETER, **variance, **axis_state((rows, columns), _axes(shape, hp))}
+
+
+def _scalars(t: int, hp: Hyperparameters, shape: Shape) -> Scalars:
+    b1, b2 = hp["betas"]
+    n = t - 1  # The first call only starts the bases.
+    correction = sqrt(1 - b2**n) / (1 - b1**n) if hp["correct_bias"] and n else 1.0
+    return {
+        "b1": b1,
+        "b2": b2,
+        "shampoo_beta": b2 if hp["shampoo_beta"] is None else hp["shampoo_beta"],
+        "step_size": hp["lr"] * correction * 0.2 * sqrt(max(_matrix(shape))),
+        "eps": hp["eps"],
+        "keep": 1 - hp["lr"] * hp["weight_decay"],
+        "start": n == 0,
+        "refresh": n > 0 and n % hp["precondition_frequency"] == 0,
+        "axes": _axes(shape, hp),
+        "form": hp["form"],
+        "nesterov": hp["nesterov"],
+        "method": hp["orthogonalizer"],
+    }
+
+
+def _update(
+    p: Tensor, g: Tensor, m: Tensor, v: Tensor | None = None, row_v: Tensor | None = None,
+    column_v: Tensor | None = None, *,
+    b1, b2, shampoo_beta, step_size, eps, keep, start, refresh, axes, form, nesterov, method,
+    observe: Observer = ignore, **bases: Tensor,
+) -> None:  # fmt: skip
+    basis = Eigenbasis(axes, bases)
+    if start:
+        basis.accumulate(g, shampoo_beta)
+        basis.start()
+        return
+    rotated = basis.rotate(g)
+    ema_(m, rotated, b1)
+    if v is not None:
+        measured = rotated if form == "instantaneous" else m
+        norms = (squared_norm(measured, (-1,)) * squared_norm(measured, (-2,))).sqrt_()
+        ema_(v, norms, b2)
+        gamma = (norms / (v + eps)).sqrt_()
+    else:
+        assert row_v is not None and column_v is not None
+        ema_(row_v, squared_norm(rotated, (-1,)), b2)
+        ema_(column_v, squared_norm(rotated, (-2,)), b2)
+        rows = (squared_norm(m, (-1,)) / (row_v + eps)).pow_(0.25)
+        gamma = rows * (squared_norm(m, (-2,)) / (column_v + eps)).pow_(0.25)
+    n = mix(rotated, m, b1) if nesterov else m
+    o = orthogonalize(n.sign() if form in ("sign", "efficient") else n, method)
+    observe("orthogonal_factor", o)
+    observe("variance_adaptation", gamma)
+    add_(p, basis.rotate_back(gamma.mul_(o)), -step_size)
+    p.mul_(keep)
+    basis.accumulate(g, shampoo_beta)
+    if refresh:
+
+        def permute(axis: int, order: Tensor) -> None:
+            statistics = v if v is not None else (row_v, column_v)[axis]
+            assert statistics is not None
+            permute_(statistics, axis, order)
+
+        raw = basis.rotate_back(m)
+        basis.refresh(permute)
+        m.copy_(basis.rotate(raw))
+
+
+DEVA_RULE = MatrixRule(
+    "DeVA",
+    state=_state,
+    scalars=_scalars,
+    update=_update,
+    constraints={"form": (lambda x: x in _FORMS, f"one of {_FORMS}"), **EIGENBASIS, **ORTHOGONALIZER},
+)
+
+
+class DeVA(MatrixOptimizer):
+    r"""DeVA in the spectral :math:`S_\infty` geometry (`arXiv 2602.06880 <https://arxiv.org/abs/2602.06880>`_).
+
+    In the eigenbasis of Shampoo's preconditioner, kept as in :class:`SOAP`:
+
+    .. math::
+        G' &= Q_L^\top G Q_R, \qquad M = \beta_1 M + (1-\beta_1) G' \\
+        r_i &= \|M_{i,:}\|_2, \quad c_j = \|M_{:,j}\|_2, \quad V_{ij} = \beta_2 V_{ij} + (1-\beta_2)\, r_i c_j \\
+        O &= \mathrm{polar}\bigl((1-\beta_1)G' + \beta_1 M\bigr), \qquad
+        \Gamma_{ij} = \sqrt{r_i c_j/(V_{ij}+\epsilon)} \\
+        W &\leftarrow (1-\eta\lambda)\Bigl(W - \eta\tfrac{\sqrt{1-\beta_2^t}}{1-\beta_1^t}\,
+             0.2\sqrt{\max(m,n)}\; Q_L (O\circ\Gamma) Q_R^\top\Bigr)
+
+    Four forms, as released: ``"momentum"`` is the above; ``"sign"`` orthogonalises the sign of the momentum (more
+    stable); ``"instantaneous"`` takes :math:`r, c` from :math:`G'`; ``"efficient"`` keeps only averages of the squared
+    row and column norms of :math:`G'` in the place of :math:`V`, with
+    :math:`\Gamma_{ij} = (r_i^2/(s_i+\epsilon))^{1/4}(c_j^2/(s'_j+\epsilon))^{1/4}`, and orthogonalises the sign. (As
+    released that class calls a function it does not define; its evident meaning is used. The paper's Algorithm 2
+    leaves out the rotation back, the code has it.) The very first call only starts the bases and moves nothing.
+    Convolutions, which the released code does not take, are matrices (out, in * k * k). State: ``m`` and ``v`` of
+    the parameter's shape (``"efficient"``: ``row_v`` and ``column_v`` in place of ``v``), and two d x d matrices per
+    preconditioned axis.
+
+    Args:
+        params: Parameters, named parameters or parameter groups; see :class:`.hybrid.MatrixOptimizer`.
+        lr: Learning rate :math:`\eta`.
+        betas: :math:`(\beta_1, \beta_2)`.
+        shampoo_beta: Decay of the averages of outer products, or ``None`` for :math:`\beta_2`.
+        eps: :math:`\epsilon`, in squared units of the gradient's norm.
+        weight_decay: Decoupled weight decay :math:`\lambda`, after the step.
+        precondition_frequency: Steps between refreshes of the bases.
+        max_precondition_dim: Axes longer than this are not rotated.
+        correct_bias: Correct the bias of the moments.
+        nesterov: Orthogonalise the look-ahead momentum.
+        form: ``"momentum"``, ``"sign"``, ``"instantaneous"`` or ``"efficient"``.
+        orthogonalizer: A name in :data:`lightning_optim.polar.METHODS`, or ``"exact"``. The default is the released
+            code's own.
+        fallback: Rule for everything that is not a hidden matrix; a name in :data:`.hybrid.FALLBACKS`. The vector
+            form of the same method by default.
+        fallback_lr: Its learning rate; this and the next three are the fallback's own defaults if ``None``.
+        fallback_betas: Its betas.
+        fallback_eps: Its eps.
+        fallback_weight_decay: Its weight decay.
+        maximize: Ascend instead of descend.
+        skip_nonfinite: Skip and count steps whose gradients hold NaN or infinity.
+
+    Raises:
+        ValueError: A hyperparameter is out of range, or a parameter does not fit its role.
+
+    Example:
+        >>> import torch, lightning_optim
+        >>> w = torch.nn.Parameter(torch.zeros(2, 2))
+        >>> groups = [{"params": [w], "role": "matrix"}]
+        >>> optimizer = lightning_optim.DeVA(groups, lr=0.1, orthogonalizer="exact")
+        >>> w.grad = torch.tensor([[3.0, 0.0], [0.0, -3.0]])
+        >>> optimizer.step()  # starts the bases
+        >>> optimizer.step()
+        >>> w.data
+        tensor([[-0.5651,  0.0000],
+                [ 0.0000,  0.5651]])
+    """
+
+    rules = (DEVA_RULE,)
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 3e-3,
+        betas: tuple[float, float] = (0.95, 0.95),
+        shampoo_beta: float | None = None,
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        precondition_frequency: int = 10,
+        max_precondition_dim: int = 10000,
+        correct_bias: bool = True,
+        nesterov: bool = True,
+        form: Literal["momentum", "sign", "instantaneous", "efficient"] = "momentum",
+        orthogonalizer: str = "kj5-schatten",
+        fallback: str = "DeVAVector",
+        fallback_lr: float | None = None,
+        fallback_betas: tuple[float, float] | None = None,
+        fallback_eps: float | None = None,
+        fallback_weight_decay: float | None = None,
+        *,
+        maximize: bool = False,
+        skip_nonfinite: bool = True,
+    ) -> None:
+        hyperparameters = {
+            "lr": lr, "betas": betas, "shampoo_beta": shampoo_beta, "eps": eps, "weight_decay": weight_decay,
+            "precondition_frequency": precondition_frequency, "max_precondition_dim": max_precondition_dim,
+            "correct_bias": correct_bias, "nesterov": nesterov, "form": form, "orthogonalizer": orthogonalizer,
+        }  # fmt: skip
+        others = Fallback(fallback, fallback_lr, fallback_betas, fallback_eps, fallback_weight_decay)
+        super().__init__(params, hyperparameters, others, maximize=maximize, skip_nonfinite=skip_nonfinite)

@@ -1,0 +1,93 @@
+"""The slowly rotating eigenbasis that SOAP and spectral DeVA work in.
+
+Every axis ``i`` of a tensor (a stack ``(k, *shape)`` of equal ones) that is not too long has a running average
+``gram{i}`` of the gradient's outer products over the other axes, and a matrix ``basis{i}`` whose columns
+approximate its eigenvectors. Both are ``(k, d, d)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .rule import Shape, ema_
+
+_RIDGE = 1e-9  # Far below float32's resolution of the average, far above float64's.
+
+
+class Eigenbasis:
+    """The bases of the axes of one stack of tensors, over the state tensors they are kept in.
+
+    Args:
+        axes: The preconditioned axes, counted without the stack's own.
+        state: ``{"gram0": ..., "basis0": ..., ...}``, updated in place.
+    """
+
+    def __init__(self, axes: tuple[int, ...], state: dict[str, Tensor]) -> None:
+        self.axes = axes
+        self.state = state
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """Coordinates of ``x`` in the bases."""
+        for axis in self.axes:
+            x = _along(x, axis, self.state[f"basis{axis}"])
+        return x
+
+    def rotate_back(self, x: Tensor) -> Tensor:
+        """Inverse of :meth:`rotate`."""
+        for axis in self.axes:
+            x = _along(x, axis, self.state[f"basis{axis}"].mT)
+        return x
+
+    def accumulate(self, g: Tensor, beta: float) -> None:
+        """Average the outer products of the gradient ``g`` with weight ``1 - beta``."""
+        for axis in self.axes:
+            rows = g.movedim(axis + 1, 1).flatten(2)
+            ema_(self.state[f"gram{axis}"], rows @ rows.mT, beta)
+
+    def start(self) -> None:
+        """Set the bases to the eigenvectors of the averages, largest eigenvalue first.
+
+        Eigenvectors of a repeated eigenvalue (zero, for a gradient of low rank) are any basis of their space and
+        differ between LAPACK builds. A tiny diagonal ramp makes them unique.
+        """
+        for axis in self.axes:
+            gram = self.state[f"gram{axis}"].double()
+            n = gram.shape[-1]
+            trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
+            ramp = torch.linspace(1, 0, n, dtype=gram.dtype, device=gram.device).diag()
+            scale = torch.where(trace > 0, _RIDGE * trace / n, 1.0)
+            self.state[f"basis{axis}"].copy_(torch.linalg.eigh(gram + scale * ramp).eigenvectors.flip(-1))
+
+    def refresh(self, permute: Callable[[int, Tensor], None]) -> None:
+        """Follow the averages by one step of orthogonal iteration.
+
+        Args:
+            permute: Called as ``permute(axis, order)``, with ``order`` of shape ``(k, d)``, for statistics in the
+                rotated coordinates to follow the columns as they are sorted by their estimated eigenvalues.
+        """
+        for axis in self.axes:
+            gram, basis = self.state[f"gram{axis}"], self.state[f"basis{axis}"]
+            image = gram @ basis
+            order = (basis * image).sum(-2).argsort(dim=-1, descending=True, stable=True)
+            permute(axis, order)
+            basis.copy_(torch.linalg.qr(image.gather(-1, order.unsqueeze(-2).expand_as(image))).Q)
+
+
+def axis_state(shape: Shape, axes: tuple[int, ...]) -> dict[str, Shape | None]:
+    """Shapes of the state of an :class:`Eigenbasis`."""
+    return {f"{name}{i}": (shape[i], shape[i]) for i in axes for name in ("gram", "basis")}
+
+
+def permute_(x: Tensor, axis: int, order: Tensor) -> None:
+    """Reorder ``x`` of shape ``(k, *shape)`` in place along ``axis`` (counted without the stack's own)."""
+    index = order.view(order.shape[0], *(-1 if i == axis else 1 for i in range(x.ndim - 1)))
+    x.copy_(x.gather(axis + 1, index.expand_as(x)))
+
+
+def _along(x: Tensor, axis: int, matrix: Tensor) -> Tensor:
+    """Multiply axis ``axis`` of every tensor of the stack by its matrix, from the right."""
+    y = x.movedim(axis + 1, -1)
+    return (y.flatten(1, -2) @ matrix).reshape(y.shape).movedim(-1, axis + 1)

@@ -1,0 +1,142 @@
+"""One optimizer object, two rules: a matrix rule for hidden matrices and a fallback rule for the rest."""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from .adabelief import AdaBelief
+from .adamw import ADAMW, ADAMW_DEFAULTS
+from .anon import Anon
+from .deva_vector import DeVAVector
+from .hvadam import HVAdam
+from .laprop import LaProp
+from .mvn_grad import MVNGrad
+from .optimizer import Params, RuleOptimizer
+from .rule import MatrixRule, Rule
+
+#: Fallback rules and their default hyperparameters, by name.
+FALLBACKS: dict[str, tuple[Rule, dict[str, Any]]] = {"AdamW": (ADAMW, ADAMW_DEFAULTS)} | {
+    cls.__name__: (cls.rules[0], cls.default_hyperparameters())
+    for cls in (AdaBelief, Anon, DeVAVector, HVAdam, LaProp, MVNGrad)
+}
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """The fallback rule of a matrix optimizer; ``None`` stands for the rule's own default.
+
+    >>> Fallback("AdamW", lr=3e-4).hyperparameters()
+    {'lr': 0.0003, 'betas': (0.9, 0.999), 'eps': 1e-08, 'weight_decay': 0.01}
+    """
+
+    name: str
+    lr: float | None = None
+    betas: tuple[float, float] | None = None
+    eps: float | None = None
+    weight_decay: float | None = None
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """All hyperparameters of the fallback rule.
+
+        Raises:
+            ValueError: There is no such fallback rule, or it has no such hyperparameter.
+        """
+        if self.name not in FALLBACKS:
+            raise ValueError(f"fallback={self.name!r} is not one of {', '.join(sorted(FALLBACKS))}.")
+        values = dict(FALLBACKS[self.name][1])
+        for name in ("lr", "betas", "eps", "weight_decay"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if name not in values:
+                raise ValueError(f"fallback_{name}={value!r}: {self.name} has no {name}; leave fallback_{name} out.")
+            values[name] = value
+        return values
+
+
+class MatrixOptimizer(RuleOptimizer):
+    """Base of optimizers that hold a matrix rule, and a fallback rule for everything that is not a hidden matrix.
+
+    Parameter groups say which rule they are for by ``"role"``: ``"matrix"`` or ``"fallback"``. Matrix groups may
+    also carry ``"blocks"`` (the first axis of each parameter stacks that many equal matrices; default 1) and
+    ``"transposed"`` (parameters are stored (in, out, ...), as in transposed convolutions; default ``False``).
+    :func:`lightning_optim.build_optimizer` writes such groups from the types and roles of the modules. Parameters
+    that come without a role are split by their number of axes, which sends embeddings and output heads to the
+    matrix rule; a warning says so.
+    """
+
+    @abstractmethod
+    def __init__(
+        self,
+        params: Params,
+        hyperparameters: dict[str, Any],
+        fallback: Fallback,
+        *,
+        maximize: bool,
+        skip_nonfinite: bool,
+    ) -> None:
+        self._fallback = {**fallback.hyperparameters(), "rule": fallback.name}
+        self._warned = False
+        super().__init__(params, hyperparameters, maximize=maximize, skip_nonfinite=skip_nonfinite)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_fallback": self._fallback, "_warned": self._warned}
+
+    def rule(self, group: Mapping[str, Any]) -> Rule:
+        return self.rules[0] if group["role"] == "matrix" else FALLBACKS[group["rule"]][0]
+
+    def group_defaults(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        if group["role"] == "matrix":
+            return super().group_defaults(group) | {"blocks": 1, "transposed": False}
+        shared = {name: self.defaults[name] for name in ("maximize", "skip_nonfinite")}
+        return shared | self._fallback
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group; one without a ``"role"`` is split by the number of axes of its parameters."""
+        role = param_group.get("role")
+        if role in ("matrix", "fallback"):
+            super().add_param_group(param_group)
+            return
+        if role is not None:
+            raise ValueError(f"A parameter group's role must be 'matrix' or 'fallback', got {role!r}.")
+        params = param_group["params"]
+        params = [params] if isinstance(params, Tensor) else list(params)
+        is_matrix = [(p[1] if isinstance(p, tuple) else p).ndim >= 2 for p in params]
+        self._warn_nameless(sum(is_matrix), len(params))
+        for role, wanted in (("matrix", True), ("fallback", False)):
+            part = [p for p, matrix in zip(params, is_matrix) if matrix is wanted]
+            if part:
+                super().add_param_group(param_group | {"params": part, "role": role})
+
+    def _check(self, group: dict[str, Any]) -> None:
+        super()._check(group)
+        if group["role"] == "fallback":
+            return
+        rule = self.rule(group)
+        least = 2 if isinstance(rule, MatrixRule) and rule.flatten else 1
+        for p in group["params"]:
+            if p.ndim < least:
+                raise ValueError(
+                    f"{rule.name} takes parameters of at least {least} axes, got shape {tuple(p.shape)}; "
+                    "give the group role='fallback'."
+                )
+            if p.shape[0] % group["blocks"]:
+                raise ValueError(f"blocks={group['blocks']} does not divide the first axis of {tuple(p.shape)}.")
+
+    def _warn_nameless(self, matrices: int, total: int) -> None:
+        if self._warned:
+            return
+        self._warned = True
+        warnings.warn(
+            f"{type(self).__name__} was built from parameters without their modules, so {matrices} of {total} "
+            f"tensors, those with two axes or more, go to {type(self).__name__} and the rest to "
+            f"{self._fallback['rule']}. Embeddings and output heads belong to the latter: build it with "
+            "lightning_optim.build_optimizer(module, ...), or give parameter groups a 'role'.",
+            stacklevel=4,
+        )

@@ -1,0 +1,215 @@
+"""What an optimizer rule is.
+
+A rule is a small immutable object: the names and shapes of its state tensors, the scalars it needs at step
+``t``, and one function that updates a parameter and its state **in place** from a gradient. It knows nothing of
+parameter groups, precision, checkpoints or devices: the engine (:mod:`.optimizer`, :mod:`.execution`) owns those
+and may hand the function a whole tensor, a slice of one, or a stack of several.
+
+Three kinds exist, by what the function has to see:
+
+- :class:`ElementwiseRule`: any slice of any tensor;
+- :class:`MatrixRule`: a stack ``(k, *shape)`` of equal-shape tensors;
+- :class:`GroupRule`: every tensor, plus a few inner products summed over all tensors of the parameter group.
+
+``scalars`` runs on the host in double precision, once per step and not per element, so that the update functions
+hold no powers of ``t``; what it returns may also reach ``update`` as 0-d tensors (a compiled kernel must not
+depend on their values), which is why updates use the helpers below instead of ``alpha=`` and ``value=``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..polar import METHODS, find
+
+Shape = tuple[int, ...]
+Hyperparameters = Mapping[str, Any]
+Scalars = dict[str, Any]
+Observer = Callable[[str, Tensor], None]
+
+#: A state tensor of the parameter's own shape.
+LIKE_PARAMETER = None
+
+
+def like(*names: str) -> Callable[[Shape, Hyperparameters], dict[str, Shape | None]]:
+    """State made of tensors of the parameter's own shape.
+
+    >>> like("m", "v")((3, 2), {})
+    {'m': None, 'v': None}
+    """
+    return lambda shape, hp: dict.fromkeys(names, LIKE_PARAMETER)
+
+
+def ignore(name: str, value: Tensor) -> None:
+    """The observer of a step that nobody watches."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What all kinds of rule have in common.
+
+    Args:
+        name: Name under which parameter groups and checkpoints refer to the rule.
+        state: ``(shape, hyperparameters) -> {name: shape}``, the state tensors for one tensor of the given shape;
+            ``None`` stands for the parameter's own shape. All start at zero.
+        scalars: ``(t, hyperparameters) -> {name: scalar}``, with ``t`` counting the parameter's steps from 1.
+            Matrix rules also get ``shape=``; rules with ``host_state`` also get ``host=``.
+        update: ``(p, g, **state, **scalars) -> None``, in place on ``p`` and the state; ``g`` is read only.
+        host_state: Names of scalar state that ``scalars`` reads and writes in its ``host`` dictionary.
+        constraints: Bounds of hyperparameters that are this rule's alone, ``{name: (predicate, "what it must be")}``.
+    """
+
+    name: str
+    state: Callable[[Shape, Hyperparameters], dict[str, Shape | None]]
+    scalars: Callable[..., Scalars]
+    update: Callable[..., None]
+    host_state: tuple[str, ...] = ()
+    constraints: Mapping[str, tuple[Callable[[Any], bool], str]] = field(default_factory=dict)
+
+    kind = "abstract"
+
+
+@dataclass(frozen=True)
+class ElementwiseRule(Rule):
+    """A rule whose update of one element depends on that element only."""
+
+    kind: Literal["element-wise"] = field(default="element-wise", init=False)
+
+
+@dataclass(frozen=True)
+class MatrixRule(Rule):
+    """A rule that sees whole tensors, ``k`` equal ones at a time, and may report what it computed on the way.
+
+    ``update`` gets one more keyword, ``observe(name, value)``, to call with intermediate results worth watching.
+
+    Args:
+        flatten: Whether tensors with more than two axes arrive as matrices ``(k, shape[0], rest)``; otherwise as
+            they are, ``(k, *shape)``.
+    """
+
+    flatten: bool = True
+    kind: Literal["matrix"] = field(default="matrix", init=False)
+
+
+@dataclass(frozen=True)
+class GroupRule(Rule):
+    """An element-wise rule in two halves with a few sums over the whole parameter group between them.
+
+    Per step: ``update`` on every tensor; ``sums(**state, **scalars) -> tuple`` of 0-d tensors on every tensor, added
+    up over the group; ``combine(*sums, **group_state, **scalars)`` once, which returns the new group state and the
+    coefficients of ``finish(p, **state, **coefficients)`` on every tensor.
+
+    Args:
+        group_state: Initial values of the scalars that belong to the group. Each tensor of the group keeps a copy,
+            so that checkpoints need no place of their own for them.
+    """
+
+    group_state: Mapping[str, float] = field(default_factory=dict)
+    sums: Callable[..., tuple[Tensor, ...]] = field(kw_only=True)
+    combine: Callable[..., tuple[dict[str, Tensor], Scalars]] = field(kw_only=True)
+    finish: Callable[..., None] = field(kw_only=True)
+    kind: Literal["group"] = field(default="group", init=False)
+
+
+# --- weight decay -----------------------------------------------------------------------------------------------
+
+
+def weight_decay(hp: Hyperparameters) -> Scalars:
+    """The scalars of the two common forms of weight decay, to be applied by :func:`decay_`.
+
+    ``decoupled=True``: parameters shrink by ``1 - lr * weight_decay``. ``False``: ``weight_decay * p`` is added to
+    the gradient and so enters every statistic of the rule.
+
+    >>> weight_decay({"lr": 0.1, "weight_decay": 0.5, "decoupled": True})
+    {'keep': 0.95, 'l2': 0.0}
+    >>> weight_decay({"lr": 0.1, "weight_decay": 0.5, "decoupled": False})
+    {'keep': 1.0, 'l2': 0.5}
+    """
+    if hp["decoupled"]:
+        return {"keep": 1.0 - hp["lr"] * hp["weight_decay"], "l2": 0.0}
+    return {"keep": 1.0, "l2": float(hp["weight_decay"])}
+
+
+def decay_(p: Tensor, g: Tensor, keep: Any, l2: Any) -> Tensor:
+    """Shrink ``p`` by ``keep`` in place and return the gradient ``g + l2 * p`` (of the ``p`` before)."""
+    if not _is(l2, 0.0):
+        g = g + l2 * p
+    if not _is(keep, 1.0):
+        p.mul_(keep)
+    return g
+
+
+# --- in-place operations on tensors with coefficients that are floats or 0-d tensors ---------------------------------
+
+
+def _is(coefficient: Any, value: float) -> bool:
+    return isinstance(coefficient, (int, float)) and coefficient == value
+
+
+def add_(x: Tensor, y: Tensor, factor: Any) -> Tensor:
+    """``x += factor * y``"""
+    return x.add_(factor * y) if isinstance(factor, Tensor) else x.add_(y, alpha=factor)
+
+
+def ema_(x: Tensor, y: Tensor, beta: Any) -> Tensor:
+    """``x = beta * x + (1 - beta) * y``"""
+    return add_(x.mul_(beta), y, 1 - beta)
+
+
+def ema_product_(x: Tensor, y: Tensor, z: Tensor, beta: Any) -> Tensor:
+    """``x = beta * x + (1 - beta) * y * z``"""
+    x.mul_(beta)
+    if isinstance(beta, Tensor):
+        return x.add_((1 - beta) * y * z)
+    return x.addcmul_(y, z, value=1 - beta)
+
+
+def subtract_quotient_(p: Tensor, x: Tensor, y: Tensor, factor: Any) -> Tensor:
+    """``p -= factor * x / y``"""
+    if isinstance(factor, Tensor):
+        return p.sub_(factor * x / y)
+    return p.addcdiv_(x, y, value=-factor)
+
+
+def mix(g: Tensor, m: Tensor, beta: Any) -> Tensor:
+    """Nesterov's look-ahead ``(1 - beta) * g + beta * m``."""
+    return torch.lerp(g, m, beta)
+
+
+def squared_norm(x: Tensor, axes: tuple[int, ...] = (-2, -1)) -> Tensor:
+    """Sum of squares over ``axes``, which are kept with size 1."""
+    return x.square().sum(axes, keepdim=True)
+
+
+# --- constraints that several rules share ----------------------------------------------------------------------------
+
+
+def is_positive_or_none(x: Any) -> bool:
+    """Whether ``x`` is ``None`` or a number above zero."""
+    return x is None or (isinstance(x, (int, float)) and 0 < x < float("inf"))
+
+
+def _is_orthogonalizer(x: Any) -> bool:
+    try:
+        return x == "exact" or bool(find(x))
+    except ValueError:
+        return False
+
+
+ORTHOGONALIZER = {"orthogonalizer": (_is_orthogonalizer, f"one of {('exact', *METHODS)} or 'kjN' for N steps")}
+
+
+def _is_count(x: Any) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool) and x >= 1
+
+
+EIGENBASIS = {
+    "shampoo_beta": (lambda x: x is None or 0 <= x < 1, "None or a number in [0, 1)"),
+    "precondition_frequency": (_is_count, "a whole number >= 1"),
+    "max_precondition_dim": (_is_count, "a whole number >= 1"),
+}

@@ -1,0 +1,190 @@
+"""SOAP: Adam in the eigenbasis of Shampoo's preconditioner."""
+
+from __future__ import annotations
+
+from math import sqrt
+
+from torch import Tensor
+
+from .eigenbasis import Eigenbasis, axis_state, permute_
+from .hybrid import Fallback, MatrixOptimizer
+from .optimizer import Params
+from .rule import (
+    EIGENBASIS,
+    LIKE_PARAMETER,
+    Hyperparameters,
+    MatrixRule,
+    Observer,
+    Scalars,
+    Shape,
+    add_,
+    ema_,
+    ema_product_,
+    ignore,
+)
+
+
+def _merged(shape: Shape, longest: int) -> Shape:
+    """Merge neighbouring axes while their product stays within ``longest``."""
+    merged: list[int] = []
+    current = 1
+    for size in shape:
+        if current * size <= longest:
+            current *= size
+        elif current > 1:
+            merged.append(current)
+            current = size
+        else:
+            merged.append(size)
+    if current > 1 or not merged:
+        merged.append(current)
+    return tuple(merged)
+
+
+def _layout(shape: Shape, hp: Hyperparameters) -> tuple[Shape, tuple[int, ...]]:
+    """The shape a tensor is worked on in, and its preconditioned axes."""
+    longest = hp["max_precondition_dim"]
+    if len(shape) == 1:
+        axes = (0,) if hp["precondition_1d"] and shape[0] <= longest else ()
+        return shape, axes
+    if hp["merge_dims"]:
+        shape = _merged(shape, longest)
+    return shape, tuple(i for i, size in enumerate(shape) if size <= longest)
+
+
+def _state(shape: Shape, hp: Hyperparameters) -> dict[str, Shape | None]:
+    return {"m": LIKE_PARAMETER, "v": LIKE_PARAMETER, **axis_state(*_layout(shape, hp))}
+
+
+def _scalars(t: int, hp: Hyperparameters, shape: Shape) -> Scalars:
+    b1, b2 = hp["betas"]
+    n = t - 1  # The first call only starts the bases.
+    correction = sqrt(1 - b2**n) / (1 - b1**n) if hp["correct_bias"] and n else 1.0
+    layout, axes = _layout(shape, hp)
+    return {
+        "b1": b1,
+        "b2": b2,
+        "shampoo_beta": b2 if hp["shampoo_beta"] is None else hp["shampoo_beta"],
+        "step_size": hp["lr"] * correction,
+        "eps": hp["eps"],
+        "keep": 1 - hp["lr"] * hp["weight_decay"],
+        "start": n == 0,
+        "refresh": n > 0 and n % hp["precondition_frequency"] == 0,
+        "layout": layout,
+        "axes": axes,
+    }
+
+
+def _update(
+    p: Tensor, g: Tensor, m: Tensor, v: Tensor, *,
+    b1, b2, shampoo_beta, step_size, eps, keep, start, refresh, layout, axes, observe: Observer = ignore,
+    **bases: Tensor,
+) -> None:  # fmt: skip
+    basis = Eigenbasis(axes, bases)
+    full_shape = p.shape
+    g, m, v = (x.view(-1, *layout) if x.is_contiguous() else x.reshape(-1, *layout) for x in (g, m, v))
+    if start:
+        basis.accumulate(g, shampoo_beta)
+        basis.start()
+        return
+    rotated = basis.rotate(g)
+    ema_(m, rotated, b1)
+    ema_product_(v, rotated, rotated, b2)
+    update = basis.rotate_back(m / v.sqrt().add_(eps))
+    add_(p, update.reshape(full_shape), -step_size)
+    p.mul_(keep)
+    basis.accumulate(g, shampoo_beta)
+    if refresh:
+        raw = basis.rotate_back(m)
+        basis.refresh(lambda axis, order: permute_(v, axis, order))
+        m.copy_(basis.rotate(raw))
+
+
+SOAP_RULE = MatrixRule("SOAP", state=_state, scalars=_scalars, update=_update, constraints=EIGENBASIS, flatten=False)
+
+
+class SOAP(MatrixOptimizer):
+    r"""SOAP, Adam in Shampoo's eigenbasis (`arXiv 2409.11321 <https://arxiv.org/abs/2409.11321>`_).
+
+    For a weight with gradient :math:`G` (a matrix here; every axis of a convolution kernel has its own basis):
+
+    .. math::
+        G' &= Q_L^\top G Q_R, \quad M = \beta_1 M + (1-\beta_1) G', \quad V = \beta_2 V + (1-\beta_2) G'^2 \\
+        W &\leftarrow (1-\eta\lambda)\Bigl(W - \eta\tfrac{\sqrt{1-\beta_2^t}}{1-\beta_1^t}\,
+             Q_L \frac{M}{\sqrt V + \epsilon} Q_R^\top\Bigr) \\
+        L &= \beta_s L + (1-\beta_s) G G^\top, \quad R = \beta_s R + (1-\beta_s) G^\top G
+
+    and every ``precondition_frequency`` steps :math:`Q_L, Q_R` make one step of orthogonal iteration on
+    :math:`L, R` (multiply, QR), columns sorted by estimated eigenvalue, :math:`V` permuted with them and :math:`M`
+    carried over. As in the released code, the very first call only starts the bases and moves nothing, eps is added
+    to the uncorrected root, and weight decay comes after the step. Where the first gradient is rank-deficient the
+    released bases depend on the LAPACK build; a tiny ramp makes them unique here. State: ``m``, ``v`` of the
+    parameter's shape, and two d x d matrices ``gram``, ``basis`` per preconditioned axis of length d.
+
+    Args:
+        params: Parameters, named parameters or parameter groups; see :class:`.hybrid.MatrixOptimizer`.
+        lr: Learning rate :math:`\eta`.
+        betas: :math:`(\beta_1, \beta_2)`.
+        shampoo_beta: :math:`\beta_s`, or ``None`` for :math:`\beta_2`.
+        eps: :math:`\epsilon`, in units of the rotated gradient.
+        weight_decay: Decoupled weight decay :math:`\lambda`.
+        precondition_frequency: Steps between refreshes of the bases.
+        max_precondition_dim: Axes longer than this are left as they are.
+        merge_dims: Merge neighbouring axes as long as the product stays within ``max_precondition_dim``.
+        precondition_1d: Precondition vectors too; otherwise they get Adam.
+        correct_bias: Correct the bias of the moments.
+        fallback: Rule for everything that is not a hidden matrix; a name in :data:`.hybrid.FALLBACKS`.
+        fallback_lr: Its learning rate; this and the next three are the fallback's own defaults if ``None``.
+        fallback_betas: Its betas.
+        fallback_eps: Its eps.
+        fallback_weight_decay: Its weight decay.
+        maximize: Ascend instead of descend.
+        skip_nonfinite: Skip and count steps whose gradients hold NaN or infinity.
+
+    Raises:
+        ValueError: A hyperparameter is out of range, or a parameter does not fit its role.
+
+    Example:
+        >>> import torch, lightning_optim
+        >>> w = torch.nn.Parameter(torch.zeros(2, 2))
+        >>> groups = [{"params": [w], "role": "matrix"}]
+        >>> optimizer = lightning_optim.SOAP(groups, lr=0.1, weight_decay=0.0)
+        >>> w.grad = torch.tensor([[3.0, 0.0], [0.0, -0.5]])
+        >>> optimizer.step()  # starts the bases
+        >>> optimizer.step()
+        >>> w.data
+        tensor([[-0.1000,  0.0000],
+                [ 0.0000,  0.1000]])
+    """
+
+    rules = (SOAP_RULE,)
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 3e-3,
+        betas: tuple[float, float] = (0.95, 0.95),
+        shampoo_beta: float | None = None,
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        precondition_frequency: int = 10,
+        max_precondition_dim: int = 10000,
+        merge_dims: bool = False,
+        precondition_1d: bool = False,
+        correct_bias: bool = True,
+        fallback: str = "AdamW",
+        fallback_lr: float | None = None,
+        fallback_betas: tuple[float, float] | None = None,
+        fallback_eps: float | None = None,
+        fallback_weight_decay: float | None = None,
+        *,
+        maximize: bool = False,
+        skip_nonfinite: bool = True,
+    ) -> None:
+        hyperparameters = {
+            "lr": lr, "betas": betas, "shampoo_beta": shampoo_beta, "eps": eps, "weight_decay": weight_decay,
+            "precondition_frequency": precondition_frequency, "max_precondition_dim": max_precondition_dim,
+            "merge_dims": merge_dims, "precondition_1d": precondition_1d, "correct_bias": correct_bias,
+        }  # fmt: skip
+        others = Fallback(fallback, fallback_lr, fallback_betas, fallback_eps, fallback_weight_decay)
+        super().__init__(params, hyperparameters, others, maximize=maximize, skip_nonfinite=skip_nonfinite)
