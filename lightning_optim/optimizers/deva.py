@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import sqrt
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -70,8 +70,7 @@ def _scalars(t: int, hp: Hyperparameters, shape: Shape) -> Scalars:
 
 
 def _update(
-    p: Tensor, g: Tensor, m: Tensor, v: Tensor | None = None, row_v: Tensor | None = None,
-    column_v: Tensor | None = None, *,
+    p: Tensor, g: Tensor, m: Tensor, v: Any = None, row_v: Any = None, column_v: Any = None, *,
     b1, b2, shampoo_beta, step_size, eps, keep, start, refresh, axes, form, nesterov, method,
     observe: Observer = ignore, **bases: Tensor,
 ) -> None:  # fmt: skip
@@ -82,33 +81,27 @@ def _update(
         return
     rotated = basis.rotate(g)
     ema_(m, rotated, b1)
-    if v is not None:
-        measured = rotated if form == "instantaneous" else m
-        norms = (squared_norm(measured, (-1,)) * squared_norm(measured, (-2,))).sqrt_()
-        ema_(v, norms, b2)
-        gamma = (norms / (v + eps)).sqrt_()
-    else:
-        assert row_v is not None and column_v is not None
+    if form == "efficient":
         ema_(row_v, squared_norm(rotated, (-1,)), b2)
         ema_(column_v, squared_norm(rotated, (-2,)), b2)
         rows = (squared_norm(m, (-1,)) / (row_v + eps)).pow_(0.25)
         gamma = rows * (squared_norm(m, (-2,)) / (column_v + eps)).pow_(0.25)
+    else:
+        measured = rotated if form == "instantaneous" else m
+        norms = squared_norm(measured, (-1,)).sqrt_() * squared_norm(measured, (-2,)).sqrt_()
+        ema_(v, norms, b2)
+        gamma = (norms / (v + eps)).sqrt_()
     n = mix(rotated, m, b1) if nesterov else m
     o = orthogonalize(n.sign() if form in ("sign", "efficient") else n, method)
     observe("orthogonal_factor", o)
     observe("variance_adaptation", gamma)
-    add_(p, basis.rotate_back(gamma.mul_(o)), -step_size)
+    add_(p, basis.rotate_back(gamma * o), -step_size)
     p.mul_(keep)
     basis.accumulate(g, shampoo_beta)
     if refresh:
-
-        def permute(axis: int, order: Tensor) -> None:
-            statistics = v if v is not None else (row_v, column_v)[axis]
-            assert statistics is not None
-            permute_(statistics, axis, order)
-
         raw = basis.rotate_back(m)
-        basis.refresh(permute)
+        statistics = (row_v, column_v) if form == "efficient" else (v, v)
+        basis.refresh(lambda axis, order: permute_(statistics[axis], axis, order))
         m.copy_(basis.rotate(raw))
 
 

@@ -28,7 +28,7 @@ def _scalars(t: int, hp: Hyperparameters, host: dict[str, float]) -> Scalars:
         "step_size": lr / host["lr_average"] if host["lr_average"] else 0.0,
         "bc2": host["weight_sum"],
         "eps": hp["eps"],
-        "keep": 1 - hp["weight_decay"],
+        "keep": 1 - hp["weight_decay"] if lr else 1.0,
         "center": hp["centered"] and t > _STEPS_BEFORE_CENTERING,
     }
 
@@ -64,7 +64,7 @@ class LaProp(RuleOptimizer):
     with :math:`\bar\eta_t = \beta_1\bar\eta_{t-1} + (1-\beta_1)\eta_t` and :math:`c_{2,t}` the same average of 1.
     Follows the released code, in which the learning rate is part of the momentum and **weight decay is not
     multiplied by the learning rate** and comes after the step. Where the code divides by a learning rate of
-    exactly 0 and moves by the whole momentum, nothing moves here. State: ``m``, ``v`` (and ``mean``) of the
+    exactly 0 and moves by the whole momentum, nothing moves or decays here. State: ``m``, ``v`` (and ``mean``) of the
     parameter's shape, ``lr_average``, ``weight_sum``.
 
     Args:

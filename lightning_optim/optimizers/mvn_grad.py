@@ -57,7 +57,13 @@ def _update(
     add_(p, u, -step_size)
 
 
-MVN_GRAD = ElementwiseRule("MVNGrad", state=like("m", "v", "u"), scalars=_scalars, update=_update)
+MVN_GRAD = ElementwiseRule(
+    "MVNGrad",
+    state=like("m", "v", "u"),
+    scalars=_scalars,
+    update=_update,
+    constraints={"eps_s": (lambda x: 0 <= x < float("inf"), "a finite number >= 0")},
+)
 
 
 class MVNGrad(RuleOptimizer):

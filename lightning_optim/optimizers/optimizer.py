@@ -151,10 +151,11 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
             return loss
         finite, grads = _inspect(grads)
         skip = self.defaults["skip_nonfinite"]
-        if skip and finite.device.type == "cpu" and not finite:
+        known = _known_on_host(finite)
+        if skip and known and not finite:
             self.skipped_steps += 1
             return loss
-        verdict = _Verdict(finite if skip and finite.device.type != "cpu" else None)
+        verdict = _Verdict(finite if skip and not known else None)
         remaining = iter(grads)
         for group, params in groups:
             rule = self.rule(group)
@@ -240,6 +241,10 @@ def _holds(predicate: Callable[[Any], bool], value: Any) -> bool:
         return False
 
 
+def _known_on_host(x: Tensor) -> bool:
+    return x.device.type == "cpu"
+
+
 class _Verdict:
     """Whether a step's gradients were finite, and the step counts that hold if so.
 
@@ -271,7 +276,7 @@ def _inspect(grads: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
     bounded = []
     for g, peak in zip(grads, peaks):
         limit = torch.finfo(g.dtype).max ** 0.4
-        if peak.device.type == "cpu":
+        if _known_on_host(peak):
             bounded.append(g * (limit / peak) if peak > limit and peak.isfinite() else g)
         else:
             bounded.append(g * (limit / peak).clamp(max=1.0))

@@ -1,0 +1,454 @@
+"""What the engine promises for every rule, in every configuration of its row."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+
+import lightning_optim as lo
+from lightning_optim.optimizers import optimizer as engine
+from lightning_optim.optimizers.registry import OPTIMIZERS
+from lightning_optim.optimizers.rule import ElementwiseRule
+
+from .rows import OURS, ROWS, build, each_configuration, each_optimizer, gradients, network, run
+
+
+def parameters(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return list(network(dtype).parameters())
+
+
+def snapshot(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> list[Tensor]:
+    """Copies of all parameters and state tensors."""
+    state = [x for p in params for x in optimizer.state[p].values()]
+    return [x.detach().clone() for x in (*params, *state)]
+
+
+def assert_equal(a: list[Tensor], b: list[Tensor]) -> None:
+    assert len(a) == len(b)
+    for x, y in zip(a, b):
+        assert x.dtype == y.dtype
+        assert torch.equal(x, y)
+
+
+def through_a_file(state: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def test_every_optimizer_has_a_row() -> None:
+    assert set(ROWS) == set(OURS)
+
+
+@each_configuration
+def test_training_lowers_the_loss(name: str, arguments: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = network()
+    x = torch.randn(64, 2, 4, 4)
+    y = x.flatten(1)[:, :3].argmax(1)
+    lr = 0.01 if name == "DeVAVector" else 0.05  # Its first steps are 1 / sqrt(1 - betas[1]) times lr.
+    optimizer = build(name, list(model.parameters()), lr=lr, **arguments)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x) * model.scale, y)
+        loss.backward()
+        return loss
+
+    first = closure().item()
+    for _ in range(80):
+        optimizer.step(closure)
+    assert closure().item() < 0.9 * first
+
+
+@each_optimizer
+def test_closure_runs_once_with_gradients_enabled(name: str) -> None:
+    params = parameters()
+    optimizer = build(name, params)
+    calls = []
+
+    def closure() -> str:
+        calls.append(torch.is_grad_enabled())
+        return "loss"
+
+    assert optimizer.step(closure) == "loss"
+    assert calls == [True]
+
+
+@each_configuration
+def test_gradients_are_read_only_and_not_aliased(name: str, arguments: dict[str, Any]) -> None:
+    params = parameters()
+    optimizer = build(name, params, **arguments)
+    for t in range(1, 5):
+        given = gradients(params, t)
+        for p, g in zip(params, given):
+            p.grad = g.clone()
+        optimizer.step()
+        for p, g in zip(params, given):
+            assert torch.equal(p.grad, g)
+    owned = {x.untyped_storage().data_ptr() for p in params for x in optimizer.state[p].values()}
+    for p in params:
+        assert p.untyped_storage().data_ptr() not in owned
+        assert p.grad.untyped_storage().data_ptr() not in owned
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@each_configuration
+def test_resume_is_bit_for_bit(name: str, arguments: dict[str, Any], dtype: torch.dtype) -> None:
+    straight, resumed = parameters(dtype), parameters(dtype)
+    a, b = build(name, straight, **arguments), build(name, resumed, **arguments)
+    run(a, straight, range(1, 10))
+    run(b, resumed, range(1, 5))
+    c = build(name, resumed, **arguments)
+    c.load_state_dict(through_a_file(b.state_dict()))
+    run(c, resumed, range(5, 10))
+    assert_equal(snapshot(c, resumed), snapshot(a, straight))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for p in resumed:
+        for key, x in c.state[p].items():
+            assert x.dtype == wide or x.ndim == 0, key
+
+
+@each_configuration
+def test_resume_through_a_flattened_distributed_checkpoint(name: str, arguments: dict[str, Any]) -> None:
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    straight, saved, loaded = network(), network(), network()
+    a = build(name, list(straight.parameters()), **arguments)
+    b = build(name, list(saved.parameters()), **arguments)
+    c = build(name, list(loaded.parameters()), **arguments)
+    run(a, list(straight.parameters()), range(1, 8))
+    run(b, list(saved.parameters()), range(1, 4))
+    state = through_a_file(get_optimizer_state_dict(saved, b, options=options))
+    loaded.load_state_dict(saved.state_dict())
+    set_optimizer_state_dict(loaded, c, state, options=options)
+    run(c, list(loaded.parameters()), range(4, 8))
+    assert_equal(list(loaded.parameters()), list(straight.parameters()))
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+@each_configuration
+def test_copies_continue_alike(name: str, arguments: dict[str, Any], how: Any) -> None:
+    params = parameters()
+    optimizer = build(name, params, **arguments)
+    run(optimizer, params, range(1, 4))
+    params2, optimizer2 = how((params, optimizer))
+    run(optimizer, params, range(4, 7))
+    run(optimizer2, params2, range(4, 7))
+    assert_equal(snapshot(optimizer, params), snapshot(optimizer2, params2))
+
+
+@each_configuration
+def test_zero_learning_rate_and_zero_gradients_are_safe(name: str, arguments: dict[str, Any]) -> None:
+    """torch.distributed.checkpoint makes such a step to create the state."""
+    params = parameters()
+    before = [p.detach().clone() for p in params]
+    optimizer = build(name, params, **arguments)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    optimizer.step()
+    assert_equal(before, [p.detach() for p in params])
+    for p in params:
+        assert optimizer.state[p]
+        assert all(x.isfinite().all() for x in optimizer.state[p].values())
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-3
+    run(optimizer, params, range(1, 4))
+    assert all(p.isfinite().all() for p in params)
+
+
+@each_configuration
+def test_parameters_without_gradient_are_left_alone(name: str, arguments: dict[str, Any]) -> None:
+    params = parameters()
+    optimizer = build(name, params, **arguments)
+    idle = params[1]
+    before = idle.detach().clone()
+    for t in range(1, 4):
+        for p, g in zip(params, gradients(params, t)):
+            p.grad = None if p is idle else g
+        optimizer.step()
+    assert torch.equal(idle, before)
+    assert not optimizer.state[idle]
+    run(optimizer, params, range(4, 6))
+    assert optimizer.state[idle]["step"] == 2
+    assert not torch.equal(idle, before)
+
+
+EXTREMES = {
+    "zero": lambda g: torch.zeros_like(g),
+    "huge": lambda g: g.sign() * 1e30,
+    "one huge entry": lambda g: torch.where(torch.arange(g.numel()).view(g.shape) == 0, 1e30, g),
+    "largest": lambda g: g.sign() * torch.finfo(g.dtype).max,
+    "subnormal": lambda g: g * 1e-40,
+    "rank one": lambda g: torch.ones_like(g),
+}
+
+
+@pytest.mark.parametrize("extreme", EXTREMES)
+@pytest.mark.parametrize("at", [1, 4], ids=["first", "later"])
+@each_configuration
+def test_extreme_gradients_give_finite_updates(name: str, arguments: dict[str, Any], extreme: str, at: int) -> None:
+    params = parameters()
+    optimizer = build(name, params, **arguments)
+    for t in range(1, 8):
+        for p, g in zip(params, gradients(params, t)):
+            p.grad = EXTREMES[extreme](g) if t in (at, at + 1) else g
+        optimizer.step()
+        assert all(p.isfinite().all() for p in params), f"step {t}"
+    assert optimizer.skipped_steps == 0
+    assert not any(x.isnan().any() for p in params for x in optimizer.state[p].values())
+
+
+@pytest.mark.parametrize("host", [True, False], ids=["verdict on the host", "verdict on the device"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@each_configuration
+def test_nonfinite_gradients_change_nothing(
+    name: str, arguments: dict[str, Any], bad: float, host: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One bad entry anywhere: no parameter or state moves, the step is counted, and training goes on as if it had
+    not been. On an accelerator the host learns of it only at the next step."""
+    monkeypatch.setattr(engine, "_known_on_host", lambda x: host)
+    clean, dirty = parameters(), parameters()
+    a, b = build(name, clean, **arguments), build(name, dirty, **arguments)
+    for t in range(1, 8):
+        run(a, clean, range(t, t + 1))
+        if t in (1, 4, 5):
+            for p, g in zip(dirty, gradients(dirty, 50 + t)):
+                p.grad = g
+            dirty[-1].grad.view(-1)[-1] = bad
+            b.step()
+        run(b, dirty, range(t, t + 1))
+    assert_equal(a.state_dict()["state"][0]["step"].view(1), b.state_dict()["state"][0]["step"].view(1))
+    assert b.skipped_steps == 3
+    assert_equal(snapshot(a, clean), snapshot(b, dirty))
+
+
+@each_optimizer
+def test_skipping_can_be_turned_off(name: str) -> None:
+    params = parameters()
+    optimizer = build(name, params, skip_nonfinite=False)
+    run(optimizer, params, range(1, 3))
+    for p in params:
+        p.grad = torch.full_like(p, float("nan"))
+    optimizer.step()
+    assert optimizer.skipped_steps == 0
+    assert not params[-1].isfinite().all()
+
+
+@each_configuration
+def test_maximize_is_descent_on_the_negative(name: str, arguments: dict[str, Any]) -> None:
+    up, down = parameters(), parameters()
+    a, b = build(name, up, maximize=True, **arguments), build(name, down, **arguments)
+    for t in range(1, 6):
+        for p, q, g in zip(up, down, gradients(up, t)):
+            p.grad, q.grad = g, -g
+        a.step()
+        b.step()
+    assert_equal(up, down)
+
+
+@each_configuration
+def test_groups_have_their_own_hyperparameters_and_can_be_added(name: str, arguments: dict[str, Any]) -> None:
+    params = parameters()
+    optimizer = build(name, params[:2], **arguments)
+    run(optimizer, params[:2], range(1, 4))
+    frozen = nn.Parameter(torch.ones(4, 4))
+    moving = nn.Parameter(torch.ones(4, 4))
+    role = {"role": "matrix"} if OPTIMIZERS[name].kind == "matrix" else {}
+    optimizer.add_param_group({"params": [frozen], "lr": 0.0, "weight_decay": 0.0, **role})
+    optimizer.add_param_group({"params": moving, **role})
+    run(optimizer, [*params[:2], frozen, moving], range(4, 8))
+    assert torch.equal(frozen, torch.ones(4, 4))
+    assert not torch.equal(moving, torch.ones(4, 4))
+    assert optimizer.state[moving]["step"] == 4
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0)])
+@each_optimizer
+def test_empty_parameters_are_passed_over(name: str, shape: tuple[int, ...]) -> None:
+    empty, other = nn.Parameter(torch.zeros(shape)), nn.Parameter(torch.ones(3, 3))
+    optimizer = build(name, [empty, other])
+    run(optimizer, [empty, other], range(1, 4))
+    assert other.isfinite().all()
+    assert not torch.equal(other, torch.ones(3, 3))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@each_configuration
+def test_strides_do_not_matter(name: str, arguments: dict[str, Any], memory_format: torch.memory_format) -> None:
+    a = [nn.Parameter(torch.arange(72.0).view(2, 4, 3, 3) / 72)]
+    b = [nn.Parameter(a[0].detach().clone(memory_format=memory_format))]
+    first, second = build(name, a, **arguments), build(name, b, **arguments)
+    for t in range(1, 6):
+        a[0].grad = gradients(a, t)[0]
+        b[0].grad = a[0].grad.to(memory_format=memory_format)
+        first.step()
+        second.step()
+    # Sums may be taken in another order.
+    torch.testing.assert_close(a[0], b[0], rtol=1e-5, atol=1e-6)
+
+
+@each_configuration
+def test_bfloat16_follows_float32(name: str, arguments: dict[str, Any]) -> None:
+    """The arithmetic is float32, so one step from equal values differs by the rounding of the parameter only."""
+    narrow = parameters(torch.bfloat16)
+    wide = [nn.Parameter(p.detach().float()) for p in narrow]
+    a, b = build(name, wide, **arguments), build(name, narrow, **arguments)
+    for t in range(1, 4):
+        for p, q in zip(wide, narrow):
+            p.data.copy_(q)
+        for p, q, g in zip(wide, narrow, gradients(narrow, t)):
+            p.grad, q.grad = g.float(), g
+        a.step()
+        b.step()
+        for p, q in zip(wide, narrow):
+            assert torch.equal(p.detach().to(torch.bfloat16), q.detach())
+
+
+BAD = {
+    "lr": [-1.0, float("nan"), float("inf"), "fast"],
+    "betas": [(1.0, 0.9), (0.9, -0.1), (0.9, float("nan"))],
+    "momentum": [-0.1, 1.0],
+    "eps": [-1e-8, float("nan")],
+    "eps_s": [-1.0],
+    "weight_decay": [-0.1, float("inf")],
+    "gamma": [float("nan")],
+    "beta3": [1.0],
+    "refresh": ["sometimes"],
+    "scale": [-1.0, "large"],
+    "max_step": [0.0],
+    "clamp": [0.0, 1.5],
+    "orthogonalizer": ["kj0", "svd"],
+    "precondition_frequency": [0, 1.5],
+    "max_precondition_dim": [0],
+    "shampoo_beta": [1.0],
+    "form": ["matrix"],
+    "fallback": ["Adam-ish"],
+    "fallback_lr": [-1.0],
+    "fallback_betas": [(0.9, 1.0)],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "value"),
+    [(n, a, v) for n in OURS for a in OPTIMIZERS[n].defaults for v in BAD.get(a, [])],
+)
+def test_wrong_hyperparameters_name_argument_and_value(name: str, argument: str, value: Any) -> None:
+    with pytest.raises(ValueError) as error:
+        build(name, parameters(), **{argument: value})
+    assert argument.removeprefix("fallback_") in str(error.value)
+    assert str(value) in str(error.value)
+
+
+@each_optimizer
+def test_a_rejected_group_leaves_the_optimizer_as_it_was(name: str) -> None:
+    params = parameters()
+    optimizer = build(name, params)
+    groups = len(optimizer.param_groups)
+    role = {"role": "matrix"} if OPTIMIZERS[name].kind == "matrix" else {}
+    with pytest.raises(ValueError, match="lr"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2, 2))], "lr": -1.0, **role})
+    assert len(optimizer.param_groups) == groups
+    run(optimizer, params, range(1, 3))
+
+
+@each_optimizer
+def test_complex_parameters_and_sparse_gradients_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="complex"):
+        build(name, [nn.Parameter(torch.ones(2, 2, dtype=torch.complex64))])
+    p = nn.Parameter(torch.ones(2, 2))
+    optimizer = build(name, [p])
+    p.grad = torch.ones(2, 2).to_sparse()
+    with pytest.raises(ValueError, match="sparse"):
+        optimizer.step()
+
+
+@each_optimizer
+def test_a_checkpoint_of_another_optimizer_is_refused(name: str) -> None:
+    params = [nn.Parameter(torch.ones(2, 2))]
+    other = build("LaProp" if name != "LaProp" else "MVNGrad", params)
+    with pytest.raises(ValueError, match=type(other).__name__):
+        build(name, params).load_state_dict(other.state_dict())
+
+
+@pytest.mark.parametrize("schedule", ["OneCycleLR", "ReduceLROnPlateau", "CosineAnnealingWarmRestarts"])
+@each_optimizer
+def test_schedulers_drive_every_group(name: str, schedule: str) -> None:
+    params = parameters()
+    optimizer = build(name, params)
+    if schedule == "OneCycleLR":
+        scheduler: Any = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=20)
+    elif schedule == "ReduceLROnPlateau":
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
+    else:
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, T_0=20)
+    seen = set()
+    for t in range(1, 10):
+        run(optimizer, params, range(t, t + 1))
+        seen.add(tuple(group["lr"] for group in optimizer.param_groups))
+        scheduler.step(1.0) if schedule == "ReduceLROnPlateau" else scheduler.step()
+    assert len(seen) > 5
+    assert all(p.isfinite().all() for p in params)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"), [(n, a) for n in OURS for a in ROWS[n] if OPTIMIZERS[n].kind == "element-wise"]
+)
+def test_scalars_may_be_tensors(name: str, arguments: dict[str, Any]) -> None:
+    """A compiled kernel gets them as 0-d tensors; the rule's result does not depend on which they are."""
+    params = parameters()
+    optimizer = build(name, params, **arguments)
+    run(optimizer, params, range(1, 13))
+    rule = optimizer.rules[0]
+    assert isinstance(rule, ElementwiseRule)
+    group = optimizer.param_groups[0]
+    p, (g, *_) = params[0], gradients(params, 13)
+    host = {"host": {key: float(optimizer.state[p][key]) for key in rule.host_state}} if rule.host_state else {}
+    scalars = rule.scalars(13, group, **host)
+    as_tensors = {k: torch.tensor(v, dtype=p.dtype) if type(v) is float else v for k, v in scalars.items()}
+    state = {k: v for k, v in optimizer.state[p].items() if k != "step" and k not in rule.host_state}
+    results = []
+    for given in (scalars, as_tensors):
+        tensors = {key: x.clone() for key, x in state.items()}
+        q = p.detach().clone()
+        rule.update(q, g, **tensors, **given)
+        results.append([q, *tensors.values()])
+    for x, y in zip(*results):
+        # The scalars are rounded to float32 and multiplied in another order.
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+
+
+def test_huge_gradients_are_scaled_as_a_whole() -> None:
+    """Up to the bound nothing changes; above it the direction stays."""
+    bound = torch.finfo(torch.float32).max ** 0.4
+    p, q = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
+    g = torch.tensor([1.0, -0.5, 0.25])
+    for x, factor in ((p, 0.9 * bound), (q, 1e30)):
+        optimizer = lo.DeVAVector([x])
+        x.grad = g * factor
+        optimizer.step()
+        m = optimizer.state[x]["m"]
+        torch.testing.assert_close(m / m[0], g)
+        torch.testing.assert_close(m[0], torch.tensor(0.1 * min(factor, bound)), rtol=1e-5, atol=0)
+
+
+def test_a_late_parameter_does_not_restart_the_hidden_vector() -> None:
+    params = [nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(3))]
+    optimizer = lo.HVAdam(params)
+    for t in range(1, 5):
+        params[1].grad = gradients(params, t)[1]
+        optimizer.step()
+    count = optimizer.state[params[1]]["count"].clone()
+    run(optimizer, params, range(5, 6))
+    assert count == 3
+    assert optimizer.state[params[1]]["count"] == optimizer.state[params[0]]["count"] == 4
