@@ -1,5 +1,9 @@
 """Modern optimizers for PyTorch Lightning, and diagnostics that show what they do."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from .optimizers import (
     NAMO,
     NAMOD,
@@ -13,18 +17,45 @@ from .optimizers import (
     Muon,
     MVNGrad,
 )
+from .optimizers.registry import OPTIMIZERS
+
+if TYPE_CHECKING:
+    from .factory import (
+        Grouping,
+        OptimizerConfig,
+        OptimizerMixin,
+        SchedulerConfig,
+        build_optimizer,
+        configure_optimizers,
+    )
 
 __all__ = [
     "NAMO",
     "NAMOD",
+    "OPTIMIZERS",
     "SOAP",
     "AdaBelief",
     "Anon",
     "DeVA",
     "DeVAVector",
+    "Grouping",
     "HVAdam",
     "LaProp",
     "MVNGrad",
     "Muon",
+    "OptimizerConfig",
+    "OptimizerMixin",
+    "SchedulerConfig",
+    "build_optimizer",
+    "configure_optimizers",
 ]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    # The factory imports Lightning, which a plain PyTorch loop does not need and which takes seconds.
+    if name in __all__:
+        from . import factory
+
+        return getattr(factory, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

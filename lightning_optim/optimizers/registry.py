@@ -107,3 +107,9 @@ def get(name: str) -> OptimizerInfo:
     near = [by_fold[n] for n in difflib.get_close_matches(name.lower(), by_fold, n=3, cutoff=0.5)]
     hint = f"Did you mean {', '.join(near)}?" if near else f"Known: {', '.join(OPTIMIZERS)}."
     raise ValueError(f"There is no optimizer {name!r}. {hint}")
+
+
+def table() -> str:
+    """The optimizers as a Markdown table, for the README."""
+    rows = [f"| `{o.name}` | {o.kind} | {o.description} | {o.paper} |" for o in OPTIMIZERS.values()]
+    return "\n".join(["| name | kind | what it is | paper |", "|---|---|---|---|", *rows])
