@@ -1,0 +1,79 @@
+"""Random numbers that go on after a restart as if nothing had happened."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+import torch.distributed as dist
+
+
+class RNGState(pl.Callback):
+    """Continues the random numbers of Python, NumPy and torch where the checkpoint was written.
+
+    Without it, a resumed run starts its dropout and mixup from the seed again, and differs from a run that was
+    never interrupted. Each process of a distributed run has its own state in the checkpoint; one that is resumed
+    with more processes seeds the additional ones afresh.
+
+    A data loader that shuffles with torch's global generator, as torch's own does, is continued exactly from
+    checkpoints written at the end of an epoch. Within an epoch the loader itself has to be resumable, as those of
+    :mod:`lightning_optim.data` are.
+
+    Example:
+        >>> trainer = pl.Trainer(callbacks=[RNGState()], accelerator="cpu", logger=False)
+    """
+
+    def __init__(self) -> None:
+        self._resumed: dict[str, Any] | None = None
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        states: list[Any] = [_state()] * trainer.world_size
+        if trainer.world_size > 1:
+            dist.all_gather_object(states, _state())
+        checkpoint["rng"] = {"states": states, "within_epoch": not trainer.is_last_batch}
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._resumed = checkpoint.get("rng")
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # The next thing to draw numbers in the interrupted run was the iterator of the next epoch ...
+        self._restore(trainer)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # ... or, within an epoch, the next batch: what making an iterator has drawn by now does not count.
+        if self._resumed and self._resumed["within_epoch"]:
+            self._restore(trainer)
+        self._resumed = None
+
+    def _restore(self, trainer: pl.Trainer) -> None:
+        if self._resumed and trainer.global_rank < len(self._resumed["states"]):
+            _set_state(self._resumed["states"][trainer.global_rank])
+
+
+def _state() -> dict[str, Any]:
+    # Tensors and plain containers only, which torch.load(weights_only=True) takes.
+    name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002 (the global generator is the point)
+    return {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+        # Of the device of this process only: to ask the others would claim memory on them.
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+    }
+
+
+def _set_state(state: dict[str, Any]) -> None:
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
