@@ -59,10 +59,11 @@ class RNGState(pl.Callback):
 
 def _state() -> dict[str, Any]:
     # Tensors and plain containers only, which torch.load(weights_only=True) takes.
-    name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002 (the global generator is the point)
+    numpy: dict[str, Any] = np.random.get_state(legacy=False)  # noqa: NPY002 (the global generator is the point)
+    numpy["state"]["key"] = torch.from_numpy(numpy["state"]["key"].astype(np.int64))
     return {
         "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest),
+        "numpy": numpy,
         "torch": torch.get_rng_state(),
         # Of the device of this process only: to ask the others would claim memory on them.
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
@@ -70,10 +71,10 @@ def _state() -> dict[str, Any]:
 
 
 def _set_state(state: dict[str, Any]) -> None:
-    version, keys, gauss = state["python"]
-    random.setstate((version, tuple(keys), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    random.setstate(state["python"])
+    generator = state["numpy"]["state"]
+    key = generator["key"].numpy().astype(np.uint32)
+    np.random.set_state(state["numpy"] | {"state": generator | {"key": key}})  # noqa: NPY002
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

@@ -92,27 +92,30 @@ class OptimCLI(LightningCLI):
     Example:
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
         >>> cli = OptimCLI(BoringModel, run=False, args=["--optimizer", "NAMO", "--optimizer.lr", "0.02"])
-        Seed set to ...
         >>> type(cli.model.configure_optimizers()["optimizer"]).__name__
         'NAMO'
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        defaults = {
-            "parser_class": OptimArgumentParser,
+    def __init__(
+        self,
+        model_class: type[pl.LightningModule] | Callable[..., pl.LightningModule] | None = None,
+        datamodule_class: type[pl.LightningDataModule] | Callable[..., pl.LightningDataModule] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        defaults: dict[str, Any] = {
             "save_config_callback": RecordSettings,
+            "parser_class": OptimArgumentParser,
             "auto_configure_optimizers": False,
         }
         try:
-            super().__init__(*args, **(defaults | kwargs))
+            super().__init__(model_class, datamodule_class, **(defaults | kwargs))
         except (UsageError, DataError, MisconfigurationException) as error:
             self.parser.error(str(error), error)
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        parser = super().init_parser(**kwargs)
-        config = next(action for action in parser._actions if isinstance(action, ActionConfigFile))
-        config.__class__ = PresetOrFile
-        config.help = "Name of a preset (`lightning-optim list --presets`) or path of a YAML file; may be repeated."
+        parser = self.parser_class(**kwargs)
+        what = "Name of a preset (`lightning-optim list --presets`) or path of a YAML file; may be repeated."
+        parser.add_argument("-c", "--config", action=PresetOrFile, help=what)
         return parser
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -336,7 +339,11 @@ _CLASSES: dict[str, type] = {
 
 
 def _subclasses(cls: type) -> list[str]:
-    return [name for sub in cls.__subclasses__() for name in (sub.__name__, *_subclasses(sub))]
+    names: list[str] = []
+    subclass: type
+    for subclass in cls.__subclasses__():
+        names += [subclass.__name__, *_subclasses(subclass)]
+    return names
 
 
 def _type_name(text: str) -> str:
@@ -507,7 +514,7 @@ class Invocation:
             root = value
         run, base = None, find_config(_DEFAULT_TASK)
         for _, _, value in list(_given(args, "--ckpt_path")):
-            checkpoint = find_checkpoint(value, Path(root), task or "*")
+            checkpoint = find_checkpoint(value, Path(root) / task)
             args += ["--ckpt_path", str(checkpoint)]
             if checkpoint.parent.name == "checkpoints":
                 run = checkpoint.parent.parent
@@ -522,20 +529,15 @@ class Invocation:
         return cls([subcommand, *args], model, task, run)
 
 
-def find_checkpoint(name: str, root: Path, task: str) -> Path:
-    """The path of a checkpoint that is named by its path, or as ``last`` or ``best`` of the newest run.
+def find_checkpoint(name: str, folder: Path) -> Path:
+    """The path of a checkpoint that is named by its path, or as ``last`` or ``best`` of the newest run in a folder.
 
     A file that a killed process has left half written is passed over.
-
-    Args:
-        name: Path, ``last`` or ``best``.
-        root: Folder of the folders of tasks.
-        task: Name of the task whose runs are meant; ``*`` for all.
 
     Raises:
         UsageError: There is none.
     """
-    checkpoints = list(root.glob(f"{task}/*/checkpoints/*.ckpt"))
+    checkpoints = list(folder.rglob("*/checkpoints/*.ckpt"))
     if name not in ("last", "best"):
         if Path(name).is_dir() or zipfile.is_zipfile(name) or "://" in name:
             return Path(name)
@@ -544,7 +546,7 @@ def find_checkpoint(name: str, root: Path, task: str) -> Path:
     checkpoints.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
     last = next((path for path in checkpoints if zipfile.is_zipfile(path)), None)
     if last is None:
-        raise UsageError(f"--ckpt_path {name}: there is no checkpoint in {root / task} yet. Leave it out to begin.")
+        raise UsageError(f"--ckpt_path {name}: there is no checkpoint in {folder} yet. Leave it out to begin a run.")
     if name == "best":
         callbacks = torch.load(last, map_location="cpu", weights_only=True)["callbacks"]
         best = [state["best_model_path"] for key, state in callbacks.items() if key.startswith("ModelCheckpoint")]
@@ -571,19 +573,21 @@ class CommandLine(OptimCLI):
             parser.link_arguments("data", f"model.init_args.{name}", compute_fn=link, apply_on="instantiate")
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        trainer = self._get(self.config_init, "trainer")
-        if trainer.logger in (None, True):
+        settings = self._get(self.config_init, "trainer")
+        if settings.logger in (None, True):
             run = self.invocation.run
-            new = (trainer.default_root_dir, self.invocation.task)
-            place = new if run is None else (str(run.parent.parent), run.parent.name, run.name)
-            kwargs["logger"] = TensorBoardLogger(*place, default_hp_metric=False)
-        made = super().instantiate_trainer(**kwargs)
-        if made.loggers:
-            made.callbacks.insert(0, LearningRateMonitor())
-        return made
+            if run is None:
+                place = {"save_dir": settings.default_root_dir, "name": self.invocation.task}
+            else:
+                place = {"save_dir": str(run.parent.parent), "name": run.parent.name, "version": run.name}
+            kwargs["logger"] = TensorBoardLogger(**place, default_hp_metric=False)
+        trainer: Any = super().instantiate_trainer(**kwargs)
+        if trainer.loggers:
+            trainer.callbacks.insert(0, LearningRateMonitor())
+        return trainer
 
     def after_fit(self) -> None:
-        trainer = self.trainer
+        trainer: Any = self.trainer
         if trainer.fast_dev_run or not trainer.is_global_zero:
             return
         best = ""
@@ -642,6 +646,7 @@ def _list(args: Sequence[str]) -> None:
     parser.add_argument("--json", action="store_true", help="as a JSON list of objects")
     parser.add_argument("--presets", action="store_true", help="show the presets for -c instead")
     options = parser.parse_args(args)
+    rows: list[dict[str, Any]]
     if options.presets:
         rows = [
             {"name": name, "kind": kind.removesuffix("s"), "description": path.read_text().splitlines()[0].lstrip("# ")}
