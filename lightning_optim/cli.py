@@ -33,6 +33,7 @@ import lightning.pytorch as pl
 import torch
 import yaml
 from jsonargparse import ActionConfigFile, DefaultHelpFormatter, Namespace, set_parsing_settings
+from jsonargparse.typing import PositiveInt
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import (
     ArgsType,
@@ -226,7 +227,7 @@ def _spec(value: Any, config_class: type) -> Any:
     parameters = inspect.signature(cls).parameters
     args = vars(value.get("init_args") or Namespace())
     # The parser writes every default out. What is not given stays open, for the factory to decide.
-    given = {name: arg for name, arg in args.items() if arg != parameters[name].default}
+    given = {name: arg for name, arg in args.items() if name not in parameters or arg != parameters[name].default}
     return config_class(value.class_path, given | value.get("dict_kwargs", {}))
 
 
@@ -298,11 +299,11 @@ def _explain(message: str, parser: argparse.ArgumentParser) -> str:
 
     A message that is not understood stays as it is.
     """
-    if found := re.search(r"unrecognized arguments: (.*)", message):
+    if found := re.search(r"[Uu]nrecognized arguments: (.*)", message):
         words = found[1].split()
         option = next((word for word in words if word.startswith("-")), words[0])
         return _unknown_option(option.partition("=")[0], parser)
-    if found := re.search(r"does not accept option '([\w.]+)'", message):
+    if found := re.search(r"does not accept (?:option|nested key) '([\w.]+)'", message):
         return _unknown_option(f"--{found[1]}", parser)
     if found := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
         known = [*re.findall(r"[\w-]+", found[2]), "list"]
@@ -314,7 +315,7 @@ def _explain(message: str, parser: argparse.ArgumentParser) -> str:
     if found := re.search(r"Problem with given class_path '([\w.]+)':\n(.*)", message, re.DOTALL):
         path, reason = found[1], re.split(r"\n +- |\n *Given value", found[2])[0]
         name = path.rpartition(".")[2]
-        if found := re.search(r"[Oo]ption '([\w.]+)' is not accepted", reason):
+        if found := re.search(r"(?:Option|Key) '([\w.]+)' is not (?:accepted|expected)", reason):
             return f"{name} has no argument {found[1]!r}: {option}.{found[1]}. {_nearest(found[1], _arguments(path))}"
         if found := re.search(r'Parser key "([\w.]+)"', reason):
             option += f".{found[1]}"
@@ -484,12 +485,14 @@ class Invocation:
         model: Name of the model's class.
         task: Name of the folder of the runs.
         run: Folder of the run that goes on, if one does.
+        settings: Configuration file of that run.
     """
 
     args: list[str]
     model: str | None = None
     task: str = _DEFAULT_TASK
     run: Path | None = None
+    settings: str | None = None
 
     @classmethod
     def of(cls, args: list[str]) -> Invocation:
@@ -512,7 +515,7 @@ class Invocation:
             root = (config.get("trainer") or {}).get("default_root_dir") or root
         for _, _, value in _given(args, "--trainer.default_root_dir"):
             root = value
-        run, base = None, find_config(_DEFAULT_TASK)
+        run, settings = None, None
         for _, _, value in list(_given(args, "--ckpt_path")):
             checkpoint = find_checkpoint(value, Path(root) / task)
             args += ["--ckpt_path", str(checkpoint)]
@@ -521,12 +524,13 @@ class Invocation:
         if run is not None:
             task = run.parent.name
             if (run / "config.yaml").is_file():
-                base = str(run / "config.yaml")
+                settings = str(run / "config.yaml")
         if model is None:
+            base = settings or find_config(_DEFAULT_TASK)
             args = ["-c", base, *args]
             path = _class_path(_load(base).get("model")) or ""
             model, task = path.rpartition(".")[2], task or _DEFAULT_TASK
-        return cls([subcommand, *args], model, task, run)
+        return cls([subcommand, *args], model, task, run, settings)
 
 
 def find_checkpoint(name: str, folder: Path) -> Path:
@@ -567,10 +571,28 @@ class CommandLine(OptimCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--threads",
+            type=PositiveInt,
+            help="CPU threads of torch. Small models are fastest with one. Default: torch's own choice.",
+        )
         for name in _LINKS.get(self.invocation.model or "", ()):
             link = partial(_take, name)
             link.__name__ = name  # type: ignore[attr-defined]
             parser.link_arguments("data", f"model.init_args.{name}", compute_fn=link, apply_on="instantiate")
+
+    def before_instantiate_classes(self) -> None:
+        if threads := self._get(self.config, "threads"):
+            torch.set_num_threads(threads)
+        if self.subcommand != "fit" or not self.invocation.settings:
+            return
+        begun = _class_path(_load(self.invocation.settings).get("optimizer"))
+        now = self._get(self.config, "optimizer")
+        if begun and now and factory._optimizer_class(begun) is not factory._optimizer_class(now.class_path):
+            raise UsageError(
+                f"--optimizer {now.class_path}: the checkpoint is from a run with {begun}. Add --optimizer {begun}, or "
+                "leave -c and --model out to go on with all settings of that run."
+            )
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         settings = self._get(self.config_init, "trainer")
@@ -580,7 +602,7 @@ class CommandLine(OptimCLI):
                 place = {"save_dir": settings.default_root_dir, "name": self.invocation.task}
             else:
                 place = {"save_dir": str(run.parent.parent), "name": run.parent.name, "version": run.name}
-            kwargs["logger"] = TensorBoardLogger(**place, default_hp_metric=False)
+            kwargs["logger"] = TensorBoardLogger(**place)
         trainer: Any = super().instantiate_trainer(**kwargs)
         if trainer.loggers:
             trainer.callbacks.insert(0, LearningRateMonitor())
