@@ -105,7 +105,6 @@ class OptimCLI(LightningCLI):
     ) -> None:
         defaults: dict[str, Any] = {
             "save_config_callback": RecordSettings,
-            "parser_class": OptimArgumentParser,
             "auto_configure_optimizers": False,
         }
         try:
@@ -114,7 +113,7 @@ class OptimCLI(LightningCLI):
             self.parser.error(str(error), error)
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        parser = self.parser_class(**kwargs)
+        parser = OptimArgumentParser(**kwargs)
         what = "Name of a preset (`lightning-optim list --presets`) or path of a YAML file; may be repeated."
         parser.add_argument("-c", "--config", action=PresetOrFile, help=what)
         return parser
@@ -168,7 +167,7 @@ class OptimCLI(LightningCLI):
         grouping = self._get(self.config_init, "grouping")
         if optimizer is not None:
             # Wrong arguments show now and not after the data has been prepared.
-            with _explained("--optimizer: "):
+            with _explained("--optimizer: ", by=("lightning_optim", "torch")):
                 factory.build_optimizer(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), optimizer)
         if isinstance(model, OptimizerMixin):
             model.optimizer = optimizer or model.optimizer
@@ -237,7 +236,7 @@ def _import_class(path: str) -> type:
 
 
 def _configure_optimizers(configure: Callable[[], Any]) -> Any:
-    with _explained():
+    with _explained(by=("lightning_optim", "torch")):
         return configure()
 
 
@@ -249,24 +248,23 @@ class UsageError(Exception):
 
 
 @contextmanager
-def _explained(what: str = "") -> Iterator[None]:
-    """Turns a ValueError about a setting into a :class:`UsageError`; one from a user's own code passes."""
+def _explained(what: str = "", by: tuple[str, ...] = ("lightning_optim", "lightning")) -> Iterator[None]:
+    """Turns a ValueError that one of these packages raises about a setting into a :class:`UsageError`.
+
+    Others are mistakes in code and pass.
+    """
     try:
         yield
     except ValueError as error:
         cause: BaseException | None = error
         while cause and _raised_in(cause) == "jsonargparse":  # which instantiates classes and follows links
             cause = cause.__cause__
-        if isinstance(cause, (ValueError, DataError)) and _raised_in(cause) in _EXPLAINING_PACKAGES:
+        if isinstance(cause, (ValueError, DataError)) and _raised_in(cause) in by:
             message = what + str(cause)
             if found := re.search(r"'([^']+)' is not one of ([^.]+)", message):
                 message += f" {_nearest(found[1], found[2].split(', '), '')}"
             raise UsageError(message) from error
         raise
-
-
-# Their ValueErrors are about arguments that they were given.
-_EXPLAINING_PACKAGES = ("lightning_optim", "lightning", "torch")
 
 
 def _raised_in(error: BaseException) -> str:
@@ -467,6 +465,9 @@ def main(args: Sequence[str] | None = None) -> None:
     if args[:1] == ["list"]:
         _list(args[1:])
         return
+    # So that `--model mine.Model` finds mine.py here, as it would with `python -m`.
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
     # The data of the presets is made faster in the training process than it is sent to it from another one.
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     try:

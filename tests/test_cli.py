@@ -169,6 +169,15 @@ def test_a_schedule_finds_out_the_length_of_the_run() -> None:
     assert (schedule.interval, schedule.scheduler.total_steps, schedule.scheduler.last_epoch) == ("step", 5, 5)
 
 
+def test_a_model_from_the_folder_one_is_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    code = "from lightning.pytorch.demos.boring_classes import BoringModel\n\nclass Mine(BoringModel):\n    pass\n"
+    Path("a_project_of_mine.py").write_text(code)
+    main(["fit", "--model", "a_project_of_mine.Mine", "--optimizer", "NAMO", *SHORT])
+    config = yaml.safe_load(Path("runs/Mine/version_0/config.yaml").read_text())
+    assert config["optimizer"]["class_path"] == "lightning_optim.NAMO"
+
+
 class Mixed(OptimizerMixin, BoringModel):
     optimizer = "AdamW"
 
@@ -278,9 +287,15 @@ class WrongWhenTrained(BoringModel):
         raise ValueError("a mistake in a project")
 
 
-@pytest.mark.parametrize("model", [WrongWhenMade, WrongWhenTrained])
+class WrongUseOfTorch(BoringModel):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.optim.SGD(self.parameters(), lr=-1.0)
+
+
+@pytest.mark.parametrize("model", [WrongWhenMade, WrongWhenTrained, WrongUseOfTorch])
 def test_mistakes_in_code_keep_their_traceback(model: type) -> None:
-    with pytest.raises(ValueError, match="a mistake in a project"):
+    with pytest.raises(ValueError, match=r"a mistake in a project|Invalid learning rate"):
         OptimCLI(model, args=["fit", "--optimizer", "NAMO", "--trainer.fast_dev_run", "1", *QUIET])
 
 

@@ -122,7 +122,7 @@ class TextData(BatchDataModule):
         # To learn a vocabulary would take a second pass over a download that is not kept.
         learnable = dataset not in _STREAMED or not TOKENIZERS[tokenizer].is_learned
         check("tokenizer", tokenizer, learnable, f"byte or gpt2 for dataset={dataset!r}")
-        self.save_hyperparameters()
+        self.save_hyperparameters(logger=False)  # the model logs what both have
         self.dataset = dataset
         self.root = Path(root).expanduser()
         self.cache = Path(cache).expanduser() if cache else self.root / "cache"

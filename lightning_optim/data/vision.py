@@ -129,7 +129,7 @@ class VisionData(BatchDataModule):
         check("dataset", dataset, dataset in get_args(ImageSet), f"one of {', '.join(get_args(ImageSet))}")
         check("validation_fraction", validation_fraction, 0 <= validation_fraction < 1, "0 to less than 1")
         check("image_size", image_size, image_size is None or image_size >= 1, "None, or at least 1 pixel")
-        self.save_hyperparameters()
+        self.save_hyperparameters(logger=False)  # the model logs what both have
         self.dataset = dataset
         self.root = Path(root).expanduser()
         self.augment = augment
