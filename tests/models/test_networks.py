@@ -140,13 +140,13 @@ def test_compiles_without_graph_breaks(name: str) -> None:
 def test_overfits_a_batch(name: str) -> None:
     torch.manual_seed(0)
     network, tokens = SMALL[name](), random_tokens(2, LENGTH + 1)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
-    for _ in range(300):
+    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-2)
+    for _ in range(150):
         loss = F.cross_entropy(network(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert loss.item() < 0.05
+    assert loss.item() < 0.1  # from ln 50 = 3.9
 
 
 def test_gpt_refuses_more_tokens_than_positions() -> None:
