@@ -1,0 +1,233 @@
+"""What all diagnostic callbacks have in common."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar, NamedTuple
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_optim.routing import clean_name
+
+from .recorder import Step, StepRecorder, Watched
+
+_HISTORY = 10_000
+
+
+class Results(NamedTuple):
+    """What a monitor makes of a step.
+
+    Args:
+        values: Values by name.
+        layers: By name, the values of single parameters by their names.
+    """
+
+    values: dict[str, float]
+    layers: dict[str, dict[str, float]] = {}  # noqa: RUF012 (never written to)
+
+
+class Monitor(pl.Callback):
+    """Base of the diagnostic callbacks: which steps and which parameters it measures, and how its values are named.
+
+    A subclass says which sums over elements it needs (:meth:`sums`, computed by each process on its part and added up
+    over processes) and what to make of them (:meth:`results`). Everything else, the copy of the parameters, skipped
+    steps, precision, processes and loggers, is the :class:`.recorder.StepRecorder`'s, which all monitors of a Trainer
+    share.
+
+    Training is never changed: weights are bit for bit those of a run without the callback.
+
+    A value ``name`` is logged as ``family/name``, and for the layers asked for as ``family_name/PARAMETER``. Where a
+    module has several optimizers, their class and number come before the tag.
+
+    Args:
+        every_n_steps: Measure every so many optimizer steps, or the steps (counted from 1) for which a function of the
+            step is true. All processes must come to the same answer.
+        first_n_steps: Measure each of the first so many steps, too.
+        parameters: Shell-style patterns of the names of parameters to measure.
+        layers: Shell-style patterns of the names of parameters whose own values are logged, too.
+
+    Raises:
+        ValueError: An interval is below 1; a pattern matches no parameter.
+
+    Attributes:
+        history: By tag, the last 10,000 pairs of step and value, also where there is no logger.
+    """
+
+    #: First part of the tags.
+    family: ClassVar[str]
+    #: Charts for TensorBoard's custom scalars: ``{title: (kind, [regular expressions of tags])}``.
+    charts: ClassVar[Mapping[str, tuple[str, list[str]]]] = {}
+    #: Whether it measures hidden matrices only, which FSDP1 does not keep.
+    needs_matrices: ClassVar[bool] = False
+    #: Whether it wants what our matrix rules report during a step.
+    needs_observations: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        every_n_steps: int | Callable[[int], bool] = 50,
+        first_n_steps: int = 0,
+        parameters: Sequence[str] = ("*",),
+        layers: Sequence[str] = (),
+    ) -> None:
+        name = type(self).__name__
+        if not callable(every_n_steps) and every_n_steps < 1:
+            raise ValueError(f"{name}: every_n_steps must be at least 1 or a function, got {every_n_steps!r}.")
+        if first_n_steps < 0:
+            raise ValueError(f"{name}: first_n_steps must not be negative, got {first_n_steps!r}.")
+        for argument, patterns in (("parameters", parameters), ("layers", layers)):
+            if isinstance(patterns, str):
+                raise ValueError(
+                    f"{name}: {argument} must be a list of patterns, got {patterns!r}; write [{patterns!r}]."
+                )
+        self.every_n_steps = every_n_steps
+        self.first_n_steps = first_n_steps
+        self.parameters = tuple(parameters)
+        self.layers = tuple(layers)
+        self.history: dict[str, deque[tuple[int, float]]] = {}
+        #: Tensors that are remembered from step to step, by name; saved in checkpoints.
+        self.memory: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._sharded = False
+
+    # --- for subclasses -----------------------------------------------------------------------------------------
+
+    def before_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step) -> None:
+        """Called before a step that is measured: gradients are there, complete and not clipped."""
+
+    def sums(self, step: Step) -> dict[str, Tensor]:
+        """Called after the step. What this process knows, to be added up over the processes that shards are spread on.
+
+        A vector with one entry per parameter of ``step.watched`` counts parameters that several processes hold once.
+        """
+        return {}
+
+    def results(self, step: Step, sums: dict[str, Tensor]) -> Results:
+        """The values, from the added sums, which are float64 on the CPU."""
+        raise NotImplementedError
+
+    def remembered(self, step: Step, name: str, current: Sequence[Tensor]) -> list[Tensor]:
+        """What was remembered under a name for each parameter of the step, like ``current``; zeros at first."""
+        self._sharded = bool(step.shards.groups)
+        keys = [f"{name}/{parameter}" for parameter in step.names]
+        return [self.memory[k].to(x) if k in self.memory else torch.zeros_like(x) for k, x in zip(keys, current)]
+
+    def remember(self, step: Step, name: str, current: Sequence[Tensor]) -> None:
+        """Remember a tensor for each parameter of the step."""
+        self.memory |= {f"{name}/{parameter}": x.clone() for parameter, x in zip(step.names, current)}
+
+    # --- which steps, which parameters --------------------------------------------------------------------------
+
+    def count(self, label: str) -> int:
+        """Count a step of the optimizer with that label; its number if it is to be measured, otherwise 0."""
+        index = self._counts[label] = self._counts.get(label, 0) + 1
+        return index if self.measures(index) else 0
+
+    def measures(self, index: int) -> bool:
+        """Whether the step with that number, from 1, is measured."""
+        if index <= self.first_n_steps:
+            return True
+        return self.every_n_steps(index) if callable(self.every_n_steps) else index % self.every_n_steps == 0
+
+    def select(self, watched: Sequence[Watched]) -> list[Watched]:
+        """Those of an optimizer's parameters that are measured."""
+        return [w for w in watched if matches(w.name, self.parameters) and (w.is_matrix or not self.needs_matrices)]
+
+    # --- values -------------------------------------------------------------------------------------------------
+
+    def tagged(self, label: str, results: Results) -> dict[str, float]:
+        """Results by their tags, of the layers only those asked for, without what is undefined (NaN)."""
+        values = {f"{label}{self.family}/{name}": value for name, value in results.values.items()}
+        for name, layers in results.layers.items():
+            for layer, value in layers.items():
+                if matches(layer, self.layers):
+                    values[f"{label}{self.family}_{name}/{layer}"] = value
+        return {tag: value for tag, value in values.items() if not math.isnan(value)}
+
+    def record(self, step: int, values: Mapping[str, float]) -> None:
+        """Add values to :attr:`history`."""
+        for tag, value in values.items():
+            self.history.setdefault(tag, deque(maxlen=_HISTORY)).append((step, value))
+
+    # --- hooks --------------------------------------------------------------------------------------------------
+
+    @property
+    def state_key(self) -> str:
+        """Two callbacks of one class do not share their state if their settings differ."""
+        settings = {name: value for name, value in vars(self).items() if isinstance(value, (int, float, str, tuple))}
+        return self._generate_state_key(**settings)
+
+    def state_dict(self) -> dict[str, Any]:
+        # Lightning saves the state of the first process. What the others remember of their shards is not in it.
+        return {"counts": dict(self._counts), "memory": {} if self._sharded else dict(self.memory)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._counts = dict(state_dict["counts"])
+        self.memory = dict(state_dict["memory"])
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            StepRecorder.of(trainer).attach(self, trainer)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        names = [clean_name(name) for name, _ in pl_module.named_parameters()]
+        for argument, patterns in (("parameters", self.parameters), ("layers", self.layers)):
+            for pattern in patterns:
+                if not any(matches(name, [pattern]) for name in names):
+                    raise ValueError(
+                        f"{type(self).__name__}: {argument}: no parameter matches {pattern!r}. "
+                        f"There are {', '.join(names[:5])}, ..."
+                    )
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._lead(trainer, "batch_start")
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        self._lead(trainer, "before", trainer, pl_module, optimizer)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._lead(trainer, "batch_end")
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        StepRecorder.of(trainer).detach(self)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        StepRecorder.of(trainer).detach(self)
+
+    def _lead(self, trainer: pl.Trainer, method: str, *args: Any) -> None:
+        """Lightning calls every monitor; the first speaks to the recorder for all."""
+        recorder = StepRecorder.of(trainer)
+        if recorder.monitors and recorder.monitors[0] is self:
+            getattr(recorder, method)(*args)
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a name matches one of several shell-style patterns."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def total_and_layers(statistics: Callable[..., dict[str, Tensor]], step: Step, sums: Mapping[str, Tensor]) -> Results:
+    """Statistics of all parameters taken together, and of each.
+
+    Args:
+        statistics: Called with the sums by name; works element by element.
+        step: The step.
+        sums: Vectors with one entry per parameter.
+    """
+    together = statistics(**{name: x.sum() for name, x in sums.items()})
+    each = statistics(**sums)
+    return Results(
+        {name: float(x) for name, x in together.items()},
+        {name: dict(zip(step.names, x.tolist())) for name, x in each.items()},
+    )

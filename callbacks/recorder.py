@@ -1,0 +1,423 @@
+"""The measuring primitive: what every optimizer step really did, seen from outside.
+
+Parameters are copied in the callback hook ``on_before_optimizer_step`` and compared in torch's optimizer post-hook. At
+that point, at every precision, the parameters have moved, gradients are unscaled and clipped, and the learning rate is
+that of the step. (The callback hook alone comes before clipping; torch's pre-hook comes before the backward pass
+where no loss scaler is used; and at the end of the batch the scheduler has already changed the learning rate.)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+from weakref import WeakKeyDictionary
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+from torch.optim import Optimizer
+
+from lightning_optim.diagnostics.change import Change
+from lightning_optim.optimizers.optimizer import RuleOptimizer
+from lightning_optim.routing import Route, clean_name, route
+
+if TYPE_CHECKING:
+    from .monitor import Monitor
+
+#: Title of the page of charts in TensorBoard's "Custom scalars".
+PAGE = "Diagnostics"
+
+
+@dataclass(frozen=True, eq=False)
+class Watched:
+    """A parameter of the optimizer.
+
+    Args:
+        name: Its name in the LightningModule, without the prefixes of wrappers.
+        parameter: The parameter.
+        route: What the router says of it (:func:`lightning_optim.routing.route`), or ``None`` where it is no parameter
+            of the module or flattened (FSDP1).
+        group: Its parameter group in the optimizer.
+    """
+
+    name: str
+    parameter: Tensor
+    route: Route | None
+    group: Mapping[str, Any]
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it holds hidden matrices."""
+        return self.route is not None and self.route.role == "matrix"
+
+
+@dataclass(eq=False)
+class Step:
+    """One optimizer step as one monitor sees it: only the parameters that it tracks and that have a gradient.
+
+    Args:
+        optimizer: The optimizer.
+        label: Prefix that tells its tags from those of other optimizers; empty where there is one.
+        index: Number of the step, from 1, steps that the loss scaler skipped included.
+        watched: The parameters.
+        loss_scale: What gradients are still multiplied by before the step; 1 where they are already unscaled.
+        shards: How the parameters are spread over processes.
+        observed: What a matrix rule of ours reported during the step: ``(parameter, name, value)``.
+    """
+
+    optimizer: Optimizer
+    label: str
+    index: int
+    watched: Sequence[Watched]
+    loss_scale: float
+    shards: Shards
+    observed: Sequence[tuple[Tensor, str, Tensor]] = ()
+    _changes: dict[Tensor, Tensor] = field(default_factory=dict)
+    _change: Change | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the parameters."""
+        return [w.name for w in self.watched]
+
+    def gradients(self) -> list[Tensor]:
+        """Local parts of the gradients as they are now: before the step, unscaled and unclipped."""
+        grads = [local(w.parameter.grad) for w in self.watched]  # type: ignore[arg-type]
+        return grads if self.loss_scale == 1 else [g / self.loss_scale for g in grads]
+
+    @property
+    def change(self) -> Change:
+        """What the step did. Known after the step only."""
+        if self._change is None:
+            parameters = [w.parameter for w in self.watched]
+            self._change = Change(
+                self.names,
+                [local(p.detach()) for p in parameters],
+                [self._changes[p] for p in parameters],
+                [local(p.grad) for p in parameters],  # type: ignore[arg-type]
+                [float(w.group["lr"]) for w in self.watched],
+            )
+        return self._change
+
+
+def local(x: Tensor) -> Tensor:
+    """The part of a tensor that this process holds."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+# --- sharded training -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shards:
+    """How parameters are spread over processes, and how to add up what each process knows of its part.
+
+    Args:
+        groups: Process groups over which sums have to be added; none where each process has everything.
+    """
+
+    groups: tuple[Any, ...] = ()
+
+    @classmethod
+    def of(cls, strategy: Any, parameters: Iterable[Tensor]) -> Shards:
+        """Find out."""
+        if isinstance(strategy, FSDPStrategy):
+            return cls((dist.group.WORLD,))
+        groups = {}
+        for p in parameters:
+            if isinstance(p, DTensor):
+                for dim, placement in enumerate(p.placements):
+                    if isinstance(placement, Shard):
+                        group = p.device_mesh.get_group(dim)
+                        groups[group.group_name] = group
+        return cls(tuple(groups.values()))
+
+    def counts(self, p: Tensor) -> bool:
+        """Whether this process is to count its part of a parameter: each element is counted once over all groups."""
+        sharded = set()
+        if isinstance(p, DTensor):
+            dims = [dim for dim, placement in enumerate(p.placements) if isinstance(placement, Shard)]
+            sharded = {p.device_mesh.get_group(dim).group_name for dim in dims}
+        return all(g.group_name in sharded or dist.get_rank(g) == 0 for g in self.groups)
+
+    def add(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Sums over processes on the CPU in float64, by one reduction however many tensors there are."""
+        if not tensors:
+            return []
+        dtype = torch.float32 if tensors[0].device.type == "mps" else torch.float64
+        device = tensors[0].device
+        flat = torch.cat([x.detach().reshape(-1).to(device, dtype) for x in tensors])
+        for group in self.groups:
+            dist.all_reduce(flat, group=group)
+        parts = flat.cpu().double().split([x.numel() for x in tensors])
+        return [part.reshape(x.shape) for part, x in zip(parts, tensors)]
+
+
+# --- the recorder -----------------------------------------------------------------------------------------------
+
+
+class StepRecorder:
+    """Watches the optimizer steps of one Trainer for all of its monitors: one copy, one reduction, one log call."""
+
+    _of: ClassVar[WeakKeyDictionary[pl.Trainer, StepRecorder]] = WeakKeyDictionary()
+
+    def __init__(self) -> None:
+        self.monitors: list[Monitor] = []
+        self.scaler_skips = 0
+        self._handles: dict[int, Any] = {}
+        self._watched: dict[int, list[Watched]] = {}
+        self._open: _OpenStep | None = None
+        self._values: list[tuple[Monitor, Mapping[str, float]]] = []
+        self._layout_written = False
+        self._clock = _Clock()
+
+    @classmethod
+    def of(cls, trainer: pl.Trainer) -> StepRecorder:
+        """The one recorder of a Trainer."""
+        return cls._of.setdefault(trainer, cls())
+
+    def attach(self, monitor: Monitor, trainer: pl.Trainer) -> None:
+        """Begin to serve a monitor.
+
+        Raises:
+            MisconfigurationException: The strategy hides parameters or gradients from callbacks.
+        """
+        if isinstance(trainer.strategy, DeepSpeedStrategy):
+            raise MisconfigurationException(
+                f"{type(monitor).__name__} does not work with {type(trainer.strategy).__name__}, which keeps gradients "
+                "and updates inside its engine; use DDP or FSDP2 (ModelParallelStrategy)."
+            )
+        if isinstance(trainer.strategy, FSDPStrategy) and monitor.needs_matrices:
+            raise MisconfigurationException(
+                f"{type(monitor).__name__} needs whole matrices, and FSDPStrategy (FSDP1) flattens them; use "
+                "ModelParallelStrategy (FSDP2)."
+            )
+        if monitor not in self.monitors:
+            self.monitors.append(monitor)
+
+    def detach(self, monitor: Monitor) -> None:
+        """Stop serving a monitor; the last one to go leaves nothing behind."""
+        if monitor in self.monitors:
+            self.monitors.remove(monitor)
+        if not self.monitors:
+            self._discard()
+            for handle in self._handles.values():
+                handle.remove()
+            self._handles.clear()
+            self._watched.clear()
+            self._layout_written, self.scaler_skips = False, 0
+
+    # --- one step -----------------------------------------------------------------------------------------------
+
+    def batch_start(self) -> None:
+        self._clock.batch_start()
+
+    def batch_end(self) -> None:
+        self._settle()
+        self._clock.batch_end()
+
+    @torch.no_grad()
+    def before(self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Optimizer) -> None:
+        """Called in ``on_before_optimizer_step``."""
+        with self._clock:
+            self._settle()
+            if id(optimizer) not in self._handles:
+                self._handles[id(optimizer)] = optimizer.register_step_post_hook(self._after)
+            label = _label(trainer, optimizer)
+            due = [(monitor, index) for monitor in self.monitors if (index := monitor.count(label))]
+            self._open = _OpenStep(trainer, optimizer, label, due)
+            if due:
+                self._begin(module, self._open)
+
+    def _begin(self, module: pl.LightningModule, opened: _OpenStep) -> None:
+        trainer, optimizer = opened.trainer, opened.optimizer
+        watched = self._watch(trainer, module, optimizer)
+        shards = Shards.of(trainer.strategy, (w.parameter for w in watched))
+        scale = _loss_scale(trainer, optimizer)
+        views: dict[tuple[str, ...], Step] = {}
+        for monitor, index in opened.due:
+            key = (str(monitor.needs_matrices), *monitor.parameters)
+            if key not in views or views[key].index != index:
+                tracked = monitor.select(watched)
+                views[key] = Step(
+                    optimizer, opened.label, index, tracked, scale, shards, opened.observed, opened.changes
+                )
+            opened.steps.append((monitor, views[key]))
+        if isinstance(optimizer, RuleOptimizer):
+            opened.own_skips = optimizer.skipped_steps
+            if any(monitor.needs_observations for monitor, _ in opened.due):
+                optimizer.observer = lambda p, name, value: opened.observed.append((p, name, value))
+        # A parameter without a gradient is not stepped.
+        for step in views.values():
+            step.watched = [w for w in step.watched if w.parameter.grad is not None]
+        for monitor, step in opened.steps:
+            monitor.before_step(trainer, module, step)
+        tracked = {w.parameter for _, step in opened.steps for w in step.watched}
+        opened.changes.update({p: local(p.detach()).clone() for p in tracked})
+
+    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Called by torch after the step."""
+        opened = self._open
+        if opened is None or opened.optimizer is not optimizer:
+            return  # a step that Lightning did not announce
+        with self._clock, torch.no_grad():
+            # Fused optimizers handle the loss scaler's verdict themselves and are called for skipped steps, too.
+            found_inf = getattr(optimizer, "found_inf", None)
+            if found_inf is not None and found_inf.item():
+                self._settle()
+                return
+            if not opened.due or (isinstance(optimizer, RuleOptimizer) and optimizer.skipped_steps > opened.own_skips):
+                self._discard()
+                return
+            for p, before in opened.changes.items():
+                after = local(p.detach())
+                if before.dtype in (torch.float32, torch.float64):
+                    before.neg_().add_(after)
+                else:
+                    opened.changes[p] = after.float() - before.float()
+            self._measure(opened)
+            self._discard()
+            self._log(opened.trainer)
+
+    def _measure(self, opened: _OpenStep) -> None:
+        asked = [(monitor, step, monitor.sums(step)) for monitor, step in opened.steps if step.watched]
+        shards = opened.steps[0][1].shards
+        parts = []
+        for _, step, sums in asked:
+            counts = [shards.counts(w.parameter) for w in step.watched] if shards.groups else []
+            for x in sums.values():
+                parts.append(x * x.new_tensor(counts) if counts and x.shape == (len(counts),) else x)
+        totals = iter(shards.add(parts))
+        for monitor, step, sums in asked:
+            results = monitor.results(step, {name: next(totals) for name in sums})
+            self.add(monitor, monitor.tagged(step.label, results))
+
+    def _settle(self) -> None:
+        """A step that was announced and did not come was skipped by the loss scaler."""
+        if self._open is not None:
+            self.scaler_skips += 1
+            self._discard()
+
+    def _discard(self) -> None:
+        if self._open is not None and isinstance(self._open.optimizer, RuleOptimizer):
+            self._open.optimizer.observer = None
+        self._open = None
+
+    # --- what there is to watch ---------------------------------------------------------------------------------
+
+    def _watch(self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Optimizer) -> list[Watched]:
+        members = [(p, group) for group in optimizer.param_groups for p in group["params"]]
+        known = self._watched.get(id(optimizer), [])
+        if len(known) == len(members) and all(w.parameter is p and w.group is g for w, (p, g) in zip(known, members)):
+            return known
+        names = {p: clean_name(name) for name, p in module.named_parameters()}
+        flat = isinstance(trainer.strategy, FSDPStrategy)
+        routes = {} if flat else {clean_name(name): r for name, r in route(module).items()}
+        watched = []
+        for i, (p, group) in enumerate(members):
+            name = names.get(p, f"parameter{i}")
+            watched.append(Watched(name, p, routes.get(name), group))
+        self._watched[id(optimizer)] = watched
+        return watched
+
+    # --- logging ------------------------------------------------------------------------------------------------
+
+    def add(self, monitor: Monitor, values: Mapping[str, float]) -> None:
+        """Values to be logged with those of the step that is being measured, or of the next one."""
+        self._values.append((monitor, values))
+
+    def _log(self, trainer: pl.Trainer) -> None:
+        # The step that Lightning gives to what the LightningModule logs in this batch.
+        x = trainer.fit_loop.epoch_loop._batches_that_stepped
+        merged = self._clock.read()
+        for monitor, values in self._values:
+            monitor.record(x, values)
+            merged |= values
+        self._values = []
+        self._write_layout(trainer)
+        for logger in trainer.loggers:
+            logger.log_metrics(merged, step=x)
+        trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in merged.items()})
+
+    def _write_layout(self, trainer: pl.Trainer) -> None:
+        """TensorBoard keeps one layout of charts per run, so that of all monitors is written at once."""
+        if self._layout_written or not trainer.is_global_zero:
+            return
+        self._layout_written = True
+        charts = {title: list(chart) for monitor in self.monitors for title, chart in monitor.charts.items()}
+        charts["overhead"] = ["Multiline", [r"^diagnostics/overhead_share$"]]
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_custom_scalars({PAGE: charts})
+
+
+@dataclass(eq=False)
+class _OpenStep:
+    """A step that has been announced and has not happened yet."""
+
+    trainer: pl.Trainer
+    optimizer: Optimizer
+    label: str
+    due: list[tuple[Monitor, int]]
+    steps: list[tuple[Monitor, Step]] = field(default_factory=list)
+    changes: dict[Tensor, Tensor] = field(default_factory=dict)
+    observed: list[tuple[Tensor, str, Tensor]] = field(default_factory=list)
+    own_skips: int = 0
+
+
+class _Clock:
+    """How long the diagnostics take, and what share of training that is."""
+
+    def __init__(self) -> None:
+        self._own = self._training = 0.0
+        self._batch_start: float | None = None
+        self._read = (0.0, 0.0)
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._own += time.perf_counter() - self._start
+
+    def batch_start(self) -> None:
+        self._batch_start = time.perf_counter()
+
+    def batch_end(self) -> None:
+        if self._batch_start is not None:
+            self._training += time.perf_counter() - self._batch_start
+            self._batch_start = None
+
+    def read(self) -> dict[str, float]:
+        """Milliseconds since it was read last, and the share of the time spent in training batches.
+
+        To be called between ``__enter__`` and ``__exit__``.
+        """
+        now = time.perf_counter()
+        own = self._own + now - self._start
+        training = self._training + (now - self._batch_start if self._batch_start is not None else 0.0)
+        own_since, training_since = own - self._read[0], training - self._read[1]
+        self._read = own, training
+        share = own_since / training_since if training_since else 0.0
+        return {"diagnostics/overhead_ms": 1e3 * own_since, "diagnostics/overhead_share": share}
+
+
+def _label(trainer: pl.Trainer, optimizer: Optimizer) -> str:
+    if len(trainer.optimizers) == 1:
+        return ""
+    index = next((i for i, o in enumerate(trainer.optimizers) if o is optimizer), "")
+    return f"{type(optimizer).__name__}{index}/"
+
+
+def _loss_scale(trainer: pl.Trainer, optimizer: Optimizer) -> float:
+    """Lightning unscales gradients before the hook, unless the optimizer does so itself."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return 1.0
+    return scaler.get_scale()

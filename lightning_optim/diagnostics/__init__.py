@@ -1,0 +1,7 @@
+"""What optimizers do, measured: pure functions of tensors, which know nothing of Lightning or loggers."""
+
+from .change import Change
+from .sign_collapse import sign_collapse
+from .update_size import update_size
+
+__all__ = ["Change", "sign_collapse", "update_size"]

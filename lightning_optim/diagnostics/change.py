@@ -1,0 +1,111 @@
+"""What one optimizer step did to parameters, and the sums over elements from which statistics are made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+#: Sums by name, each with one entry per parameter, or 0-d when added up over parameters.
+Sums = dict[str, Tensor]
+
+
+@dataclass
+class Change:
+    """The real change of some parameters in one optimizer step, measured and not derived from optimizer state.
+
+    Every sum is a vector with one entry per parameter. Sums of shards of a parameter, or of several parameters, add
+    up to the sum of the whole, so that one addition over processes is all that sharded training needs.
+
+    Args:
+        names: Names of the parameters.
+        weights: The parameters after the step (on sharded training: the local parts).
+        updates: After minus before, in float32 or float64.
+        gradients: What the optimizer consumed: unscaled and clipped.
+        lrs: Learning rate of the step, per parameter.
+
+    Example:
+        >>> change = Change(["w"], [torch.tensor([3.0, 4.0])], [torch.tensor([-0.1, 0.0])], [torch.ones(2)], [0.1])
+        >>> change.update_sq, change.weight_sq, change.moved
+        (tensor([0.0100]), tensor([25.]), tensor([1.]))
+    """
+
+    names: Sequence[str]
+    weights: Sequence[Tensor]
+    updates: Sequence[Tensor]
+    gradients: Sequence[Tensor]
+    lrs: Sequence[float]
+
+    @cached_property
+    def numel(self) -> Tensor:
+        """Number of elements."""
+        return torch.tensor([float(u.numel()) for u in self.updates], device=self._device)
+
+    @cached_property
+    def update_sq(self) -> Tensor:
+        """Sum of squared updates."""
+        return sum_of_squares(self.updates)
+
+    @cached_property
+    def update_abs(self) -> Tensor:
+        """Sum of absolute updates."""
+        return torch.stack([u.abs().sum().to(self._device) for u in self.updates])
+
+    @cached_property
+    def moved(self) -> Tensor:
+        """Number of elements that changed."""
+        return torch.stack([torch.count_nonzero(u).to(self._device, torch.float32) for u in self.updates])
+
+    @cached_property
+    def weight_sq(self) -> Tensor:
+        """Sum of squared weights, after the step."""
+        return sum_of_squares(self.weights)
+
+    @cached_property
+    def gradient_sq(self) -> Tensor:
+        """Sum of squared gradients."""
+        return sum_of_squares(self.gradients)
+
+    @cached_property
+    def update_dot_gradient(self) -> Tensor:
+        """Inner product of update and gradient."""
+        return inner_products(self.updates, self.gradients)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.updates[0].device
+
+
+def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
+    """Sum of squares of each tensor, shape ``(len(tensors),)``, at least in float32.
+
+    >>> sum_of_squares([torch.tensor([3.0, 4.0]), torch.zeros(0)])
+    tensor([25.,  0.])
+    """
+    norms = torch._foreach_norm([_at_least_float32(x) for x in tensors])
+    return torch.stack([norm.to(norms[0].device) for norm in norms]).square()
+
+
+def inner_products(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
+    """Inner product of each pair of tensors, shape ``(len(xs),)``."""
+    products = [torch.dot(x.reshape(-1), _at_least_float32(y).reshape(-1).to(x.dtype)) for x, y in zip(xs, ys)]
+    return torch.stack([product.to(products[0].device) for product in products])
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def sample(x: Tensor, most: int = 4096) -> Tensor:
+    """At most ``most`` elements of a tensor, equally spaced and always the same, as a vector (a view or copy).
+
+    What has to be remembered of updates from step to step is remembered of these only, so that it takes no memory to
+    speak of.
+
+    >>> sample(torch.arange(10), most=4)
+    tensor([0, 3, 6, 9])
+    """
+    return x.reshape(-1)[:: max(1, -(-x.numel() // most))]
