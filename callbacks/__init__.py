@@ -1,8 +1,10 @@
 """Lightning callbacks."""
 
+from .diagnostics import Diagnostics
+from .gradient_health import GradientHealth
 from .optimizer_swap import OptimizerSwap
 from .rng_state import RNGState
 from .sign_collapse import SignCollapse
 from .update_size import UpdateSize
 
-__all__ = ["OptimizerSwap", "RNGState", "SignCollapse", "UpdateSize"]
+__all__ = ["Diagnostics", "GradientHealth", "OptimizerSwap", "RNGState", "SignCollapse", "UpdateSize"]

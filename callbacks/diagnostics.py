@@ -1,0 +1,117 @@
+"""A sensible set of diagnostics in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .gradient_health import GradientHealth
+from .monitor import Monitor
+from .sign_collapse import SignCollapse
+from .update_size import UpdateSize
+
+
+class Diagnostics(pl.Callback):
+    """Shows what the optimizer does: one line that attaches the other diagnostic callbacks.
+
+    ============ ========================================================================================
+    tier         monitors
+    ============ ========================================================================================
+    ``light``    :class:`.GradientHealth`, :class:`.UpdateSize`
+    ``standard`` those and :class:`.SignCollapse`
+    ``full``     the same, with the values of every layer
+    ============ ========================================================================================
+
+    Works with any torch optimizer and never changes training. Values go to every logger of the Trainer, to
+    ``trainer.callback_metrics`` (for early stopping and checkpoints) and to the ``history`` of each of ``monitors``;
+    TensorBoard shows them on one page, "Custom scalars", "Diagnostics". What they cost is logged as
+    ``diagnostics/overhead_ms`` and ``diagnostics/overhead_share``.
+
+    Args:
+        tier: How much to measure.
+        every_n_steps: Measure every so many optimizer steps.
+        first_n_steps: Measure each of the first so many steps, too.
+        layers: Shell-style patterns of the names of parameters whose own values are logged, too.
+
+    Raises:
+        ValueError: There is no such tier.
+
+    Example:
+        >>> diagnostics = Diagnostics("light", every_n_steps=10)
+        >>> trainer = pl.Trainer(callbacks=[diagnostics], accelerator="cpu", logger=False)
+        >>> [type(monitor).__name__ for monitor in diagnostics.monitors]
+        ['GradientHealth', 'UpdateSize']
+    """
+
+    def __init__(
+        self,
+        tier: Literal["light", "standard", "full"] = "standard",
+        every_n_steps: int = 50,
+        first_n_steps: int = 0,
+        layers: Sequence[str] = (),
+    ) -> None:
+        if tier not in ("light", "standard", "full"):
+            raise ValueError(f"Diagnostics: tier={tier!r} is not one of 'light', 'standard', 'full'.")
+        if tier == "full" and not layers:
+            layers = ("*",)
+        common: dict[str, Any] = {"every_n_steps": every_n_steps, "first_n_steps": first_n_steps, "layers": layers}
+        self.monitors: list[Monitor] = [GradientHealth(**common), UpdateSize(**common)]
+        if tier != "light":
+            self.monitors += [SignCollapse(**common)]
+
+    # --- every hook that a monitor uses -------------------------------------------------------------------------
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        for monitor in self.monitors:
+            monitor.setup(trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for monitor in self.monitors:
+            monitor.on_train_start(trainer, pl_module)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        for monitor in self.monitors:
+            monitor.on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        for monitor in self.monitors:
+            monitor.on_before_backward(trainer, pl_module, loss)
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for monitor in self.monitors:
+            monitor.on_after_backward(trainer, pl_module)
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        for monitor in self.monitors:
+            monitor.on_before_optimizer_step(trainer, pl_module, optimizer)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        for monitor in self.monitors:
+            monitor.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        for monitor in self.monitors:
+            monitor.teardown(trainer, pl_module, stage)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        for monitor in self.monitors:
+            monitor.on_exception(trainer, pl_module, exception)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {monitor.state_key: monitor.state_dict() for monitor in self.monitors}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for monitor in self.monitors:
+            # A monitor that was added since, or whose settings have changed, begins anew.
+            if monitor.state_key in state_dict:
+                monitor.load_state_dict(state_dict[monitor.state_key])

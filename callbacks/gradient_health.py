@@ -1,0 +1,195 @@
+"""Gradients: their norm before and after clipping, their noise, and the steps that they have cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import astuple
+from math import sqrt
+from typing import Any, ClassVar
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.data import extract_batch_size
+from torch import Tensor
+
+from lightning_optim.diagnostics.change import sum_of_squares
+from lightning_optim.diagnostics.noise_scale import NoiseScale
+
+from .monitor import Monitor, Results
+from .recorder import Step, StepRecorder
+
+_CLIPPED = 1e-4  # Relative change of the norm from which a gradient counts as clipped; rounding is far below.
+_DECAY = 0.95
+
+
+class GradientHealth(Monitor):
+    r"""Norm of the gradient before and after clipping, clipped and skipped steps, loss scale and noise scale.
+
+    ============================== ==================================================================================
+    ``gradient/norm``              norm of the gradient over all parameters, unscaled, before clipping
+    ``gradient/norm_clipped``      the same as the optimizer consumed it, after clipping
+    ``gradient/clipped_fraction``  running mean (decay 0.95 per measured step) of whether clipping changed the gradient
+    ``gradient/nonfinite``         elements that were NaN or infinite in the steps measured since the last log
+    ``gradient/skipped_steps``     steps so far that the loss scaler or the optimizer skipped
+    ``gradient/loss_scale``        scale of the loss; with 16-mixed precision only
+    ``gradient/noise_scale``       simple gradient noise scale in examples, see
+                                   :class:`lightning_optim.diagnostics.NoiseScale`; with one optimizer only, from the
+                                   micro-batches of ``accumulate_grad_batches`` or, under DDP, the gradients of the
+                                   single processes
+    ============================== ==================================================================================
+
+    With ``layers``, also ``gradient_norm/PARAMETER`` and ``gradient_norm_clipped/PARAMETER``. The noise scale keeps one
+    copy of the gradients during the steps that are measured, if they accumulate. For the arguments see
+    :class:`.Monitor`.
+
+    Example:
+        >>> GradientHealth(every_n_steps=10).family
+        'gradient'
+    """
+
+    family = "gradient"
+    charts: ClassVar = {
+        "gradient norm": ("Multiline", [r"gradient/norm$", r"gradient/norm_clipped$"]),
+        "clipped steps": ("Multiline", [r"gradient/clipped_fraction$"]),
+        "skipped steps and non-finite gradients": ("Multiline", [r"gradient/skipped_steps$", r"gradient/nonfinite$"]),
+        "gradient noise scale": ("Multiline", [r"gradient/noise_scale$"]),
+    }
+
+    def __init__(
+        self,
+        every_n_steps: int | Callable[[int], bool] = 50,
+        first_n_steps: int = 0,
+        parameters: Sequence[str] = ("*",),
+        layers: Sequence[str] = (),
+    ) -> None:
+        super().__init__(every_n_steps, first_n_steps, parameters, layers)
+        self._nonfinite: Tensor | float = 0.0
+        self._small = _SmallBatches()
+
+    def before_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step) -> None:
+        self._small.complete = True
+        gradients = step.gradients()
+        self._before = sum_of_squares(gradients)
+        if not self._before.isfinite().all():
+            # Such a step may be skipped and then has no results; the number waits for those of the next one.
+            self._nonfinite = self._nonfinite + torch.stack([torch.count_nonzero(~g.isfinite()) for g in gradients])
+        self._skipped = StepRecorder.of(trainer).scaler_skips + getattr(step.optimizer, "skipped_steps", 0)
+        self._loss_scale = _loss_scale(trainer)
+
+    def sums(self, step: Step) -> dict[str, Tensor]:
+        sums = {
+            "before": self._before,
+            "after": step.change.gradient_sq,
+            "nonfinite": self._nonfinite + torch.zeros_like(self._before),
+        }
+        self._nonfinite = 0.0
+        return sums if step.shards.groups else sums | self._small.take()
+
+    def results(self, step: Step, sums: dict[str, Tensor]) -> Results:
+        before_sq, after_sq = float(sums["before"].sum()), float(sums["after"].sum())
+        before, after = sqrt(before_sq), sqrt(after_sq)
+        values = {
+            "norm": before,
+            "norm_clipped": after,
+            "clipped_fraction": self._clipped_fraction(float(abs(after - before) > _CLIPPED * before)),
+            "nonfinite": float(sums["nonfinite"].sum()),
+            "skipped_steps": float(self._skipped),
+        }
+        if self._loss_scale != 1:
+            values["loss_scale"] = self._loss_scale
+        if "small_sq" in sums:
+            values["noise_scale"] = self._noise_scale(before_sq, sums)
+        layers = {"norm": sums["before"].sqrt(), "norm_clipped": sums["after"].sqrt()}
+        return Results(values, {name: dict(zip(step.names, x.tolist())) for name, x in layers.items()})
+
+    def _clipped_fraction(self, clipped: float) -> float:
+        mean, weight = self.memory.get("clipped", torch.zeros(2, dtype=torch.float64)).tolist()
+        mean, weight = _DECAY * mean + (1 - _DECAY) * clipped, _DECAY * weight + (1 - _DECAY)
+        self.memory["clipped"] = torch.tensor([mean, weight], dtype=torch.float64)
+        return mean / weight
+
+    def _noise_scale(self, big_sq: float, sums: dict[str, Tensor]) -> float:
+        estimate = NoiseScale(*self.memory.get("noise_scale", torch.tensor([_DECAY, 0.0, 0.0, 0.0])).tolist())
+        big_sq *= float(sums["big_factor"])
+        estimate.update(float(sums["small_sq"]), big_sq, float(sums["small"]), float(sums["big"]))
+        self.memory["noise_scale"] = torch.tensor(astuple(estimate), dtype=torch.float64)
+        return estimate.value
+
+    # --- hooks for the noise scale --------------------------------------------------------------------------------
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        whole = len(trainer.optimizers) == 1 and self.parameters == ("*",)
+        if self._small.complete:
+            self._small = _SmallBatches()
+        if whole and self.measures(self._counts.get("", 0) + 1):
+            self._small.batch_start(trainer, pl_module, batch)
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._small.sizes:
+            self._small.after_backward(trainer, pl_module)
+
+
+class _SmallBatches:
+    """Squared norms of the gradients of batches that are smaller than that of the step.
+
+    Those are the micro-batches of an accumulated gradient, or, under DDP, the accumulated gradients of the single
+    processes, caught after the last backward pass has added to them and before DDP averages them.
+    """
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+        self.complete = False
+        self._squares: list[Tensor] = []
+        self._last: list[Tensor] = []
+        self._handles: list[Any] = []
+
+    def batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> None:
+        self.sizes.append(extract_batch_size(batch))
+        self._micro_batches = trainer.accumulate_grad_batches
+        self._processes = trainer.world_size if isinstance(trainer.strategy, DDPStrategy) else 1
+        if self._processes > 1 and not trainer.fit_loop._should_accumulate():
+
+            def catch(p: Tensor) -> None:
+                self._squares.append(p.grad.square().sum())  # type: ignore[union-attr]
+
+            parameters = [p for p in module.parameters() if p.requires_grad]
+            self._handles = [p.register_post_accumulate_grad_hook(catch) for p in parameters]
+
+    def after_backward(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._loss_scale = _loss_scale(trainer)
+        if self._processes == 1 and self._micro_batches > 1:
+            gradients = [p.grad for p in module.parameters() if p.grad is not None]
+            last = self._last or [torch.zeros_like(g) for g in gradients]
+            self._squares.append(sum_of_squares([g - h for g, h in zip(gradients, last)]).sum())
+            self._last = [g.clone() for g in gradients]
+
+    def take(self) -> dict[str, Tensor]:
+        """Mean squared norm of the small gradients, sizes of small and whole batch, and correction of the latter."""
+        parts = len(self.sizes)
+        if not self._squares or self._processes * parts == 1:
+            return {}
+        # Lightning divides the loss of each micro-batch by their number, of which the last step of an epoch may have
+        # fewer.
+        whole = (self._micro_batches / parts) ** 2
+        if self._processes > 1:
+            small_sq, small, factor = torch.stack(self._squares).sum(), sum(self.sizes), whole
+            dist.all_reduce(small_sq)
+            small_sq /= self._processes
+        else:
+            small_sq, small, factor = torch.stack(self._squares).mean(), sum(self.sizes) / parts, self._micro_batches**2
+        small_sq = small_sq * factor / self._loss_scale**2
+        numbers = {"small": small, "big": sum(self.sizes) * self._processes, "big_factor": whole}
+        return {"small_sq": small_sq} | {name: small_sq.new_tensor(float(x)) for name, x in numbers.items()}
+
+
+def _loss_scale(trainer: pl.Trainer) -> float:
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return 1.0 if scaler is None else scaler.get_scale()
