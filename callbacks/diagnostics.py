@@ -14,6 +14,10 @@ from .monitor import Monitor
 from .sign_collapse import SignCollapse
 from .update_size import UpdateSize
 
+_LIGHT: list[type[Monitor]] = [GradientHealth, UpdateSize]
+_STANDARD = [*_LIGHT, SignCollapse]
+_TIERS = {"off": [], "light": _LIGHT, "standard": _STANDARD, "full": _STANDARD}
+
 
 class Diagnostics(pl.Callback):
     """Shows what the optimizer does: one line that attaches the other diagnostic callbacks.
@@ -21,6 +25,7 @@ class Diagnostics(pl.Callback):
     ============ ========================================================================================
     tier         monitors
     ============ ========================================================================================
+    ``off``      none
     ``light``    :class:`.GradientHealth`, :class:`.UpdateSize`
     ``standard`` those and :class:`.SignCollapse`
     ``full``     the same, with the values of every layer
@@ -49,19 +54,17 @@ class Diagnostics(pl.Callback):
 
     def __init__(
         self,
-        tier: Literal["light", "standard", "full"] = "standard",
+        tier: Literal["off", "light", "standard", "full"] = "standard",
         every_n_steps: int = 50,
         first_n_steps: int = 0,
         layers: Sequence[str] = (),
     ) -> None:
-        if tier not in ("light", "standard", "full"):
-            raise ValueError(f"Diagnostics: tier={tier!r} is not one of 'light', 'standard', 'full'.")
+        if tier not in _TIERS:
+            raise ValueError(f"Diagnostics: tier={tier!r} is not one of {', '.join(map(repr, _TIERS))}.")
         if tier == "full" and not layers:
             layers = ("*",)
-        common: dict[str, Any] = {"every_n_steps": every_n_steps, "first_n_steps": first_n_steps, "layers": layers}
-        self.monitors: list[Monitor] = [GradientHealth(**common), UpdateSize(**common)]
-        if tier != "light":
-            self.monitors += [SignCollapse(**common)]
+        settings: dict[str, Any] = {"every_n_steps": every_n_steps, "first_n_steps": first_n_steps, "layers": layers}
+        self.monitors: list[Monitor] = [monitor(**settings) for monitor in _TIERS[tier]]
 
     # --- every hook that a monitor uses -------------------------------------------------------------------------
 

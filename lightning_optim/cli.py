@@ -51,7 +51,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from . import factory, schedules
-from .callbacks import RNGState
+from .callbacks import Diagnostics, RNGState
 from .data import DataError
 from .factory import Grouping, OptimizerConfig, OptimizerMixin, SchedulerConfig
 from .models import LanguageModel, VisionClassifier
@@ -577,6 +577,7 @@ class CommandLine(OptimCLI):
             type=PositiveInt,
             help="CPU threads of torch. Small models are fastest with one. Default: torch's own choice.",
         )
+        parser.add_lightning_class_args(Diagnostics, "diagnostics")
         for name in _LINKS.get(self.invocation.model or "", ()):
             link = partial(_take, name)
             link.__name__ = name  # type: ignore[attr-defined]
