@@ -31,6 +31,7 @@ class GradientHealth(Monitor):
     ``gradient/norm``              norm of the gradient over all parameters, unscaled, before clipping
     ``gradient/norm_clipped``      the same as the optimizer consumed it, after clipping
     ``gradient/clipped_fraction``  running mean (decay 0.95 per measured step) of whether clipping changed the gradient
+    ``gradient/zeros``             fraction of elements that are exactly zero: dead units, unused embeddings
     ``gradient/nonfinite``         elements that were NaN or infinite in the steps measured since the last log
     ``gradient/skipped_steps``     steps so far that the loss scaler or the optimizer skipped
     ``gradient/loss_scale``        scale of the loss; with 16-mixed precision only
@@ -54,6 +55,7 @@ class GradientHealth(Monitor):
         "gradient norm": ("Multiline", [r"gradient/norm$", r"gradient/norm_clipped$"]),
         "clipped steps": ("Multiline", [r"gradient/clipped_fraction$"]),
         "skipped steps and non-finite gradients": ("Multiline", [r"gradient/skipped_steps$", r"gradient/nonfinite$"]),
+        "zero gradients": ("Multiline", [r"gradient/zeros$"]),
         "gradient noise scale": ("Multiline", [r"gradient/noise_scale$"]),
     }
 
@@ -83,6 +85,8 @@ class GradientHealth(Monitor):
             "before": self._before,
             "after": step.change.gradient_sq,
             "nonfinite": self._nonfinite + torch.zeros_like(self._before),
+            "driven": step.change.driven,
+            "numel": step.change.numel,
         }
         self._nonfinite = 0.0
         return sums if step.shards.groups else sums | self._small.take()
@@ -94,6 +98,7 @@ class GradientHealth(Monitor):
             "norm": before,
             "norm_clipped": after,
             "clipped_fraction": self._clipped_fraction(float(abs(after - before) > _CLIPPED * before)),
+            "zeros": 1 - float(sums["driven"].sum() / sums["numel"].sum()),
             "nonfinite": float(sums["nonfinite"].sum()),
             "skipped_steps": float(self._skipped),
         }

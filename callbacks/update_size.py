@@ -23,8 +23,8 @@ class UpdateSize(Monitor):
     ``update/cosine_to_descent``   cosine between the change and the negative gradient; 1 for plain gradient descent
     ``update/cosine_to_previous``  cosine to the change at the step measured before (the previous step if
                                    ``every_n_steps=1``), from at most 4,096 elements of each parameter
-    ``update/stalled``             fraction of elements whose value did not change, as when updates are below the
-                                   resolution of bfloat16 weights
+    ``update/stalled``             fraction of the elements with a gradient other than zero whose value did not change,
+                                   as when updates are below the resolution of bfloat16 weights
     ============================== ==================================================================================
 
     All parameters are taken together; with ``layers``, also each by itself (``update_rms/PARAMETER`` ...). The change
@@ -48,7 +48,7 @@ class UpdateSize(Monitor):
         "update size (RMS)": ("Multiline", [r"update/rms$"]),
         "update to weight": ("Multiline", [r"update/to_weight$"]),
         "direction of updates": ("Multiline", [r"update/cosine_.*"]),
-        "elements that did not move": ("Multiline", [r"update/stalled$"]),
+        "stalled elements": ("Multiline", [r"update/stalled$"]),
     }
 
     def sums(self, step: Step) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The command line, ``lightning-optim fit|validate|test|predict|list``, and its parts for other projects.
+"""The command line, ``lightning-optim fit|validate|test|predict|list|diagnostics``, and its parts for other projects.
 
 :class:`OptimCLI` is LightningCLI with optimizer flags that are built when Lightning asks for the optimizer. It takes
 the place of LightningCLI in an existing project:
@@ -304,7 +304,7 @@ def _explain(message: str, parser: argparse.ArgumentParser) -> str:
     if found := re.search(r"does not accept (?:option|nested key) '([\w.]+)'", message):
         return _unknown_option(f"--{found[1]}", parser)
     if found := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
-        known = [*re.findall(r"[\w-]+", found[2]), "list"]
+        known = [*re.findall(r"[\w-]+", found[2]), *_COMMANDS]
         return f"There is no subcommand {found[1]!r}. {_nearest(found[1], known)}"
     if not (found := re.search(r'Parser key "([\w.]+)"', message)):
         return message
@@ -462,8 +462,8 @@ def main(args: Sequence[str] | None = None) -> None:
         args: Its arguments. Default: those of the process.
     """
     args = list(sys.argv[1:] if args is None else args)
-    if args[:1] == ["list"]:
-        _list(args[1:])
+    if args and args[0] in _COMMANDS:
+        _COMMANDS[args[0]](args[1:])
         return
     # So that `--model mine.Model` finds mine.py here, as it would with `python -m`.
     if str(Path.cwd()) not in sys.path:
@@ -639,6 +639,7 @@ _EXAMPLES = """examples:
   lightning-optim fit --optimizer.help NAMO                          the arguments of an optimizer
   lightning-optim list [--json]                                      all optimizers
   lightning-optim list --presets                                     all presets
+  lightning-optim diagnostics runs [--out FIG.png]                   what the diagnostics of runs say
 """
 
 
@@ -648,7 +649,7 @@ def _help() -> dict[str, Any]:
     )
     return {
         "prog": "lightning-optim",
-        "usage": "lightning-optim {fit,validate,test,predict,list} ...",
+        "usage": "lightning-optim {fit,validate,test,predict,list,diagnostics} ...",
         "description": "Train and evaluate models with the optimizers of recent papers.",
         "epilog": _EXAMPLES,
         "formatter_class": _HelpFormatter,
@@ -698,3 +699,13 @@ def _list(args: Sequence[str]) -> None:
     Console().print(table)
     if not options.presets:
         print("Arguments and their defaults: lightning-optim fit --optimizer.help NAME")
+
+
+def _diagnostics(args: Sequence[str]) -> None:
+    from . import report
+
+    report.main(args, _Parser)
+
+
+#: Commands beside those of LightningCLI.
+_COMMANDS = {"list": _list, "diagnostics": _diagnostics}

@@ -29,7 +29,7 @@ class Change:
 
     Example:
         >>> change = Change(["w"], [torch.tensor([3.0, 4.0])], [torch.tensor([-0.1, 0.0])], [torch.ones(2)], [0.1])
-        >>> change.update_sq, change.weight_sq, change.moved
+        >>> change.update_sq, change.weight_sq, change.stalled
         (tensor([0.0100]), tensor([25.]), tensor([1.]))
     """
 
@@ -52,12 +52,17 @@ class Change:
     @cached_property
     def update_abs(self) -> Tensor:
         """Sum of absolute updates."""
-        return torch.stack([u.abs().sum().to(self._device) for u in self.updates])
+        return self._stack([u.abs().sum() for u in self.updates])
 
     @cached_property
-    def moved(self) -> Tensor:
-        """Number of elements that changed."""
-        return torch.stack([torch.count_nonzero(u).to(self._device, torch.float32) for u in self.updates])
+    def driven(self) -> Tensor:
+        """Number of elements whose gradient is not zero."""
+        return self._stack([torch.count_nonzero(g) for g in self.gradients])
+
+    @cached_property
+    def stalled(self) -> Tensor:
+        """Number of elements that did not change although their gradient is not zero."""
+        return self._stack([torch.count_nonzero((u == 0) & (g != 0)) for u, g in zip(self.updates, self.gradients)])
 
     @cached_property
     def weight_sq(self) -> Tensor:
@@ -73,6 +78,9 @@ class Change:
     def update_dot_gradient(self) -> Tensor:
         """Inner product of update and gradient."""
         return inner_products(self.updates, self.gradients)
+
+    def _stack(self, values: Sequence[Tensor]) -> Tensor:
+        return torch.stack([value.to(self._device, torch.float32) for value in values])
 
     @property
     def _device(self) -> torch.device:

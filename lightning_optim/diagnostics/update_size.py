@@ -16,7 +16,8 @@ def update_size_sums(change: Change) -> Sums:
     return {
         "numel": change.numel,
         "update_sq": change.update_sq,
-        "moved": change.moved,
+        "driven": change.driven,
+        "stalled": change.stalled,
         "weight_sq": change.weight_sq,
         "gradient_sq": change.gradient_sq,
         "update_dot_gradient": change.update_dot_gradient,
@@ -27,7 +28,8 @@ def update_size(
     *,
     numel: Tensor,
     update_sq: Tensor,
-    moved: Tensor,
+    driven: Tensor,
+    stalled: Tensor,
     weight_sq: Tensor,
     gradient_sq: Tensor,
     update_dot_gradient: Tensor,
@@ -38,8 +40,8 @@ def update_size(
         - ``rms``: :math:`\|u\| / \sqrt{d}`, in units of the weights;
         - ``to_weight``: :math:`\|u\| / \|\theta\|`, :math:`\theta` being the weights after the step;
         - ``cosine_to_descent``: :math:`-\langle u, g\rangle / (\|u\|\,\|g\|)`, 1 for plain gradient descent;
-        - ``stalled``: fraction of elements whose value did not change, as when an update is below the resolution
-          of bfloat16 weights.
+        - ``stalled``: of the elements with a gradient other than zero, the fraction whose value did not change, as
+          when updates are below the resolution of bfloat16 weights.
 
     Ratios of zero to zero are NaN.
 
@@ -48,11 +50,11 @@ def update_size(
         >>> u, g = torch.tensor([-0.03, 0.0, -0.04, 0.0]), torch.tensor([3.0, 0.0, 4.0, 0.0])
         >>> change = Change(["w"], [torch.full((4,), 5.0)], [u], [g], [0.01])
         >>> {name: round(float(x), 4) for name, x in update_size(**update_size_sums(change)).items()}
-        {'rms': 0.025, 'to_weight': 0.005, 'cosine_to_descent': 1.0, 'stalled': 0.5}
+        {'rms': 0.025, 'to_weight': 0.005, 'cosine_to_descent': 1.0, 'stalled': 0.0}
     """
     return {
         "rms": (update_sq / numel).sqrt(),
         "to_weight": (update_sq / weight_sq).sqrt(),
         "cosine_to_descent": -update_dot_gradient / (update_sq * gradient_sq).sqrt(),
-        "stalled": 1 - moved / numel,
+        "stalled": stalled / driven,
     }
