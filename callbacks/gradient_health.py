@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple
 from math import sqrt
 from typing import Any, ClassVar
@@ -70,6 +70,11 @@ class GradientHealth(Monitor):
         self._nonfinite: Tensor | float = 0.0
         self._small = _SmallBatches()
 
+    def charts_of(self, trainer: pl.Trainer) -> Mapping[str, tuple[str, list[str]]]:
+        if self._has_noise_scale(trainer):
+            return self.charts
+        return {title: chart for title, chart in self.charts.items() if title != "gradient noise scale"}
+
     def before_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step) -> None:
         self._small.complete = True
         gradients = step.gradients()
@@ -122,16 +127,19 @@ class GradientHealth(Monitor):
         self.memory["noise_scale"] = torch.tensor(astuple(estimate), dtype=torch.float64)
         return estimate.value
 
+    def _has_noise_scale(self, trainer: pl.Trainer) -> bool:
+        several = trainer.accumulate_grad_batches > 1 or _processes(trainer) > 1
+        return several and len(trainer.optimizers) == 1 and self.parameters == ("*",)
+
     # --- hooks for the noise scale --------------------------------------------------------------------------------
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        whole = len(trainer.optimizers) == 1 and self.parameters == ("*",)
         if self._small.complete:
             self._small = _SmallBatches()
-        if whole and self.measures(self._counts.get("", 0) + 1):
+        if self._has_noise_scale(trainer) and self.measures(self._counts.get("", 0) + 1):
             self._small.batch_start(trainer, pl_module, batch)
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -149,6 +157,7 @@ class _SmallBatches:
     def __init__(self) -> None:
         self.sizes: list[int] = []
         self.complete = False
+        self._processes = 1
         self._squares: list[Tensor] = []
         self._last: list[Tensor] = []
         self._handles: list[Any] = []
@@ -156,7 +165,7 @@ class _SmallBatches:
     def batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> None:
         self.sizes.append(extract_batch_size(batch))
         self._micro_batches = trainer.accumulate_grad_batches
-        self._processes = trainer.world_size if isinstance(trainer.strategy, DDPStrategy) else 1
+        self._processes = _processes(trainer)
         if self._processes > 1 and not trainer.fit_loop._should_accumulate():
 
             def catch(p: Tensor) -> None:
@@ -179,7 +188,7 @@ class _SmallBatches:
     def take(self) -> dict[str, Tensor]:
         """Mean squared norm of the small gradients, sizes of small and whole batch, and correction of the latter."""
         parts = len(self.sizes)
-        if not self._squares or self._processes * parts == 1:
+        if self._processes * parts < 2:
             return {}
         # Lightning divides the loss of each micro-batch by their number, of which the last step of an epoch may have
         # fewer.
@@ -193,6 +202,11 @@ class _SmallBatches:
         small_sq = small_sq * factor / self._loss_scale**2
         numbers = {"small": small, "big": sum(self.sizes) * self._processes, "big_factor": whole}
         return {"small_sq": small_sq} | {name: small_sq.new_tensor(float(x)) for name, x in numbers.items()}
+
+
+def _processes(trainer: pl.Trainer) -> int:
+    """How many gradients are averaged."""
+    return trainer.world_size if isinstance(trainer.strategy, DDPStrategy) else 1
 
 
 def _loss_scale(trainer: pl.Trainer) -> float:

@@ -121,6 +121,10 @@ class Monitor(pl.Callback):
         """Remember a tensor for each parameter of the step."""
         self.memory |= {f"{name}/{parameter}": x.clone() for parameter, x in zip(step.names, current)}
 
+    def charts_of(self, trainer: pl.Trainer) -> Mapping[str, tuple[str, list[str]]]:
+        """Those of :attr:`charts` that a run of this Trainer fills."""
+        return self.charts
+
     # --- which steps, which parameters --------------------------------------------------------------------------
 
     def count(self, label: str) -> int:

@@ -351,7 +351,9 @@ class StepRecorder:
         if self._layout_written or not trainer.is_global_zero:
             return
         self._layout_written = True
-        charts = {title: list(chart) for monitor in self.monitors for title, chart in monitor.charts.items()}
+        charts = {
+            title: list(chart) for monitor in self.monitors for title, chart in monitor.charts_of(trainer).items()
+        }
         charts["overhead"] = ["Multiline", [r"^diagnostics/overhead_share$"]]
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):

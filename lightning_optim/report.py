@@ -206,8 +206,12 @@ def examine(run: Run) -> list[Finding]:
 
 def charts() -> dict[str, list[str]]:
     """The charts of all diagnostics: ``{title: [regular expressions of tags]}``."""
-    monitors = (cls for cls in vars(callbacks).values() if isinstance(cls, type) and issubclass(cls, Monitor))
-    return {title: patterns for monitor in monitors for title, (_, patterns) in monitor.charts.items()}
+    every: dict[str, list[str]] = {}
+    for name in callbacks.__all__:
+        callback = getattr(callbacks, name)
+        if issubclass(callback, Monitor):
+            every |= {title: patterns for title, (_, patterns) in callback.charts.items()}
+    return every
 
 
 def plot(runs: Sequence[Run]) -> Any:

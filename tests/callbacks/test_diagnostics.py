@@ -1,0 +1,132 @@
+"""The callback Diagnostics as users meet it: in somebody else's project, in TensorBoard, in a callback's place."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from torch import nn
+
+from lightning_optim.callbacks import Diagnostics
+from lightning_optim.report import plot, read_runs
+
+PROJECT = Path(__file__).parents[1] / "other_project" / "train.py"
+
+
+def trainer(**kwargs) -> pl.Trainer:
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    return pl.Trainer(accelerator="cpu", enable_model_summary=False, **(quiet | {"max_steps": 6} | kwargs))
+
+
+class Net(BoringModel):
+    def __init__(self, dropout: float = 0.5, examples: int = 64, shuffle: bool = True):
+        super().__init__()
+        self.examples, self.shuffle = examples, shuffle
+        self.layer = nn.Sequential(nn.Linear(32, 16), nn.BatchNorm1d(16), nn.Dropout(dropout), nn.Linear(16, 2))
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(RandomDataset(32, self.examples), batch_size=4, shuffle=self.shuffle)
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+@pytest.fixture(scope="module")
+def other_project(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("logs")
+    run = subprocess.run([sys.executable, str(PROJECT), str(folder)], capture_output=True, text=True, cwd=folder)
+    assert run.returncode == 0, run.stderr
+    return folder, [line.split()[1:] for line in run.stdout.splitlines() if line.startswith("EXPECTED")]
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "Muon", "SGD", "Clipped"])
+def test_one_line_in_the_project_of_somebody_else(optimizer, other_project):
+    folder, printed = other_project
+    expected = [tuple(map(float, values)) for name, *values in printed if name == optimizer]
+    with open(folder / optimizer / "metrics.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["update/rms"]]
+    assert len(rows) == len(expected) == 8
+    for row, (rms, to_weight, norm) in zip(rows, expected):
+        # Both are float32 sums over a few hundred elements.
+        assert float(row["update/rms"]) == pytest.approx(rms, rel=1e-5)
+        assert float(row["update/to_weight"]) == pytest.approx(to_weight, rel=1e-5)
+        assert float(row["gradient/norm_clipped"]) == pytest.approx(norm, rel=1e-5)
+        assert float(row["gradient/norm_clipped"]) <= 0.1 * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("tier", ["light", "standard", "full"])
+def test_training_is_the_same_with_and_without(tier):
+    def train(*callbacks):
+        pl.seed_everything(1, verbose=False)
+        model = Net()
+        t = trainer(callbacks=list(callbacks), accumulate_grad_batches=2, gradient_clip_val=0.5)
+        t.fit(model)
+        return model.state_dict(), t.optimizers[0].state_dict()["state"], torch.get_rng_state()
+
+    (weights, state, rng), (w, s, r) = train(), train(Diagnostics(tier, every_n_steps=2))
+    assert all(torch.equal(weights[k], w[k]) for k in weights)
+    assert all(torch.equal(state[i][k], s[i][k]) for i in state for k in state[i])
+    assert torch.equal(rng, r)
+
+
+def test_tiers_and_their_mistakes():
+    assert Diagnostics("off").monitors == []
+    assert len(Diagnostics("light").monitors) < len(Diagnostics("standard").monitors)
+    with pytest.raises(ValueError, match="tier='all' is not one of 'off', 'light'"):
+        Diagnostics("all")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="every_n_steps must be at least 1"):
+        Diagnostics(every_n_steps=0)
+    with pytest.raises(ValueError, match=r"layers: no parameter matches 'decoder\.\*'"):
+        trainer(callbacks=[Diagnostics(layers=["decoder.*"])]).fit(Net())
+
+
+def test_every_chart_of_the_page_is_filled(tmp_path):
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    trainer(logger=logger, callbacks=[Diagnostics("standard", every_n_steps=1)], accumulate_grad_batches=2).fit(Net())
+    events = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0, "tensors": 0}).Reload()
+    content = events.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0]
+    (page,) = layout_pb2.Layout.FromString(content).category
+    assert page.title == "Diagnostics"
+    (run,) = read_runs([tmp_path])
+    for chart in page.chart:
+        for pattern in chart.multiline.tag:
+            assert run.tags(pattern), f"{chart.title}: nothing matches {pattern}"
+    assert "gradient noise scale" in {chart.title for chart in page.chart}
+    global_tags = [tag for tag in run.scalars if tag != "epoch"]
+    assert len(global_tags) <= 45
+    titles = {axes.get_title() for axes in plot([run]).axes}
+    assert {"gradient norm", "update to weight"} <= titles
+
+
+def test_layers_by_pattern():
+    diagnostics = Diagnostics("light", every_n_steps=3, layers=["layer.*.weight"])
+    trainer(callbacks=[diagnostics]).fit(Net())
+    tags = {tag for monitor in diagnostics.monitors for tag in monitor.history}
+    assert {"update_rms/layer.0.weight", "gradient_norm/layer.3.weight"} <= tags
+    assert not any(tag.endswith(".bias") for tag in tags)
+
+
+def test_state_goes_on_after_a_restart(tmp_path):
+    def run(folder, max_steps, ckpt=None):
+        pl.seed_everything(2, verbose=False)
+        diagnostics = Diagnostics("standard", every_n_steps=3)
+        checkpoint = pl.callbacks.ModelCheckpoint(tmp_path / folder, save_last=True, every_n_train_steps=1)
+        t = trainer(callbacks=[diagnostics, checkpoint], enable_checkpointing=True, max_steps=max_steps)
+        t.fit(Net(dropout=0, examples=16, shuffle=False), ckpt_path=ckpt, weights_only=True)  # 4 steps an epoch
+        return diagnostics
+
+    whole = run("whole", 8).monitors[1].history["update/cosine_to_previous"]
+    run("first", 4)
+    second = run("second", 8, ckpt=tmp_path / "first" / "last.ckpt").monitors[1].history["update/cosine_to_previous"]
+    # Steps 3 and 6: the second run measures step 6 only, against the update that the first one remembered.
+    assert [step for step, _ in second] == [5]
+    assert second[-1] == whole[-1]
