@@ -14,10 +14,6 @@ from .monitor import Monitor
 from .sign_collapse import SignCollapse
 from .update_size import UpdateSize
 
-_LIGHT: list[type[Monitor]] = [GradientHealth, UpdateSize]
-_STANDARD = [*_LIGHT, SignCollapse]
-_TIERS = {"off": [], "light": _LIGHT, "standard": _STANDARD, "full": _STANDARD}
-
 
 class Diagnostics(pl.Callback):
     """Shows what the optimizer does: one line that attaches the other diagnostic callbacks.
@@ -26,8 +22,8 @@ class Diagnostics(pl.Callback):
     tier         monitors
     ============ ========================================================================================
     ``off``      none
-    ``light``    :class:`.GradientHealth`, :class:`.UpdateSize`
-    ``standard`` those and :class:`.SignCollapse`
+    ``light``    :class:`.GradientHealth` and :class:`.UpdateSize`, norms only: for every step
+    ``standard`` all of these and :class:`.SignCollapse`
     ``full``     the same, with the values of every layer
     ============ ========================================================================================
 
@@ -59,12 +55,20 @@ class Diagnostics(pl.Callback):
         first_n_steps: int = 0,
         layers: Sequence[str] = (),
     ) -> None:
-        if tier not in _TIERS:
-            raise ValueError(f"Diagnostics: tier={tier!r} is not one of {', '.join(map(repr, _TIERS))}.")
+        if tier not in ("off", "light", "standard", "full"):
+            raise ValueError(f"Diagnostics: tier={tier!r} is not one of 'off', 'light', 'standard', 'full'.")
         if tier == "full" and not layers:
             layers = ("*",)
-        settings: dict[str, Any] = {"every_n_steps": every_n_steps, "first_n_steps": first_n_steps, "layers": layers}
-        self.monitors: list[Monitor] = [monitor(**settings) for monitor in _TIERS[tier]]
+        common: dict[str, Any] = {"every_n_steps": every_n_steps, "first_n_steps": first_n_steps, "layers": layers}
+        self.monitors: list[Monitor] = []
+        if tier != "off":
+            norms_only = tier == "light"
+            self.monitors += [
+                GradientHealth(norms_only=norms_only, **common),
+                UpdateSize(norms_only=norms_only, **common),
+            ]
+        if tier in ("standard", "full"):
+            self.monitors += [SignCollapse(**common)]
 
     # --- every hook that a monitor uses -------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_optim.diagnostics.change import sum_of_squares
 from lightning_optim.diagnostics.noise_scale import NoiseScale
 
-from .monitor import Monitor, Results
+from .monitor import Monitor, Results, layers_of
 from .recorder import Step, StepRecorder
 
 _CLIPPED = 1e-4  # Relative change of the norm from which a gradient counts as clipped; rounding is far below.
@@ -42,8 +42,14 @@ class GradientHealth(Monitor):
     ============================== ==================================================================================
 
     With ``layers``, also ``gradient_norm/PARAMETER`` and ``gradient_norm_clipped/PARAMETER``. The noise scale keeps one
-    copy of the gradients during the steps that are measured, if they accumulate. For the arguments see
-    :class:`.Monitor`.
+    copy of the gradients during the steps that are measured, if they accumulate.
+
+    Args:
+        every_n_steps: See :class:`.Monitor`, also for the next three.
+        first_n_steps: Measure each of the first so many steps, too.
+        parameters: Patterns of the names of parameters to measure.
+        layers: Patterns of the names of parameters whose own values are logged, too.
+        norms_only: Leave ``zeros`` out, whose count costs more than all the rest.
 
     Example:
         >>> GradientHealth(every_n_steps=10).family
@@ -65,15 +71,16 @@ class GradientHealth(Monitor):
         first_n_steps: int = 0,
         parameters: Sequence[str] = ("*",),
         layers: Sequence[str] = (),
+        norms_only: bool = False,
     ) -> None:
         super().__init__(every_n_steps, first_n_steps, parameters, layers)
+        self.norms_only = norms_only
         self._nonfinite: Tensor | float = 0.0
         self._small = _SmallBatches()
 
     def charts_of(self, trainer: pl.Trainer) -> Mapping[str, tuple[str, list[str]]]:
-        if self._has_noise_scale(trainer):
-            return self.charts
-        return {title: chart for title, chart in self.charts.items() if title != "gradient noise scale"}
+        empty = {"gradient noise scale": not self._has_noise_scale(trainer), "zero gradients": self.norms_only}
+        return {title: chart for title, chart in self.charts.items() if not empty.get(title)}
 
     def before_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step) -> None:
         self._small.complete = True
@@ -90,10 +97,10 @@ class GradientHealth(Monitor):
             "before": self._before,
             "after": step.change.gradient_sq,
             "nonfinite": self._nonfinite + torch.zeros_like(self._before),
-            "driven": step.change.driven,
-            "numel": step.change.numel,
         }
         self._nonfinite = 0.0
+        if not self.norms_only:
+            sums |= {"driven": step.change.driven, "numel": step.change.numel}
         return sums if step.shards.groups else sums | self._small.take()
 
     def results(self, step: Step, sums: dict[str, Tensor]) -> Results:
@@ -103,16 +110,17 @@ class GradientHealth(Monitor):
             "norm": before,
             "norm_clipped": after,
             "clipped_fraction": self._clipped_fraction(float(abs(after - before) > _CLIPPED * before)),
-            "zeros": 1 - float(sums["driven"].sum() / sums["numel"].sum()),
             "nonfinite": float(sums["nonfinite"].sum()),
             "skipped_steps": float(self._skipped),
         }
+        if "driven" in sums:
+            values["zeros"] = 1 - float(sums["driven"].sum() / sums["numel"].sum())
         if self._loss_scale != 1:
             values["loss_scale"] = self._loss_scale
         if "small_sq" in sums:
             values["noise_scale"] = self._noise_scale(before_sq, sums)
         layers = {"norm": sums["before"].sqrt(), "norm_clipped": sums["after"].sqrt()}
-        return Results(values, {name: dict(zip(step.names, x.tolist())) for name, x in layers.items()})
+        return Results(values, layers_of(step, layers) if self.layers else {})
 
     def _clipped_fraction(self, clipped: float) -> float:
         mean, weight = self.memory.get("clipped", torch.zeros(2, dtype=torch.float64)).tolist()

@@ -221,17 +221,6 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def total_and_layers(statistics: Callable[..., dict[str, Tensor]], step: Step, sums: Mapping[str, Tensor]) -> Results:
-    """Statistics of all parameters taken together, and of each.
-
-    Args:
-        statistics: Called with the sums by name; works element by element.
-        step: The step.
-        sums: Vectors with one entry per parameter.
-    """
-    together = statistics(**{name: x.sum() for name, x in sums.items()})
-    each = statistics(**sums)
-    return Results(
-        {name: float(x) for name, x in together.items()},
-        {name: dict(zip(step.names, x.tolist())) for name, x in each.items()},
-    )
+def layers_of(step: Step, values: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
+    """By name, the values of single parameters by their names, from vectors with one entry per parameter."""
+    return {name: dict(zip(step.names, x.tolist())) for name, x in values.items()}

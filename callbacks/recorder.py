@@ -276,12 +276,7 @@ class StepRecorder:
             if not opened.due or (isinstance(optimizer, RuleOptimizer) and optimizer.skipped_steps > opened.own_skips):
                 self._discard()
                 return
-            for p, before in opened.changes.items():
-                after = local(p.detach())
-                if before.dtype in (torch.float32, torch.float64):
-                    before.neg_().add_(after)
-                else:
-                    opened.changes[p] = after.float() - before.float()
+            _to_changes(opened.changes)
             self._measure(opened)
             self._discard()
             self._log(opened.trainer)
@@ -408,6 +403,18 @@ class _Clock:
         self._read = own, training
         share = own_since / training_since if training_since else 0.0
         return {"diagnostics/overhead_ms": 1e3 * own_since, "diagnostics/overhead_share": share}
+
+
+def _to_changes(copies: dict[Tensor, Tensor]) -> None:
+    """Turn copies of parameters into their changes since, in place where the copies are precise enough."""
+    exact = [(p, before) for p, before in copies.items() if before.dtype in (torch.float32, torch.float64)]
+    if exact:
+        parameters, before = zip(*exact)
+        torch._foreach_neg_(before)
+        torch._foreach_add_(before, [local(p.detach()) for p in parameters])
+    for p, copy in copies.items():
+        if copy.dtype not in (torch.float32, torch.float64):
+            copies[p] = local(p.detach()).float() - copy.float()
 
 
 def _label(trainer: pl.Trainer, optimizer: Optimizer) -> str:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_optim.diagnostics.sign_collapse import sign_collapse, sign_collapse_sums
 
-from .monitor import Monitor, Results
+from .monitor import Monitor, Results, layers_of
 from .recorder import Step
 
 
@@ -36,4 +36,4 @@ class SignCollapse(Monitor):
         moved = sums["update_sq"] > 0
         numel = sums["numel"] * moved
         mean = (index.nan_to_num() * numel).sum() / numel.sum()
-        return Results({"index": float(mean)}, {"index": dict(zip(step.names, index.tolist()))})
+        return Results({"index": float(mean)}, layers_of(step, {"index": index}) if self.layers else {})

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
-import lightning.pytorch as pl  # noqa: F401 (for the example)
+import lightning.pytorch as pl
 from torch import Tensor
 
 from lightning_optim.diagnostics.change import inner_products, sample, sum_of_squares
-from lightning_optim.diagnostics.update_size import update_size, update_size_sums
+from lightning_optim.diagnostics.update_size import cosine, update_size
 
-from .monitor import Monitor, Results, total_and_layers
+from .monitor import Monitor, Results, layers_of
 from .recorder import Step
 
 
@@ -51,19 +52,62 @@ class UpdateSize(Monitor):
         "stalled elements": ("Multiline", [r"update/stalled$"]),
     }
 
+    def __init__(
+        self,
+        every_n_steps: int | Callable[[int], bool] = 50,
+        first_n_steps: int = 0,
+        parameters: Sequence[str] = ("*",),
+        layers: Sequence[str] = (),
+        norms_only: bool = False,
+    ) -> None:
+        super().__init__(every_n_steps, first_n_steps, parameters, layers)
+        self.norms_only = norms_only
+
+    def charts_of(self, trainer: pl.Trainer) -> Mapping[str, tuple[str, list[str]]]:
+        norms = ("update size (RMS)", "update to weight")
+        return {title: chart for title, chart in self.charts.items() if title in norms or not self.norms_only}
+
     def sums(self, step: Step) -> dict[str, Tensor]:
-        updates = [sample(u) for u in step.change.updates]
+        change = step.change
+        norms = {"numel": change.numel, "update_sq": change.update_sq, "weight_sq": change.weight_sq}
+        if self.norms_only:
+            return norms
+        updates = [sample(u) for u in change.updates]
         previous = self.remembered(step, "update", updates)
         self.remember(step, "update", updates)
-        return update_size_sums(step.change) | {
+        return norms | {
+            "gradient_sq": change.gradient_sq,
+            "update_dot_gradient": change.update_dot_gradient,
+            "driven": change.driven,
+            "stalled": change.stalled,
             "previous_sq": sum_of_squares(previous),
             "sampled_sq": sum_of_squares(updates),
             "with_previous": inner_products(updates, previous),
         }
 
     def results(self, step: Step, sums: dict[str, Tensor]) -> Results:
-        return total_and_layers(_statistics, step, sums)
+        together = _statistics(**{name: x.sum() for name, x in sums.items()})
+        layers = layers_of(step, _statistics(**sums)) if self.layers else {}
+        return Results({name: float(x) for name, x in together.items()}, layers)
 
 
-def _statistics(*, previous_sq: Tensor, sampled_sq: Tensor, with_previous: Tensor, **sums: Tensor) -> dict[str, Tensor]:
-    return update_size(**sums) | {"cosine_to_previous": with_previous / (previous_sq * sampled_sq).sqrt()}
+def _statistics(*, numel: Tensor, update_sq: Tensor, weight_sq: Tensor, **details: Tensor) -> dict[str, Tensor]:
+    size = update_size(numel=numel, update_sq=update_sq, weight_sq=weight_sq)
+    return size | (_details(update_sq, **details) if details else {})
+
+
+def _details(
+    update_sq: Tensor,
+    gradient_sq: Tensor,
+    update_dot_gradient: Tensor,
+    driven: Tensor,
+    stalled: Tensor,
+    previous_sq: Tensor,
+    sampled_sq: Tensor,
+    with_previous: Tensor,
+) -> dict[str, Tensor]:
+    return {
+        "cosine_to_descent": cosine(-update_dot_gradient, update_sq, gradient_sq),
+        "cosine_to_previous": cosine(with_previous, sampled_sq, previous_sq),
+        "stalled": stalled / driven,
+    }
