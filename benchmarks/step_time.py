@@ -59,6 +59,8 @@ COLUMNS = {
 }
 
 FEWEST_SAMPLES = 3
+#: Steps before the timed ones, fewer where they take long.
+WARM_UP_STEPS, WARM_UP_SECONDS = 8, 5.0
 _MATRIX_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 
 
@@ -110,12 +112,18 @@ class Entry:
             rounds: Rounds there are.
             seconds: About how long all timed steps may take.
         """
-        left, _, _ = _profiled(lambda: setattr(self, "first_step_s", self.step()), self.work.device)
+        left, _, _ = _profiled(lambda: setattr(self, "first_step_s", self.step()), self.work.device, flops=False)
         # What the first step leaves behind and is not state: buffers that every later step keeps.
         buffers = max(0, left - self.state_bytes())
+        # Some rules change their form after a few steps, and compile again.
+        spent = 0.0
+        while self.steps < WARM_UP_STEPS and spent < WARM_UP_SECONDS:
+            spent += self.step()
         period = self.contender.period
         times: list[float] = []
-        _, peak, flops = _profiled(lambda: times.extend(self.step() for _ in range(period)), self.work.device)
+        _, peak, flops = _profiled(
+            lambda: times.extend(self.step() for _ in range(period)), self.work.device, flops=True
+        )
         self.peak_extra_bytes = buffers + peak
         self.flops = flops / period
         count = min(rounds, max(FEWEST_SAMPLES, int(seconds / mean(times))))
@@ -123,23 +131,26 @@ class Entry:
         self.rounds = {i * max(rounds, count) // count for i in range(count)}
 
 
-def _profiled(work: Callable[[], Any], device: torch.device) -> tuple[int, int, int]:
-    """Run something; returns the bytes that it leaves allocated, the most it had, and its matrix products' flops."""
+def _profiled(work: Callable[[], Any], device: torch.device, flops: bool) -> tuple[int, int, int]:
+    """Run something; returns the bytes that it leaves allocated, the most it had, and its matrix products' flops.
+
+    Operations are counted from recorded shapes. Nothing may be compiled meanwhile: to record a symbolic shape fixes it.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # It reports a missing GPU as an error.
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, with_flops=True) as recorded:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, with_flops=flops) as recorded:
         work()
     assert recorded.profiler is not None
     events = recorded.profiler.kineto_results.events()
-    flops = sum(event.flops() for event in events if event.name() in _MATRIX_PRODUCTS)
+    counted = sum(event.flops() for event in events if event.name() in _MATRIX_PRODUCTS)
     if device.type == "cuda":
         left, peak = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
-        return left - before, peak - before, flops
+        return left - before, peak - before, counted
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
     levels = list(accumulate((size for _, size in changes), initial=0))
-    return levels[-1], max(levels), flops
+    return levels[-1], max(levels), counted
 
 
 def time_steps(

@@ -193,7 +193,7 @@ def test_memory_and_operations_are_counted() -> None:
         a = torch.ones(100, 200)  # 80,000 bytes
         kept.append(a @ torch.ones(200, 300))  # 240,000 beside it, 120,000 stay
 
-    left, peak, flops = step_time._profiled(work, torch.device("cpu"))
+    left, peak, flops = step_time._profiled(work, torch.device("cpu"), flops=True)
     assert (left, peak, flops) == (120_000, 440_000, 2 * 100 * 200 * 300)
 
 
