@@ -85,7 +85,7 @@ def _product_rate(dtype: torch.dtype, n: int, device: torch.device) -> float:
     return 2 * n**3 / _best(lambda: x @ x, device) / 1e9
 
 
-def _best(work: Callable[[], Any], device: torch.device, repeats: int = 7) -> float:
+def _best(work: Callable[[], Any], device: torch.device, repeats: int = 15) -> float:
     """Seconds of the fastest repetition."""
     seconds = []
     for _ in range(repeats + 1):

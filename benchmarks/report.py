@@ -71,13 +71,17 @@ def _machine(machine: Row) -> str:
 
 
 def _step_time(name: str, content: Figures) -> str:
-    parts = [_machine(content["machine"]), f"![Time of a step over that of fused AdamW](images/{name}.png)"]
+    parts = [
+        f"### {name}",
+        _machine(content["machine"]),
+        f"![Time of a step over that of fused AdamW](images/{name}.png)",
+    ]
     for model, rows in _by(content["rows"], "model"):
         size = f"{rows[0]['parameters'] / 1e6:.3g} million parameters in {rows[0]['tensors']} tensors"
         head = ["optimizer", "implementation", *SHOWN]
         lines = [_line(head), _line(["---"] * len(head)), *(_line(cells(row)) for row in rows if not row["note"])]
         notes = "".join(f"\n- {note}" for note in left_out(rows))
-        parts.append(f"### {model} ({size})\n\n" + "\n".join(lines) + ("\n" + notes if notes else ""))
+        parts.append(f"**{model}** ({size})\n\n" + "\n".join(lines) + ("\n" + notes if notes else ""))
     return "\n\n".join(parts)
 
 

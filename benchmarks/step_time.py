@@ -339,7 +339,7 @@ def main() -> None:
     arguments = parser(__doc__, rounds=60, seconds=30)
     arguments.add_argument("--models", nargs="+", default=["cnn-small", "vit-tiny", "d512"], choices=MODELS)
     arguments.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS), choices=OPTIMIZERS)
-    arguments.add_argument("--backends", nargs="+", default=["plain", "chunked", "compiled"], choices=BACKENDS)
+    arguments.add_argument("--backends", nargs="*", default=["plain", "chunked", "compiled"], choices=BACKENDS)
     arguments.add_argument(
         "--peers", nargs="*", default=PEERS[:-1], choices=PEERS, help="default: all but heavyball, which compiles long"
     )
