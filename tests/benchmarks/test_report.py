@@ -32,7 +32,7 @@ def test_other_figures_make_another_page(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_plots_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("matplotlib", reason="plots need the extra `bench`")
+    pytest.importorskip("matplotlib", reason="plots need the extra `plots`")
     page = tmp_path / "performance.md"
     page.write_text(report.PAGE.read_text())
     monkeypatch.setattr(report, "PAGE", page)
