@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -28,6 +27,8 @@ from rich.table import Table
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_optim.optimizers.registry import OPTIMIZERS
+
+from .machine import describe
 
 COMMAND = Path(sys.executable).with_name("lightning-optim")
 
@@ -72,17 +73,6 @@ def read(folder: Path) -> dict[str, list[float]]:
     return {tag: [value for _, value in sorted(events)] for tag, events in scalars.items()}
 
 
-def machine(threads: int) -> dict[str, Any]:
-    """What the figures were measured on."""
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", help="a task preset, see `lightning-optim list --presets`")
@@ -100,8 +90,9 @@ def main() -> None:
     for row in rows:
         table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
     Console().print(table)
+    machine = describe(torch.device("cpu"), ("lightning",)) | {"threads": options.threads}
     if options.json:
-        options.json.write_text(json.dumps({"machine": machine(options.threads), "rows": rows}, indent=1) + "\n")
+        options.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,168 @@
+"""Write the tables and plots of docs/performance.md from the figures in benchmarks/results.
+
+    python -m benchmarks.report
+
+Replaces what stands between the markers in the page, and the images beside it; the text around is written by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from .contenders import PERIODS
+from .step_time import SHOWN, cells, left_out
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "performance.md"
+IMAGES = PAGE.parent / "images"
+
+_OURS, _OTHERS = "#c4500c", "#8a93a3"
+_SWEEPS = {"parameters": "parameters, in 16 tensors", "tensors": "tensors that hold 2^22 parameters"}
+
+Figures = Mapping[str, Any]
+Row = Mapping[str, Any]
+
+
+def figures(kind: str) -> dict[str, Figures]:
+    """The contents of all result files of a kind, by the names of the files."""
+    return {file.stem: json.loads(file.read_text()) for file in sorted(RESULTS.glob(f"{kind}*.json"))}
+
+
+def page(text: str) -> str:
+    """The page with the parts between its markers made anew."""
+    parts = {
+        "step-time": "\n\n".join(_step_time(name, content) for name, content in figures("step-time").items()),
+        "growth": "\n\n".join(_growth(name, content) for name, content in figures("growth").items()),
+    }
+    for name, part in parts.items():
+        marked = re.search(f"(?<=<!-- {name} -->\n).*?(?=<!-- /{name} -->)", text, re.DOTALL)
+        if not marked:
+            raise ValueError(f"{PAGE.name} has no part <!-- {name} --> ... <!-- /{name} -->.")
+        text = f"{text[: marked.start()]}{part}\n{text[marked.end() :]}"
+    return text
+
+
+def images() -> Iterator[str]:
+    """Names of the images that the page shows."""
+    for name in figures("step-time"):
+        yield f"{name}.png"
+    for name, content in figures("growth").items():
+        yield from (f"{name}-{sweep}.png" for sweep, _ in _by(content["rows"], "sweep"))
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------
+
+
+def _machine(machine: Row) -> str:
+    packages = ", ".join(f"{name} {found}" for name, found in machine["packages"].items() if found)
+    bandwidth, products = machine["bandwidth_gb_per_s"], machine["matmul_gflop_per_s"]
+    return (
+        f"{machine['accelerator'] or machine['processor']}, {machine['threads']} of {machine['cores']} cores "
+        f"({machine['capability']}), load average {machine['load_average']} at the start; "
+        f"torch {machine['torch']}, {packages}. Measured: {bandwidth['best']:.3g} GB/s, matrix products "
+        f"{products['float32']:.3g} GFLOP/s in float32, {products['bfloat16']:.3g} in bfloat16."
+    )
+
+
+def _step_time(name: str, content: Figures) -> str:
+    parts = [
+        f"### {name}",
+        _machine(content["machine"]),
+        f"![Time of a step over that of fused AdamW](images/{name}.png)",
+    ]
+    for model, rows in _by(content["rows"], "model"):
+        size = f"{rows[0]['parameters'] / 1e6:.3g} million parameters in {rows[0]['tensors']} tensors"
+        head = ["optimizer", "implementation", *SHOWN]
+        lines = [_line(head), _line(["---"] * len(head)), *(_line(cells(row)) for row in rows if not row["note"])]
+        notes = "".join(f"\n- {note}" for note in left_out(rows))
+        parts.append(f"**{model}** ({size})\n\n" + "\n".join(lines) + ("\n" + notes if notes else ""))
+    return "\n\n".join(parts)
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _growth(name: str, content: Figures) -> str:
+    parts = [_machine(content["machine"])]
+    for sweep, rows in _by(content["rows"], "sweep"):
+        at = sorted({row[sweep] for row in rows})
+        lines = [_line(["median ms at", *(f"{x:.3g}" for x in at)]), _line(["---"] * (len(at) + 1))]
+        for label, points in _lines(rows, sweep).items():
+            lines.append(_line([label, *(f"{points[x]:.3g}" if x in points else "" for x in at)]))
+        image = f"![Time of a step against the number of {sweep}](images/{name}-{sweep}.png)"
+        parts.append(f"{image}\n\n" + "\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def _lines(rows: Sequence[Row], sweep: str) -> dict[str, dict[int, float]]:
+    """For each optimizer, milliseconds by size."""
+    lines: dict[str, dict[int, float]] = {}
+    for row in rows:
+        label = f"{row['optimizer']} ({row['implementation']})"
+        lines.setdefault(label, {})[row[sweep]] = row["median_ms"]
+    return lines
+
+
+def _by(rows: Sequence[Row], key: str) -> list[tuple[str, list[Row]]]:
+    return [(value, list(group)) for value, group in groupby(rows, lambda row: row[key])]
+
+
+# --- plots ----------------------------------------------------------------------------------------------------------
+
+
+def _draw_step_time(name: str, content: Figures) -> None:
+    models = [(model, [row for row in rows if not row["note"]]) for model, rows in _by(content["rows"], "model")]
+    longest = max(len(rows) for _, rows in models)
+    figure = _figure(5 * len(models), 1 + 0.22 * longest)
+    for axis, (model, rows) in zip(figure.subplots(1, len(models), squeeze=False)[0], models):
+        labels = [f"{row['optimizer']}  {row['implementation']}" for row in rows]
+        values = [row["mean_ratio"] if row["optimizer"] in PERIODS else row["ratio"] for row in rows]
+        colors = [_OURS if row["backend"] else _OTHERS for row in rows]
+        axis.hlines(range(len(rows)), 1, values, color=colors)
+        axis.scatter(values, range(len(rows)), color=colors, s=18)
+        axis.set_yticks(range(len(rows)), labels, fontsize=7)
+        axis.invert_yaxis()
+        axis.set_xscale("log")
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.set_title(model, fontsize=10)
+        axis.set_xlabel("time over fused AdamW", fontsize=8)
+    figure.savefig(IMAGES / f"{name}.png", dpi=110)
+
+
+def _draw_growth(name: str, content: Figures) -> None:
+    for sweep, rows in _by(content["rows"], "sweep"):
+        figure = _figure(6, 4)
+        axis = figure.subplots()
+        for label, points in _lines(rows, sweep).items():
+            axis.loglog(list(points), list(points.values()), marker="o", markersize=3, label=label)
+        axis.set_xlabel(_SWEEPS[sweep])
+        axis.set_ylabel("ms per step")
+        axis.grid(True, which="major", alpha=0.3)
+        axis.legend(fontsize=8)
+        figure.savefig(IMAGES / f"{name}-{sweep}.png", dpi=110)
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.figure import Figure  # here, because the tables do without
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def main() -> None:
+    IMAGES.mkdir(exist_ok=True)
+    for name, content in figures("step-time").items():
+        _draw_step_time(name, content)
+    for name, content in figures("growth").items():
+        _draw_growth(name, content)
+    PAGE.write_text(page(PAGE.read_text()))
+
+
+if __name__ == "__main__":
+    main()
