@@ -76,9 +76,9 @@ class PerKeyLogging(pl.Callback):
         if self.before is None:
             return
         for name, p in pl_module.named_parameters():
-            self.log(f"l2_norm/param/{name}", p.detach().norm().item())
-            self.log(f"l2_norm/grad/{name}", p.grad.norm().item())
-            self.log(f"l2_norm/update/{name}", (p.detach() - self.before[name]).norm().item())
+            pl_module.log(f"l2_norm/param/{name}", p.detach().norm().item())
+            pl_module.log(f"l2_norm/grad/{name}", p.grad.norm().item())
+            pl_module.log(f"l2_norm/update/{name}", (p.detach() - self.before[name]).norm().item())
 
 
 def contenders() -> dict[str, Callable[[int], pl.Callback]]:

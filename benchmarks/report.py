@@ -1,26 +1,27 @@
-"""Write the tables and plots of docs/performance.md from the figures in benchmarks/results.
+"""Write the tables and plots of the documentation from the figures in benchmarks/results.
 
     python -m benchmarks.report
 
-Replaces what stands between the markers in the page, and the images beside it; the text around is written by hand.
+Replaces what stands between the markers in the pages, and the images beside them; the text around is written by hand.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+
+from lightning_optim.report import CHECKS
 
 from .contenders import PERIODS
 from .step_time import SHOWN, cells, left_out
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGE = ROOT / "docs" / "performance.md"
-IMAGES = PAGE.parent / "images"
+DOCS = ROOT / "docs"
 
 _OURS, _OTHERS = "#c4500c", "#8a93a3"
 _SWEEPS = {"parameters": "parameters, in 16 tensors", "tensors": "tensors that hold 2^22 parameters"}
@@ -34,22 +35,26 @@ def figures(kind: str) -> dict[str, Figures]:
     return {file.stem: json.loads(file.read_text()) for file in sorted(RESULTS.glob(f"{kind}*.json"))}
 
 
-def page(text: str) -> str:
-    """The page with the parts between its markers made anew."""
-    parts = {
-        "step-time": "\n\n".join(_step_time(name, content) for name, content in figures("step-time").items()),
-        "growth": "\n\n".join(_growth(name, content) for name, content in figures("growth").items()),
-    }
-    for name, part in parts.items():
-        marked = re.search(f"(?<=<!-- {name} -->\n).*?(?=<!-- /{name} -->)", text, re.DOTALL)
+def page(name: str, text: str) -> str:
+    """A page with the parts between its markers made anew.
+
+    Args:
+        name: Its name in :data:`PAGES`.
+        text: Its text so far.
+
+    Raises:
+        ValueError: The text lacks a marker.
+    """
+    for marker, part in PAGES[name].items():
+        marked = re.search(f"(?<=<!-- {marker} -->\n).*?(?=<!-- /{marker} -->)", text, re.DOTALL)
         if not marked:
-            raise ValueError(f"{PAGE.name} has no part <!-- {name} --> ... <!-- /{name} -->.")
-        text = f"{text[: marked.start()]}{part}\n{text[marked.end() :]}"
+            raise ValueError(f"{name} has no part <!-- {marker} --> ... <!-- /{marker} -->.")
+        text = f"{text[: marked.start()]}{part()}\n{text[marked.end() :]}"
     return text
 
 
 def images() -> Iterator[str]:
-    """Names of the images that the page shows."""
+    """Names of the images that the pages show."""
     for name in figures("step-time"):
         yield f"{name}.png"
     for name, content in figures("growth").items():
@@ -114,6 +119,50 @@ def _by(rows: Sequence[Row], key: str) -> list[tuple[str, list[Row]]]:
     return [(value, list(group)) for value, group in groupby(rows, lambda row: row[key])]
 
 
+def _step_times() -> str:
+    return "\n\n".join(_step_time(name, content) for name, content in figures("step-time").items())
+
+
+def _growths() -> str:
+    return "\n\n".join(_growth(name, content) for name, content in figures("growth").items())
+
+
+def _checks() -> str:
+    lines = ["| value | healthy | below | above | source |", "|---|---|---|---|---|"]
+    for check in CHECKS:
+        bounds = f"{check.low:g} to {check.high:g}" if check.low else f"at most {check.high:g}"
+        lines.append(_line([f"`{check.tag}`", bounds, check.below, check.above, check.source]))
+    return "\n".join(lines)
+
+
+def _overhead() -> str:
+    parts = []
+    for content in figures("diagnostics-overhead").values():
+        machine, settings = content["machine"], content["settings"]
+        parts.append(
+            f"{machine['processor']}, {machine['threads']} of {machine['cores']} cores, load average "
+            f"{machine['load_average']}; torch {machine['torch']}; {settings['optimizer']}, "
+            f"{content['rows'][0]['pairs']} pairs of {settings['steps']} steps. Time with over time without, median "
+            "(quartiles) of the pairs."
+        )
+        for model, rows in _by(content["rows"], "model"):
+            intervals = sorted({row["interval"] for row in rows})
+            head = [f"{model}, {rows[0]['step_ms']:.3g} ms a step", *(f"every {i}" for i in intervals)]
+            lines = [_line(head), _line(["---"] * len(head))]
+            for callback, measured in _by(rows, "callback"):
+                shown = {r["interval"]: f"{r['ratio']:.3f} ({r['low']:.2f}-{r['high']:.2f})" for r in measured}
+                lines.append(_line([f"`{callback}`", *(shown.get(i, "") for i in intervals)]))
+            parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+#: What stands between the markers of each page.
+PAGES: dict[str, dict[str, Callable[[], str]]] = {
+    "performance.md": {"step-time": _step_times, "growth": _growths},
+    "diagnostics.md": {"checks": _checks, "overhead": _overhead},
+}
+
+
 # --- plots ----------------------------------------------------------------------------------------------------------
 
 
@@ -133,7 +182,7 @@ def _draw_step_time(name: str, content: Figures) -> None:
         axis.axvline(1, color="black", linewidth=0.8)
         axis.set_title(model, fontsize=10)
         axis.set_xlabel("time over fused AdamW", fontsize=8)
-    figure.savefig(IMAGES / f"{name}.png", dpi=110)
+    figure.savefig(DOCS / "images" / f"{name}.png", dpi=110)
 
 
 def _draw_growth(name: str, content: Figures) -> None:
@@ -146,7 +195,7 @@ def _draw_growth(name: str, content: Figures) -> None:
         axis.set_ylabel("ms per step")
         axis.grid(True, which="major", alpha=0.3)
         axis.legend(fontsize=8)
-        figure.savefig(IMAGES / f"{name}-{sweep}.png", dpi=110)
+        figure.savefig(DOCS / "images" / f"{name}-{sweep}.png", dpi=110)
 
 
 def _figure(width: float, height: float) -> Any:
@@ -156,12 +205,13 @@ def _figure(width: float, height: float) -> Any:
 
 
 def main() -> None:
-    IMAGES.mkdir(exist_ok=True)
+    (DOCS / "images").mkdir(exist_ok=True)
     for name, content in figures("step-time").items():
         _draw_step_time(name, content)
     for name, content in figures("growth").items():
         _draw_growth(name, content)
-    PAGE.write_text(page(PAGE.read_text()))
+    for name in PAGES:
+        (DOCS / name).write_text(page(name, (DOCS / name).read_text()))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -53,7 +54,9 @@ class Monitor(pl.Callback):
         layers: Shell-style patterns of the names of parameters whose own values are logged, too.
 
     Raises:
-        ValueError: An interval is below 1; a pattern matches no parameter.
+        ValueError: An interval is below 1, or patterns are not in a list.
+        MisconfigurationException: When training starts: a pattern matches no parameter, or the strategy hides what
+            is to be measured.
 
     Attributes:
         history: By tag, the last 10,000 pairs of step and value, also where there is no logger.
@@ -183,7 +186,7 @@ class Monitor(pl.Callback):
         for argument, patterns in (("parameters", self.parameters), ("layers", self.layers)):
             for pattern in patterns:
                 if not any(matches(name, [pattern]) for name in names):
-                    raise ValueError(
+                    raise MisconfigurationException(
                         f"{type(self).__name__}: {argument}: no parameter matches {pattern!r}. "
                         f"There are {', '.join(names[:5])}, ..."
                     )

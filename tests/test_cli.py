@@ -203,6 +203,23 @@ def test_help(flags: list[str], shown: str, capsys: pytest.CaptureFixture[str]) 
     assert shown in capsys.readouterr().out
 
 
+# --- diagnostics ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", [[], ["--diagnostics.tier", "off"]])
+def test_runs_carry_diagnostics_unless_told_not_to(flags: list[str]) -> None:
+    main(["fit", *SHORT, "--diagnostics.first_n_steps", "1", *flags])
+    events = EventAccumulator("runs/digits/version_0").Reload()
+    assert ("update/rms" in events.Tags()["scalars"]) is not bool(flags)
+
+
+def test_diagnostic_callbacks_by_flags() -> None:
+    callback = ["--trainer.callbacks+=SignCollapse", "--trainer.callbacks.every_n_steps=1"]
+    main(["fit", *SHORT, "--diagnostics.tier", "off", *callback])
+    tags = EventAccumulator("runs/digits/version_0").Reload().Tags()["scalars"]
+    assert "sign_collapse/index" in tags
+
+
 # --- messages ---------------------------------------------------------------------------------------------------
 
 WRONG = {
@@ -248,6 +265,9 @@ WRONG = {
     "data set": (["fit", "--data.dataset", "digitz"], ["digitz", "digits"]),
     "data folder": (["fit", "-c", "imagefolder", "--data.root", "nowhere", "--trainer.precision", "32"], ["nowhere"]),
     "backbone": (["fit", "--model.backbone", "resnet81"], ["resnet81", "resnet18"]),
+    "tier": (["fit", "--diagnostics.tier", "fulll"], ["fulll", "'full'"]),
+    "interval of diagnostics": (["fit", "--diagnostics.every_n_steps", "0"], ["every_n_steps", "0"]),
+    "layers of diagnostics": (["fit", "--diagnostics.layers", "[no.such]", *SHORT], ["layers", "no.such"]),
     "pattern": (["fit", "--grouping.lr_multipliers", "{nothing.*: 2.0}"], ["nothing.*"]),
 }
 

@@ -1,4 +1,4 @@
-"""The page on performance shows the figures that are committed."""
+"""The documentation shows the figures that are committed."""
 
 from __future__ import annotations
 
@@ -10,11 +10,17 @@ import pytest
 from benchmarks import report
 
 
-def test_the_page_is_made_from_the_results() -> None:
-    assert report.page(report.PAGE.read_text()) == report.PAGE.read_text(), "run `python -m benchmarks.report`"
+@pytest.mark.parametrize("name", list(report.PAGES))
+def test_pages_are_made_from_the_results(name: str) -> None:
+    text = (report.DOCS / name).read_text()
+    assert report.page(name, text) == text, "run `python -m benchmarks.report`"
+
+
+def test_images_are_shown() -> None:
+    text = (report.DOCS / "performance.md").read_text()
     for name in report.images():
-        assert (report.IMAGES / name).stat().st_size > 1000, name
-        assert f"images/{name}" in report.PAGE.read_text()
+        assert (report.DOCS / "images" / name).stat().st_size > 1000, name
+        assert f"images/{name}" in text
 
 
 def test_other_figures_make_another_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,24 +29,23 @@ def test_other_figures_make_another_page(tmp_path: Path, monkeypatch: pytest.Mon
         for row in content["rows"]:
             row["median_ms"] = 123456.0
         (tmp_path / file.name).write_text(json.dumps(content))
-    before = report.PAGE.read_text()
+    before = (report.DOCS / "performance.md").read_text()
     monkeypatch.setattr(report, "RESULTS", tmp_path)
-    after = report.page(before)
+    after = report.page("performance.md", before)
     assert "1.23e+05" in after
     assert "1.23e+05" not in before
-    assert report.page(after) == after
+    assert report.page("performance.md", after) == after
 
 
 def test_plots_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib", reason="plots need the extra `plots`")
-    page = tmp_path / "performance.md"
-    page.write_text(report.PAGE.read_text())
-    monkeypatch.setattr(report, "PAGE", page)
-    monkeypatch.setattr(report, "IMAGES", tmp_path / "images")
+    for name in report.PAGES:
+        (tmp_path / name).write_text((report.DOCS / name).read_text())
+    monkeypatch.setattr(report, "DOCS", tmp_path)
     report.main()
     assert sorted(file.name for file in (tmp_path / "images").iterdir()) == sorted(report.images())
 
 
 def test_a_page_without_markers_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"performance\.md has no part <!-- step-time -->"):
-        report.page("# Performance\n")
+        report.page("performance.md", "# Performance\n")

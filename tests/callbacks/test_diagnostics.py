@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from torch import nn
@@ -85,7 +86,7 @@ def test_tiers_and_their_mistakes():
         Diagnostics("all")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="every_n_steps must be at least 1"):
         Diagnostics(every_n_steps=0)
-    with pytest.raises(ValueError, match=r"layers: no parameter matches 'decoder\.\*'"):
+    with pytest.raises(MisconfigurationException, match=r"layers: no parameter matches 'decoder\.\*'"):
         trainer(callbacks=[Diagnostics(layers=["decoder.*"])]).fit(Net())
 
 
