@@ -57,6 +57,7 @@ class GradientHealth(Monitor):
     """
 
     family = "gradient"
+    needs_updates = False
     charts: ClassVar = {
         "gradient norm": ("Multiline", [r"gradient/norm$", r"gradient/norm_clipped$"]),
         "clipped steps": ("Multiline", [r"gradient/clipped_fraction$"]),

@@ -68,6 +68,8 @@ class Monitor(pl.Callback):
     charts: ClassVar[Mapping[str, tuple[str, list[str]]]] = {}
     #: Whether it measures hidden matrices only, which FSDP1 does not keep.
     needs_matrices: ClassVar[bool] = False
+    #: Whether it looks at the change of the parameters, for which they are copied.
+    needs_updates: ClassVar[bool] = True
     #: Whether it wants what our matrix rules report during a step.
     needs_observations: ClassVar[bool] = False
 

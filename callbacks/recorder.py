@@ -100,7 +100,7 @@ class Step:
             self._change = Change(
                 self.names,
                 [local(p.detach()) for p in parameters],
-                [self._changes[p] for p in parameters],
+                [self._changes[p] for p in parameters if p in self._changes],
                 [local(p.grad) for p in parameters],  # type: ignore[arg-type]
                 [float(w.group["lr"]) for w in self.watched],
             )
@@ -259,7 +259,7 @@ class StepRecorder:
             step.watched = [w for w in step.watched if w.parameter.grad is not None]
         for monitor, step in opened.steps:
             monitor.before_step(trainer, module, step)
-        tracked = {w.parameter for _, step in opened.steps for w in step.watched}
+        tracked = {w.parameter for monitor, step in opened.steps if monitor.needs_updates for w in step.watched}
         opened.changes.update({p: local(p.detach()).clone() for p in tracked})
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:

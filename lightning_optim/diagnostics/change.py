@@ -42,7 +42,7 @@ class Change:
     @cached_property
     def numel(self) -> Tensor:
         """Number of elements."""
-        return torch.tensor([float(u.numel()) for u in self.updates], device=self._device)
+        return torch.tensor([float(w.numel()) for w in self.weights], device=self._device)
 
     @cached_property
     def update_sq(self) -> Tensor:
@@ -84,7 +84,7 @@ class Change:
 
     @property
     def _device(self) -> torch.device:
-        return self.updates[0].device
+        return self.weights[0].device
 
 
 def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
