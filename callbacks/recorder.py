@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 
 from lightning_optim.diagnostics.change import Change
 from lightning_optim.optimizers.optimizer import RuleOptimizer
-from lightning_optim.routing import Route, clean_name, route
+from lightning_optim.routing import Route, clean_name, route, routing_table
 
 if TYPE_CHECKING:
     from .monitor import Monitor
@@ -353,6 +353,8 @@ class StepRecorder:
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_custom_scalars({PAGE: charts})
+                if routes and any(monitor.needs_matrices for monitor in self.monitors):
+                    logger.experiment.add_text("diagnostics/matrices", routing_table(routes))
 
 
 @dataclass(eq=False)
