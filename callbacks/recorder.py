@@ -346,6 +346,7 @@ class StepRecorder:
         if self._layout_written or not trainer.is_global_zero:
             return
         self._layout_written = True
+        routes = [w.route for watched in self._watched.values() for w in watched if w.route is not None]
         charts = {
             title: list(chart) for monitor in self.monitors for title, chart in monitor.charts_of(trainer).items()
         }
