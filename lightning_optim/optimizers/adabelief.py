@@ -7,6 +7,7 @@ from math import sqrt
 import torch
 from torch import Tensor
 
+from .execution import Backend
 from .optimizer import Params, RuleOptimizer
 from .rule import (
     LIKE_PARAMETER,
@@ -100,6 +101,7 @@ class AdaBelief(RuleOptimizer):
         amsgrad: Divide by the running maximum of ``s``.
         maximize: Ascend instead of descend.
         skip_nonfinite: Skip and count steps whose gradients hold NaN or infinity.
+        backend: How the step is run; see :class:`.optimizer.RuleOptimizer`.
 
     Raises:
         ValueError: A hyperparameter is out of range, or a parameter is complex.
@@ -129,9 +131,10 @@ class AdaBelief(RuleOptimizer):
         *,
         maximize: bool = False,
         skip_nonfinite: bool = True,
+        backend: Backend = "auto",
     ) -> None:
         hyperparameters = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "decoupled": decoupled,
             "rectify": rectify, "amsgrad": amsgrad,
         }  # fmt: skip
-        super().__init__(params, hyperparameters, maximize=maximize, skip_nonfinite=skip_nonfinite)
+        super().__init__(params, hyperparameters, maximize=maximize, skip_nonfinite=skip_nonfinite, backend=backend)

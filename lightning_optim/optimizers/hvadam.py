@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .execution import accumulation_dtype
+from .execution import Backend, accumulation_dtype
 from .optimizer import Params, RuleOptimizer
 from .rule import (
     GroupRule,
     Hyperparameters,
     Scalars,
-    decay_,
     ema_,
     like,
+    regularize,
+    shrink_,
     subtract_quotient_,
     weight_decay,
 )
@@ -41,14 +42,13 @@ def _scalars(t: int, hp: Hyperparameters) -> Scalars:
 def _update(
     p: Tensor, g: Tensor, m: Tensor, s: Tensor, v: Tensor, *, b1, b2, bc1, root_bc2, lr, eps, gamma, keep, l2
 ) -> None:
-    g = decay_(p, g, keep, l2)
+    g = regularize(g, p, l2)
     ema_(m, g, b1)
     from_hidden = (g - v).square_()
     from_momentum = (g - m).square_()
     # from_hidden^2 / (...), in the order that cannot overflow where the result does not.
     target = from_hidden / (from_momentum + gamma * from_hidden).add_(eps) * from_hidden
     ema_(s, target, b2).add_(eps)
-    subtract_quotient_(p, m, (s.sqrt() / root_bc2).add_(eps), lr / bc1)
 
 
 def _sums(m: Tensor, s: Tensor, v: Tensor, *, bc1: Any, **_: Any) -> tuple[Tensor, ...]:
@@ -99,7 +99,11 @@ def _combine(
     return group_state, coefficients
 
 
-def _finish(p: Tensor, m: Tensor, s: Tensor, v: Tensor, *, old: Tensor, new: Tensor, hidden_lr: Tensor) -> None:
+def _finish(
+    p: Tensor, m: Tensor, s: Tensor, v: Tensor, *, bc1, root_bc2, lr, eps, keep, old, new, hidden_lr, **_: Any
+) -> None:
+    shrink_(p, keep)
+    subtract_quotient_(p, m, (s.sqrt() / root_bc2).add_(eps), lr / bc1)
     v.mul_(old).add_(m * new)
     p.sub_(v * hidden_lr)
 
@@ -153,6 +157,7 @@ class HVAdam(RuleOptimizer):
             released) adds ``weight_decay * p`` to the gradient.
         maximize: Ascend instead of descend.
         skip_nonfinite: Skip and count steps whose gradients hold NaN or infinity.
+        backend: How the step is run; see :class:`.optimizer.RuleOptimizer`.
 
     Raises:
         ValueError: A hyperparameter is out of range, or a parameter is complex.
@@ -181,9 +186,10 @@ class HVAdam(RuleOptimizer):
         *,
         maximize: bool = False,
         skip_nonfinite: bool = True,
+        backend: Backend = "auto",
     ) -> None:
         hyperparameters = {
             "lr": lr, "betas": betas, "eps": eps, "gamma": gamma, "weight_decay": weight_decay,
             "decoupled": decoupled,
         }  # fmt: skip
-        super().__init__(params, hyperparameters, maximize=maximize, skip_nonfinite=skip_nonfinite)
+        super().__init__(params, hyperparameters, maximize=maximize, skip_nonfinite=skip_nonfinite, backend=backend)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .execution import Backend
 from .optimizer import Params, RuleOptimizer
-from .rule import LIKE_PARAMETER, ElementwiseRule, Hyperparameters, Scalars, Shape, add_, ema_, ema_product_
+from .rule import LIKE_PARAMETER, ElementwiseRule, Hyperparameters, Scalars, Shape, add_, ema_, ema_product_, shrink_
 
 _STEPS_BEFORE_CENTERING = 10
 
@@ -45,7 +46,7 @@ def _update(
             second = (v - mean * mean).clamp_(min=0)  # Rounding can make it negative.
     ema_(m, lr * g / (second / bc2).sqrt_().add_(eps), b1)
     add_(p, m, -step_size)
-    p.mul_(keep)
+    shrink_(p, keep)
 
 
 LAPROP = ElementwiseRule(
@@ -77,6 +78,7 @@ class LaProp(RuleOptimizer):
             its second moment, which leaves its variance.
         maximize: Ascend instead of descend.
         skip_nonfinite: Skip and count steps whose gradients hold NaN or infinity.
+        backend: How the step is run; see :class:`.optimizer.RuleOptimizer`.
 
     Raises:
         ValueError: A hyperparameter is out of range, or a parameter is complex.
@@ -104,6 +106,7 @@ class LaProp(RuleOptimizer):
         *,
         maximize: bool = False,
         skip_nonfinite: bool = True,
+        backend: Backend = "auto",
     ) -> None:
         hyperparameters = {
             "lr": lr,
@@ -112,4 +115,4 @@ class LaProp(RuleOptimizer):
             "weight_decay": weight_decay,
             "centered": centered,
         }
-        super().__init__(params, hyperparameters, maximize=maximize, skip_nonfinite=skip_nonfinite)
+        super().__init__(params, hyperparameters, maximize=maximize, skip_nonfinite=skip_nonfinite, backend=backend)

@@ -6,6 +6,7 @@ from math import sqrt
 
 from torch import Tensor
 
+from .execution import Backend
 from .optimizer import Params, RuleOptimizer
 from .rule import (
     ElementwiseRule,
@@ -97,6 +98,7 @@ class MVNGrad(RuleOptimizer):
             ``weight_decay * p`` to the gradient, and so to all three buffers.
         maximize: Ascend instead of descend.
         skip_nonfinite: Skip and count steps whose gradients hold NaN or infinity.
+        backend: How the step is run; see :class:`.optimizer.RuleOptimizer`.
 
     Raises:
         ValueError: A hyperparameter is out of range, or a parameter is complex.
@@ -125,9 +127,10 @@ class MVNGrad(RuleOptimizer):
         *,
         maximize: bool = False,
         skip_nonfinite: bool = True,
+        backend: Backend = "auto",
     ) -> None:
         hyperparameters = {
             "lr": lr, "betas": betas, "eps": eps, "eps_s": eps_s, "weight_decay": weight_decay,
             "decoupled": decoupled,
         }  # fmt: skip
-        super().__init__(params, hyperparameters, maximize=maximize, skip_nonfinite=skip_nonfinite)
+        super().__init__(params, hyperparameters, maximize=maximize, skip_nonfinite=skip_nonfinite, backend=backend)
