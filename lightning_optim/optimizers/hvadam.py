@@ -18,6 +18,7 @@ from .rule import (
     like,
     regularize,
     shrink_,
+    squared_difference,
     subtract_quotient_,
     weight_decay,
 )
@@ -44,8 +45,8 @@ def _update(
 ) -> None:
     g = regularize(g, p, l2)
     ema_(m, g, b1)
-    from_hidden = (g - v).square_()
-    from_momentum = (g - m).square_()
+    from_hidden = squared_difference(g, v)
+    from_momentum = squared_difference(g, m)
     # from_hidden^2 / (...), in the order that cannot overflow where the result does not.
     target = from_hidden / (from_momentum + gamma * from_hidden).add_(eps) * from_hidden
     ema_(s, target, b2).add_(eps)

@@ -195,6 +195,12 @@ def mix(g: Tensor, m: Tensor, beta: Any) -> Tensor:
     return torch.lerp(g, m, beta)
 
 
+def squared_difference(x: Tensor, y: Tensor) -> Tensor:
+    """``(x - y) ** 2``, with one temporary."""
+    difference = x - y
+    return difference.mul_(difference)
+
+
 def squared_norm(x: Tensor, axes: tuple[int, ...] = (-2, -1)) -> Tensor:
     """Sum of squares over ``axes``, which are kept with size 1."""
     return x.square().sum(axes, keepdim=True)
