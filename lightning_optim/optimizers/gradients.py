@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from .execution import compute_dtype
-
-#: Above this many elements the BLAS dot product, which is shared among threads, beats the vector norm.
-_LARGE = 2**17
+from .execution.flat import SMALL, packs, vector
 
 
 def inspect_gradients(grads: list[Tensor]) -> tuple[bool | Tensor, list[float] | list[Tensor]]:
@@ -49,7 +47,7 @@ def inspect_gradients(grads: list[Tensor]) -> tuple[bool | Tensor, list[float] |
 
 
 def _known_on_host(grads: list[Tensor]) -> bool:
-    return all(g.device.type == "cpu" for g in grads)
+    return all(g.is_cpu for g in grads)
 
 
 def _bound(dtype: torch.dtype) -> float:
@@ -58,15 +56,15 @@ def _bound(dtype: torch.dtype) -> float:
 
 def _largest_norm(grads: list[Tensor]) -> float:
     """The largest Euclidean norm; infinite or NaN if any entry is, or if squares overflow."""
-    large, wide, narrow = [], [], []
+    vectors, small, narrow = [], [], []
     for g in grads:
         if g.dtype not in (torch.float32, torch.float64):
             narrow.append(g)
-        elif g.numel() > _LARGE and g.is_contiguous():
-            large.append(g.view(-1))
+        elif g.numel() <= SMALL:
+            small.append(vector(g))
         else:
-            wide.append(g)
-    norms = [torch.dot(x, x).sqrt_() for x in large]
-    norms += torch._foreach_norm(wide) if wide else []
+            vectors.append(vector(g))
+    vectors += [torch.cat(pack) for pack in packs(small, [g.numel() for g in small])]
+    norms = [torch.dot(x, x).sqrt_() for x in vectors]
     norms += torch._foreach_norm(narrow, dtype=torch.float32) if narrow else []
     return float(torch.stack(norms).max())

@@ -10,6 +10,7 @@ import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, ClassVar, TypeAlias
 
@@ -207,8 +208,8 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         clocks = _read_clocks(states, ("step", *rule.host_state))
         hyperparameters = group | {"lr": float(group["lr"])}
         matrix = isinstance(rule, MatrixRule)
-        known: dict[Any, tuple[Scalars, list[float]]] = {}  # Most parameters share their clock.
-        tasks, ticked = [], []
+        known: dict[Any, Tick] = {}  # Most parameters share their clock.
+        tasks = []
         for p, state, clock in zip(params, states, clocks):
             key = (clock, p.shape) if matrix else clock
             if key not in known:
@@ -218,12 +219,12 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
                 if matrix:
                     extra["shape"] = execution.block_shape(p.shape, group)
                 scalars = rule.scalars(t, hyperparameters, **extra)
-                known[key] = scalars, [float(t), *host.values()]
-            scalars, after = known[key]
+                known[key] = Tick(t, scalars, {"step": t, **host})
+            tick = known[key]
+            tick.states.append(state)
             g, gain = next(each)
-            tasks.append(Task(int(after[0]), p, g, -gain if group["maximize"] else gain, state, scalars))
-            ticked.append(after)
-        verdict.clocks.append((states, ("step", *rule.host_state), ticked))
+            tasks.append(Task(tick.t, p, g, -gain if group["maximize"] else gain, state, tick.scalars))
+        verdict.ticks.extend(known.values())
         return Batch(rule, group, tasks)
 
     def _settle(self) -> None:
@@ -234,10 +235,10 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         if not verdict.read():
             self.skipped_steps += 1
             return
-        for states, names, values in verdict.clocks:
-            for name, column in zip(names, zip(*values)):
-                targets = [state[name] for state in states]
-                torch._foreach_copy_(targets, list(torch.tensor(column, dtype=targets[0].dtype).unbind()))
+        for tick in verdict.ticks:
+            for name, value in tick.clock.items():
+                targets = [state[name] for state in tick.states]
+                torch._foreach_copy_(targets, [torch.tensor(value, dtype=targets[0].dtype)] * len(targets))
 
     # --- checkpoints --------------------------------------------------------------------------------------------
 
@@ -280,12 +281,29 @@ def _read_clocks(states: list[State], names: tuple[str, ...]) -> list[tuple[floa
     columns = []
     for name in names:
         tensors = [state[name] for state in states]
-        if any(x.device.type != "cpu" for x in tensors):  # A checkpoint may have been moved as a whole.
+        if not all(x.is_cpu for x in tensors):  # A checkpoint may have been moved as a whole.
             tensors = [x.cpu() for x in tensors]
             for state, x in zip(states, tensors):
                 state[name] = x
         columns.append(torch.stack(tensors).tolist())
     return list(zip(*columns))
+
+
+@dataclass
+class Tick:
+    """A step of all parameters of a group that have made equally many.
+
+    Args:
+        t: The number of the step.
+        scalars: What the rule's ``scalars`` returned.
+        clock: Scalar state after the step.
+        states: State of the parameters.
+    """
+
+    t: int
+    scalars: Scalars
+    clock: dict[str, float]
+    states: list[State] = field(default_factory=list)
 
 
 class _Verdict:
@@ -297,7 +315,7 @@ class _Verdict:
 
     def __init__(self, finite: Tensor | None) -> None:
         self.finite = finite
-        self.clocks: list[tuple[list[State], tuple[str, ...], list[list[float]]]] = []
+        self.ticks: list[Tick] = []
         self._copy = None if finite is None else finite.to("cpu", non_blocking=True)
         self._event = None
         if finite is not None and finite.device.type == "cuda":

@@ -16,12 +16,10 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors as flatten
-from torch._utils import _unflatten_dense_tensors as unflatten
 
 from ..rule import GroupRule, Rule
 from . import kernels
@@ -36,6 +34,7 @@ CHUNK = 2**18
 COMPILE_FROM = 2**23
 
 _warned = False
+Item = TypeVar("Item")
 
 
 @dataclass
@@ -184,46 +183,66 @@ def plan(tasks: Sequence[Task], names: Sequence[str], limit: int | None) -> Iter
         names: Their state tensors of the parameter's own shape.
         limit: Longest vector to make of a tensor that need not be copied; ``None`` for any length.
     """
-    pack: list[Task] = []
-    size = 0
-    for task in tasks:
-        n = task.p.numel()
-        if n > SMALL:
-            yield from _slices(task, names, limit)
-            continue
-        if size + n > CHUNK:
-            yield from _joined(pack, names)
-            pack, size = [], 0
-        pack.append(task)
-        size += n
-    if pack:
+    small = [task for task in tasks if task.p.numel() <= SMALL]
+    for pack in packs(small, [task.p.numel() for task in small]):
         yield from _joined(pack, names)
+    for task in tasks:
+        if task.p.numel() > SMALL:
+            yield from _slices(task, names, limit)
+
+
+def packs(items: Sequence[Item], sizes: Sequence[int]) -> Iterator[list[Item]]:
+    """Split ``items`` into runs whose ``sizes`` add up to at most a chunk.
+
+    >>> list(packs(["a", "b", "c"], [2**17, 2**17, 1]))
+    [['a', 'b'], ['c']]
+    """
+    pack: list[Item] = []
+    total = 0
+    for item, size in zip(items, sizes):
+        if pack and total + size > CHUNK:
+            yield pack
+            pack, total = [], 0
+        pack.append(item)
+        total += size
+    if pack:
+        yield pack
+
+
+def vector(x: Tensor) -> Tensor:
+    """The elements of ``x`` in logical order: a view if there is one."""
+    return x if x.ndim == 1 else x.reshape(-1)
 
 
 def _joined(tasks: Sequence[Task], names: Sequence[str]) -> Iterator[Work]:
     if len(tasks) == 1:
         yield from _slices(tasks[0], names, None)
         return
-    params = [task.p for task in tasks]
-    states = {name: [task.state[name] for task in tasks] for name in names}
-    g = flatten([task.g for task in tasks])
+    columns = [[task.p for task in tasks], *([task.state[name] for task in tasks] for name in names)]
+    vectors = [[vector(x) for x in xs] for xs in columns]
+    p, *state = (torch.cat(xs) for xs in vectors)
+    g = torch.cat([vector(task.g) for task in tasks])
     gain = tasks[0].gain
+    sizes = [task.p.numel() for task in tasks]
     if isinstance(gain, Tensor):
-        gains = torch.cat([task.gain.expand(task.p.numel()) for task in tasks])  # type: ignore[union-attr]
+        gains = torch.cat([task.gain.expand(n) for task, n in zip(tasks, sizes)])  # type: ignore[union-attr]
         g, gain = g * gains, torch.ones_like(gain)
-    work = Work(flatten(params), g, gain, {name: flatten(xs) for name, xs in states.items()})
-    yield work
-    torch._foreach_copy_(params, unflatten(work.p, params))
-    for name, xs in states.items():
-        torch._foreach_copy_(xs, unflatten(work.state[name], xs))
+    yield Work(p, g, gain, dict(zip(names, state)))
+    for xs, views, joined in zip(columns, vectors, (p, *state)):
+        parts = joined.split(sizes)
+        if all(x.is_contiguous() for x in xs):
+            torch._foreach_copy_(views, parts)
+        else:
+            torch._foreach_copy_(xs, [part.view(x.shape) for part, x in zip(parts, xs)])
 
 
 def _slices(task: Task, names: Sequence[str], limit: int | None) -> Iterator[Work]:
     p, g, n = task.p, task.g, task.p.numel()
     if p.is_contiguous() and g.is_contiguous():
-        length = limit or n
-        columns = [x.view(-1).split(length) for x in (p, g, *(task.state[name] for name in names))]
-        for p, g, *state in zip(*columns):
+        vectors = [x.view(-1) for x in (p, g, *(task.state[name] for name in names))]
+        length = n if limit is None else limit
+        for start in range(0, n, length):
+            p, g, *state = vectors if length >= n else [x[start : start + length] for x in vectors]
             yield Work(p, g, task.gain, dict(zip(names, state)))
         return
     # Other strides than the state's: rows are copied, as many as a chunk holds.
