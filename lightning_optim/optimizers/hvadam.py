@@ -52,12 +52,9 @@ def _update(
     ema_(s, target, b2).add_(eps)
 
 
-def _sums(m: Tensor, s: Tensor, v: Tensor, *, bc1: Any, **_: Any) -> tuple[Tensor, ...]:
+def _sums(m: Tensor, s: Tensor, v: Tensor, **_: Any) -> tuple[Tensor, ...]:
     dtype = accumulation_dtype(m.device)
-    mm = (m * m).sum(dtype=dtype) / (bc1 * bc1)
-    mv = (m * v).sum(dtype=dtype) / bc1
-    vv = (v * v).sum(dtype=dtype)
-    return mm, mv, vv
+    return (m * m).sum(dtype=dtype), (m * v).sum(dtype=dtype), (v * v).sum(dtype=dtype)
 
 
 def _combine(
@@ -74,6 +71,7 @@ def _combine(
     **_: Any,
 ) -> tuple[dict[str, Tensor], Scalars]:
     """One decision for the whole group; see the class for the symbols."""
+    mm, mv = mm / (bc1 * bc1), mv / bc1
     spread = mm + vv - 2 * mv
     k = torch.where(spread == 0, 0.0, (mm - mv) / spread)
     norm2 = (k * k * vv + (1 - k) ** 2 * mm + 2 * k * (1 - k) * mv).abs()
