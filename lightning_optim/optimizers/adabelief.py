@@ -16,10 +16,10 @@ from .rule import (
     Scalars,
     Shape,
     add_,
+    add_quotient_,
     decay_,
     ema_,
     ema_product_,
-    subtract_quotient_,
     weight_decay,
 )
 
@@ -64,10 +64,10 @@ def _update(
     if not tractable:
         add_(p, m, -step_size)
     elif rectify:
-        subtract_quotient_(p, m, s.sqrt().add_(eps), step_size)
+        add_quotient_(p, m, s.sqrt().add_(eps), -step_size)
     else:
         root = (s if s_max is None else s_max).sqrt()
-        subtract_quotient_(p, m, (root / root_bc2).add_(eps), step_size)
+        add_quotient_(p, m, root.add_(eps * root_bc2), -step_size * root_bc2)
 
 
 ADABELIEF = ElementwiseRule("AdaBelief", state=_state, scalars=_scalars, update=_update)

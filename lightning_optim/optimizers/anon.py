@@ -12,11 +12,11 @@ from .rule import (
     ElementwiseRule,
     Hyperparameters,
     Scalars,
+    add_quotient_,
     decay_,
     ema_,
     ema_product_,
     like,
-    subtract_quotient_,
     weight_decay,
 )
 
@@ -65,7 +65,7 @@ def _update(
     if refresh:
         ema_(w, (s / bc2).add_(eps).pow_(gamma), b3)
         s.zero_()
-    subtract_quotient_(p, m, w.sqrt(), step_size)
+    add_quotient_(p, m, w.sqrt(), -step_size)
 
 
 ANON = ElementwiseRule(

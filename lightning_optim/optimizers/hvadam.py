@@ -14,12 +14,13 @@ from .rule import (
     GroupRule,
     Hyperparameters,
     Scalars,
+    add_,
+    add_quotient_,
     ema_,
     like,
     regularize,
     shrink_,
     squared_difference,
-    subtract_quotient_,
     weight_decay,
 )
 
@@ -102,9 +103,9 @@ def _finish(
     p: Tensor, m: Tensor, s: Tensor, v: Tensor, *, bc1, root_bc2, lr, eps, keep, old, new, hidden_lr, **_: Any
 ) -> None:
     shrink_(p, keep)
-    subtract_quotient_(p, m, (s.sqrt() / root_bc2).add_(eps), lr / bc1)
-    v.mul_(old).add_(m * new)
-    p.sub_(v * hidden_lr)
+    add_quotient_(p, m, s.sqrt().add_(eps * root_bc2), -lr / bc1 * root_bc2)
+    add_(v.mul_(old), m, new)
+    add_(p, v, -hidden_lr)
 
 
 HVADAM = GroupRule(

@@ -13,6 +13,7 @@ from .rule import (
     Hyperparameters,
     Scalars,
     add_,
+    add_quotient_,
     decay_,
     ema_,
     ema_product_,
@@ -54,7 +55,7 @@ def _update(
     ema_(m, g, b1)
     residual = g - m
     ema_product_(v, residual, residual, b2).add_(eps_s)
-    ema_(u, g / (v.sqrt() / root_bc2).add_(eps), b1)
+    add_quotient_(u.mul_(b1), g, v.sqrt().add_(eps * root_bc2), (1 - b1) * root_bc2)
     add_(p, u, -step_size)
 
 

@@ -172,7 +172,7 @@ def add_(x: Tensor, y: Tensor, factor: Any) -> Tensor:
 
 def ema_(x: Tensor, y: Tensor, beta: Any) -> Tensor:
     """``x = beta * x + (1 - beta) * y``"""
-    return add_(x.mul_(beta), y, 1 - beta)
+    return x.mul_(beta).add_((1 - beta) * y) if isinstance(beta, Tensor) else x.lerp_(y, 1 - beta)
 
 
 def ema_product_(x: Tensor, y: Tensor, z: Tensor, beta: Any) -> Tensor:
@@ -183,11 +183,9 @@ def ema_product_(x: Tensor, y: Tensor, z: Tensor, beta: Any) -> Tensor:
     return x.addcmul_(y, z, value=1 - beta)
 
 
-def subtract_quotient_(p: Tensor, x: Tensor, y: Tensor, factor: Any) -> Tensor:
-    """``p -= factor * x / y``"""
-    if isinstance(factor, Tensor):
-        return p.sub_(factor * x / y)
-    return p.addcdiv_(x, y, value=-factor)
+def add_quotient_(p: Tensor, x: Tensor, y: Tensor, factor: Any) -> Tensor:
+    """``p += factor * x / y``"""
+    return p.add_(factor * x / y) if isinstance(factor, Tensor) else p.addcdiv_(x, y, value=factor)
 
 
 def mix(g: Tensor, m: Tensor, beta: Any) -> Tensor:

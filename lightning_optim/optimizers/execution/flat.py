@@ -85,8 +85,12 @@ def _each(
     backend: str,
     finite: Tensor | None,
     takes_gradient: bool = True,
+    longest: int | None = None,
 ) -> list[Any]:
-    """Call ``function`` on everything in ``tasks``, which are alike; returns what it returned."""
+    """Call ``function`` on everything in ``tasks``, which are alike; returns what it returned.
+
+    ``longest`` bounds the vectors of a compiled function, which otherwise takes tensors whole.
+    """
     scalars = tasks[0].scalars | coefficients
     compiled = None
     if backend.startswith("compiled"):
@@ -95,7 +99,7 @@ def _each(
         go: kernels.Runner = lambda p, g, gain, state: call(function, p, g, gain, finite, state, scalars)  # noqa: E731
     else:
         go = compiled
-    limit = None if compiled is not None else CHUNK
+    limit = longest if compiled is not None else CHUNK
     works = _whole(tasks, names) if backend == "plain" else plan(tasks, names, limit)
     return [go(work.p, work.g if takes_gradient else None, work.gain, work.state) for work in works]
 
@@ -149,9 +153,9 @@ def _run_group(rule: GroupRule, tasks: Sequence[Task], backend: str, finite: Ten
         return
     names = _state_names(rule, tasks)
     alike = _alike(tasks)
-    parts = [
-        sums for some in alike for sums in _each(_then_sum(rule.update, rule.sums), some, names, {}, backend, finite)
-    ]
+    update = _then_sum(rule.update, rule.sums)
+    # Inductor makes one loop of the update and one of the sums: the second should find the vectors in cache.
+    parts = [part for some in alike for part in _each(update, some, names, {}, backend, finite, longest=CHUNK)]
     device = tasks[0].p.device
     totals = [torch.stack([part.to(device) for part in column]).sum(0) for column in zip(*parts)]
     # A parameter that gets its first gradient late joins the group's state, it does not reset it.
