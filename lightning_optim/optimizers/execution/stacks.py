@@ -176,10 +176,10 @@ def _orthogonalize(requests: Sequence[Request]) -> list[Tensor]:
     for indices in together.values():
         xs = [requests[i][0] for i in indices]
         method = requests[indices[0]][1]
-        wide = [x if x.shape[-2] <= x.shape[-1] else x.mT for x in xs]
-        joined = _join(wide)
+        shape = xs[0].shape[-2:]
+        joined = _join([x if x.shape[-2:] == shape else x.mT for x in xs])
         # One matrix alone is faster without the axis of the stack.
         result = orthogonalize(joined[0], method)[None] if len(joined) == 1 else orthogonalize(joined, method)
         for i, x, part in zip(indices, xs, result.split([len(x) for x in xs])):
-            factors[i] = part if x.shape[-2] <= x.shape[-1] else part.mT
+            factors[i] = part if x.shape[-2:] == shape else part.mT
     return factors
