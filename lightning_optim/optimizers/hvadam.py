@@ -55,7 +55,8 @@ def _update(
 
 def _sums(m: Tensor, s: Tensor, v: Tensor, **_: Any) -> tuple[Tensor, ...]:
     dtype = accumulation_dtype(m.device)
-    return (m * m).sum(dtype=dtype), (m * v).sum(dtype=dtype), (v * v).sum(dtype=dtype)
+    m, v = m.to(dtype).view(-1), v.to(dtype).view(-1)
+    return torch.dot(m, m), torch.dot(m, v), torch.dot(v, v)
 
 
 def _combine(

@@ -21,6 +21,7 @@ from lightning_optim.optimizers.registry import OPTIMIZERS
 from .rows import OURS, ROWS, build, each_configuration, each_optimizer, gradients, run
 
 compiled = pytest.param("compiled", marks=pytest.mark.slow)
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 FLAT = [name for name in OURS if OPTIMIZERS[name].kind != "matrix"]
 MATRIX = [name for name in OURS if OPTIMIZERS[name].kind == "matrix"]
 
@@ -370,6 +371,7 @@ def test_twins_are_orthogonalised_together(monkeypatch: pytest.MonkeyPatch) -> N
 # --- on a GPU ---------------------------------------------------------------------------------------------------
 
 
+@needs_gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["plain", "chunked", "compiled"])
 @each_optimizer
@@ -389,6 +391,7 @@ def test_no_step_waits_for_the_gpu(name: str, backend: str) -> None:
     assert all(p.isfinite().all() for p in params)
 
 
+@needs_gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["chunked", "compiled"])
 @pytest.mark.parametrize("name", FLAT)
