@@ -29,10 +29,10 @@ def inspect_gradients(grads: list[Tensor]) -> tuple[bool | Tensor, list[float] |
         # Nearly every step ends here: no entry exceeds the norm.
         if _largest_norm(grads) <= _bound(torch.float32):
             return True, [1.0] * len(grads)
-        peaks = [peak.item() for peak in torch._foreach_norm(grads, math.inf)]
+        largest = [peak.item() for peak in torch._foreach_norm(grads, math.inf)]
         bounds = [_bound(g.dtype) for g in grads]
-        finite = [math.isfinite(peak) for peak in peaks]
-        return all(finite), [b / x if ok and x > b else 1.0 for b, x, ok in zip(bounds, peaks, finite)]
+        finite = [math.isfinite(x) for x in largest]
+        return all(finite), [b / x if ok and x > b else 1.0 for b, x, ok in zip(bounds, largest, finite)]
     verdicts: list[Tensor] = []
     factors: dict[int, Tensor] = {}
     kinds = {(g.device, g.dtype) for g in grads}

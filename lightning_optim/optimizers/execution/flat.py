@@ -253,6 +253,6 @@ def _slices(task: Task, names: Sequence[str], limit: int | None) -> Iterator[Wor
     rows = max(1, CHUNK // (n // p.shape[0]))
     for i in range(0, p.shape[0], rows):
         part, g_part = (x[i : i + rows].reshape(-1).contiguous() for x in (p, g))
-        state = {name: task.state[name][i : i + rows].view(-1) for name in names}
-        yield Work(part, g_part, task.gain, state)
+        rows_state = {name: task.state[name][i : i + rows].view(-1) for name in names}
+        yield Work(part, g_part, task.gain, rows_state)
         p[i : i + rows].copy_(part.view_as(p[i : i + rows]))

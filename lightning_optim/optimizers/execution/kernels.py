@@ -170,7 +170,7 @@ def _hoist(module: fx.GraphModule, count: int) -> Callable[[tuple[float, ...]], 
     return lambda numbers: arithmetic(*numbers)
 
 
-_ARITHMETIC = {
+_ARITHMETIC: dict[str, Callable[..., Any]] = {
     "aten.add.Tensor": operator.add,
     "aten.sub.Tensor": operator.sub,
     "aten.mul.Tensor": operator.mul,
