@@ -101,6 +101,7 @@ def test_a_changed_optimizer_keeps_nothing_of_the_one_before(capsys: pytest.Capt
         "betas": list(OPTIMIZERS["AdaBelief"].defaults["betas"]),
         "maximize": False,
         "skip_nonfinite": True,
+        "backend": "auto",
     }
 
 

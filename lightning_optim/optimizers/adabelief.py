@@ -7,6 +7,7 @@ from math import sqrt
 import torch
 from torch import Tensor
 
+from .execution import Backend
 from .optimizer import Params, RuleOptimizer
 from .rule import (
     LIKE_PARAMETER,
@@ -15,10 +16,10 @@ from .rule import (
     Scalars,
     Shape,
     add_,
+    add_quotient_,
     decay_,
     ema_,
     ema_product_,
-    subtract_quotient_,
     weight_decay,
 )
 
@@ -63,10 +64,10 @@ def _update(
     if not tractable:
         add_(p, m, -step_size)
     elif rectify:
-        subtract_quotient_(p, m, s.sqrt().add_(eps), step_size)
+        add_quotient_(p, m, s.sqrt().add_(eps), -step_size)
     else:
         root = (s if s_max is None else s_max).sqrt()
-        subtract_quotient_(p, m, (root / root_bc2).add_(eps), step_size)
+        add_quotient_(p, m, root.add_(eps * root_bc2), -step_size * root_bc2)
 
 
 ADABELIEF = ElementwiseRule("AdaBelief", state=_state, scalars=_scalars, update=_update)
@@ -100,6 +101,7 @@ class AdaBelief(RuleOptimizer):
         amsgrad: Divide by the running maximum of ``s``.
         maximize: Ascend instead of descend.
         skip_nonfinite: Skip and count steps whose gradients hold NaN or infinity.
+        backend: How the step is run; see :class:`.optimizer.RuleOptimizer`.
 
     Raises:
         ValueError: A hyperparameter is out of range, or a parameter is complex.
@@ -129,9 +131,10 @@ class AdaBelief(RuleOptimizer):
         *,
         maximize: bool = False,
         skip_nonfinite: bool = True,
+        backend: Backend = "auto",
     ) -> None:
         hyperparameters = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "decoupled": decoupled,
             "rectify": rectify, "amsgrad": amsgrad,
         }  # fmt: skip
-        super().__init__(params, hyperparameters, maximize=maximize, skip_nonfinite=skip_nonfinite)
+        super().__init__(params, hyperparameters, maximize=maximize, skip_nonfinite=skip_nonfinite, backend=backend)

@@ -6,7 +6,7 @@ from math import sqrt
 
 from torch import Tensor
 
-from .rule import ElementwiseRule, Hyperparameters, Scalars, ema_, ema_product_, like, subtract_quotient_
+from .rule import ElementwiseRule, Hyperparameters, Scalars, add_quotient_, ema_, ema_product_, like, shrink_
 
 
 def _scalars(t: int, hp: Hyperparameters) -> Scalars:
@@ -22,10 +22,10 @@ def _scalars(t: int, hp: Hyperparameters) -> Scalars:
 
 
 def _update(p: Tensor, g: Tensor, m: Tensor, v: Tensor, *, b1, b2, step_size, root_bc2, eps, keep) -> None:
-    p.mul_(keep)
+    shrink_(p, keep)
     ema_(m, g, b1)
     ema_product_(v, g, g, b2)
-    subtract_quotient_(p, m, (v.sqrt() / root_bc2).add_(eps), step_size)
+    add_quotient_(p, m, v.sqrt().add_(eps * root_bc2), -step_size * root_bc2)
 
 
 #: ``theta <- (1 - lr * wd) * theta - lr * m_hat / (sqrt(v_hat) + eps)``, with torch's defaults.

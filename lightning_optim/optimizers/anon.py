@@ -6,16 +6,17 @@ from typing import Literal
 
 from torch import Tensor
 
+from .execution import Backend
 from .optimizer import Params, RuleOptimizer
 from .rule import (
     ElementwiseRule,
     Hyperparameters,
     Scalars,
+    add_quotient_,
     decay_,
     ema_,
     ema_product_,
     like,
-    subtract_quotient_,
     weight_decay,
 )
 
@@ -64,7 +65,7 @@ def _update(
     if refresh:
         ema_(w, (s / bc2).add_(eps).pow_(gamma), b3)
         s.zero_()
-    subtract_quotient_(p, m, w.sqrt(), step_size)
+    add_quotient_(p, m, w.sqrt(), -step_size)
 
 
 ANON = ElementwiseRule(
@@ -114,6 +115,7 @@ class Anon(RuleOptimizer):
             released) adds ``weight_decay * p`` to the gradient.
         maximize: Ascend instead of descend.
         skip_nonfinite: Skip and count steps whose gradients hold NaN or infinity.
+        backend: How the step is run; see :class:`.optimizer.RuleOptimizer`.
 
     Raises:
         ValueError: A hyperparameter is out of range, or a parameter is complex.
@@ -144,9 +146,10 @@ class Anon(RuleOptimizer):
         *,
         maximize: bool = False,
         skip_nonfinite: bool = True,
+        backend: Backend = "auto",
     ) -> None:
         hyperparameters = {
             "lr": lr, "betas": betas, "eps": eps, "gamma": gamma, "beta3": beta3, "refresh": refresh,
             "weight_decay": weight_decay, "decoupled": decoupled,
         }  # fmt: skip
-        super().__init__(params, hyperparameters, maximize=maximize, skip_nonfinite=skip_nonfinite)
+        super().__init__(params, hyperparameters, maximize=maximize, skip_nonfinite=skip_nonfinite, backend=backend)

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from ..polar import orthogonalize
 from .eigenbasis import Eigenbasis, axis_state, permute_
+from .execution import Backend
 from .hybrid import Fallback, MatrixOptimizer
 from .optimizer import Params
 from .rule import (
@@ -18,6 +18,7 @@ from .rule import (
     Hyperparameters,
     MatrixRule,
     Observer,
+    Orthogonalizing,
     Scalars,
     Shape,
     add_,
@@ -73,7 +74,7 @@ def _update(
     p: Tensor, g: Tensor, m: Tensor, v: Any = None, row_v: Any = None, column_v: Any = None, *,
     b1, b2, shampoo_beta, step_size, eps, keep, start, refresh, axes, form, nesterov, method,
     observe: Observer = ignore, **bases: Tensor,
-) -> None:  # fmt: skip
+) -> Orthogonalizing:  # fmt: skip
     basis = Eigenbasis(axes, bases)
     if start:
         basis.accumulate(g, shampoo_beta)
@@ -92,7 +93,7 @@ def _update(
         ema_(v, norms, b2)
         gamma = (norms / (v + eps)).sqrt_()
     n = mix(rotated, m, b1) if nesterov else m
-    o = orthogonalize(n.sign() if form in ("sign", "efficient") else n, method)
+    o = yield (n.sign() if form in ("sign", "efficient") else n), method
     observe("orthogonal_factor", o)
     observe("variance_adaptation", gamma)
     add_(p, basis.rotate_back(gamma * o), -step_size)
@@ -159,6 +160,7 @@ class DeVA(MatrixOptimizer):
         fallback_weight_decay: Its weight decay.
         maximize: Ascend instead of descend.
         skip_nonfinite: Skip and count steps whose gradients hold NaN or infinity.
+        backend: How the step is run; see :class:`.optimizer.RuleOptimizer`.
 
     Raises:
         ValueError: A hyperparameter is out of range, or a parameter does not fit its role.
@@ -200,6 +202,7 @@ class DeVA(MatrixOptimizer):
         *,
         maximize: bool = False,
         skip_nonfinite: bool = True,
+        backend: Backend = "auto",
     ) -> None:
         hyperparameters = {
             "lr": lr, "betas": betas, "shampoo_beta": shampoo_beta, "eps": eps, "weight_decay": weight_decay,
@@ -207,4 +210,6 @@ class DeVA(MatrixOptimizer):
             "correct_bias": correct_bias, "nesterov": nesterov, "form": form, "orthogonalizer": orthogonalizer,
         }  # fmt: skip
         others = Fallback(fallback, fallback_lr, fallback_betas, fallback_eps, fallback_weight_decay)
-        super().__init__(params, hyperparameters, others, maximize=maximize, skip_nonfinite=skip_nonfinite)
+        super().__init__(
+            params, hyperparameters, others, maximize=maximize, skip_nonfinite=skip_nonfinite, backend=backend
+        )

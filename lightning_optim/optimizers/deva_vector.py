@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .execution import Backend
 from .optimizer import Params, RuleOptimizer
-from .rule import ElementwiseRule, Hyperparameters, Scalars, add_, ema_, ema_product_, like, mix
+from .rule import ElementwiseRule, Hyperparameters, Scalars, add_, ema_, ema_product_, like, mix, shrink_
 
 _FLOOR = 1e-5  # The constant inside the square root of the released code.
 
@@ -22,7 +23,7 @@ def _scalars(t: int, hp: Hyperparameters) -> Scalars:
 
 
 def _update(p: Tensor, g: Tensor, m: Tensor, v: Tensor, *, b1, b2, lr, keep, nesterov) -> None:
-    p.mul_(keep)
+    shrink_(p, keep)
     ema_(m, g, b1)
     ema_product_(v, m, m, b2)
     adapted = m / (v + _FLOOR).sqrt_()
@@ -55,6 +56,7 @@ class DeVAVector(RuleOptimizer):
         nesterov: Take the sign (and only the sign) of :math:`(1-\beta_1) g_t + \beta_1 M_t`, as released.
         maximize: Ascend instead of descend.
         skip_nonfinite: Skip and count steps whose gradients hold NaN or infinity.
+        backend: How the step is run; see :class:`.optimizer.RuleOptimizer`.
 
     Raises:
         ValueError: A hyperparameter is out of range, or a parameter is complex.
@@ -81,6 +83,7 @@ class DeVAVector(RuleOptimizer):
         *,
         maximize: bool = False,
         skip_nonfinite: bool = True,
+        backend: Backend = "auto",
     ) -> None:
         hyperparameters = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "nesterov": nesterov}
-        super().__init__(params, hyperparameters, maximize=maximize, skip_nonfinite=skip_nonfinite)
+        super().__init__(params, hyperparameters, maximize=maximize, skip_nonfinite=skip_nonfinite, backend=backend)

@@ -8,16 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .execution import accumulation_dtype
+from .execution import Backend, accumulation_dtype
 from .optimizer import Params, RuleOptimizer
 from .rule import (
     GroupRule,
     Hyperparameters,
     Scalars,
-    decay_,
+    add_,
+    add_quotient_,
     ema_,
     like,
-    subtract_quotient_,
+    regularize,
+    shrink_,
+    squared_difference,
     weight_decay,
 )
 
@@ -41,22 +44,19 @@ def _scalars(t: int, hp: Hyperparameters) -> Scalars:
 def _update(
     p: Tensor, g: Tensor, m: Tensor, s: Tensor, v: Tensor, *, b1, b2, bc1, root_bc2, lr, eps, gamma, keep, l2
 ) -> None:
-    g = decay_(p, g, keep, l2)
+    g = regularize(g, p, l2)
     ema_(m, g, b1)
-    from_hidden = (g - v).square_()
-    from_momentum = (g - m).square_()
+    from_hidden = squared_difference(g, v)
+    from_momentum = squared_difference(g, m)
     # from_hidden^2 / (...), in the order that cannot overflow where the result does not.
     target = from_hidden / (from_momentum + gamma * from_hidden).add_(eps) * from_hidden
     ema_(s, target, b2).add_(eps)
-    subtract_quotient_(p, m, (s.sqrt() / root_bc2).add_(eps), lr / bc1)
 
 
-def _sums(m: Tensor, s: Tensor, v: Tensor, *, bc1: Any, **_: Any) -> tuple[Tensor, ...]:
+def _sums(m: Tensor, s: Tensor, v: Tensor, **_: Any) -> tuple[Tensor, ...]:
     dtype = accumulation_dtype(m.device)
-    mm = (m * m).sum(dtype=dtype) / (bc1 * bc1)
-    mv = (m * v).sum(dtype=dtype) / bc1
-    vv = (v * v).sum(dtype=dtype)
-    return mm, mv, vv
+    m, v = m.to(dtype).view(-1), v.to(dtype).view(-1)
+    return torch.dot(m, m), torch.dot(m, v), torch.dot(v, v)
 
 
 def _combine(
@@ -73,6 +73,7 @@ def _combine(
     **_: Any,
 ) -> tuple[dict[str, Tensor], Scalars]:
     """One decision for the whole group; see the class for the symbols."""
+    mm, mv = mm / (bc1 * bc1), mv / bc1
     spread = mm + vv - 2 * mv
     k = torch.where(spread == 0, 0.0, (mm - mv) / spread)
     norm2 = (k * k * vv + (1 - k) ** 2 * mm + 2 * k * (1 - k) * mv).abs()
@@ -99,9 +100,13 @@ def _combine(
     return group_state, coefficients
 
 
-def _finish(p: Tensor, m: Tensor, s: Tensor, v: Tensor, *, old: Tensor, new: Tensor, hidden_lr: Tensor) -> None:
-    v.mul_(old).add_(m * new)
-    p.sub_(v * hidden_lr)
+def _finish(
+    p: Tensor, m: Tensor, s: Tensor, v: Tensor, *, bc1, root_bc2, lr, eps, keep, old, new, hidden_lr, **_: Any
+) -> None:
+    shrink_(p, keep)
+    add_quotient_(p, m, s.sqrt().add_(eps * root_bc2), -lr / bc1 * root_bc2)
+    add_(v.mul_(old), m, new)
+    add_(p, v, -hidden_lr)
 
 
 HVADAM = GroupRule(
@@ -153,6 +158,7 @@ class HVAdam(RuleOptimizer):
             released) adds ``weight_decay * p`` to the gradient.
         maximize: Ascend instead of descend.
         skip_nonfinite: Skip and count steps whose gradients hold NaN or infinity.
+        backend: How the step is run; see :class:`.optimizer.RuleOptimizer`.
 
     Raises:
         ValueError: A hyperparameter is out of range, or a parameter is complex.
@@ -181,9 +187,10 @@ class HVAdam(RuleOptimizer):
         *,
         maximize: bool = False,
         skip_nonfinite: bool = True,
+        backend: Backend = "auto",
     ) -> None:
         hyperparameters = {
             "lr": lr, "betas": betas, "eps": eps, "gamma": gamma, "weight_decay": weight_decay,
             "decoupled": decoupled,
         }  # fmt: skip
-        super().__init__(params, hyperparameters, maximize=maximize, skip_nonfinite=skip_nonfinite)
+        super().__init__(params, hyperparameters, maximize=maximize, skip_nonfinite=skip_nonfinite, backend=backend)

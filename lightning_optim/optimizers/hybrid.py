@@ -14,6 +14,7 @@ from .adabelief import AdaBelief
 from .adamw import ADAMW, ADAMW_DEFAULTS
 from .anon import Anon
 from .deva_vector import DeVAVector
+from .execution import Backend
 from .hvadam import HVAdam
 from .laprop import LaProp
 from .mvn_grad import MVNGrad
@@ -80,10 +81,11 @@ class MatrixOptimizer(RuleOptimizer):
         *,
         maximize: bool,
         skip_nonfinite: bool,
+        backend: Backend,
     ) -> None:
         self._fallback = {**fallback.hyperparameters(), "rule": fallback.name}
         self._warned = False
-        super().__init__(params, hyperparameters, maximize=maximize, skip_nonfinite=skip_nonfinite)
+        super().__init__(params, hyperparameters, maximize=maximize, skip_nonfinite=skip_nonfinite, backend=backend)
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_fallback": self._fallback, "_warned": self._warned}

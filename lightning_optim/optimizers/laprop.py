@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from math import sqrt
+
 from torch import Tensor
 
+from .execution import Backend
 from .optimizer import Params, RuleOptimizer
-from .rule import LIKE_PARAMETER, ElementwiseRule, Hyperparameters, Scalars, Shape, add_, ema_, ema_product_
+from .rule import (
+    LIKE_PARAMETER,
+    ElementwiseRule,
+    Hyperparameters,
+    Scalars,
+    Shape,
+    add_,
+    add_quotient_,
+    ema_,
+    ema_product_,
+    shrink_,
+)
 
 _STEPS_BEFORE_CENTERING = 10
 
@@ -26,7 +40,7 @@ def _scalars(t: int, hp: Hyperparameters, host: dict[str, float]) -> Scalars:
         "b2": b2,
         "lr": lr,
         "step_size": lr / host["lr_average"] if host["lr_average"] else 0.0,
-        "bc2": host["weight_sum"],
+        "root_bc2": sqrt(host["weight_sum"]),
         "eps": hp["eps"],
         "keep": 1 - hp["weight_decay"] if lr else 1.0,
         "center": hp["centered"] and t > _STEPS_BEFORE_CENTERING,
@@ -35,7 +49,7 @@ def _scalars(t: int, hp: Hyperparameters, host: dict[str, float]) -> Scalars:
 
 def _update(
     p: Tensor, g: Tensor, m: Tensor, v: Tensor, mean: Tensor | None = None, *,
-    b1, b2, lr, step_size, bc2, eps, keep, center,
+    b1, b2, lr, step_size, root_bc2, eps, keep, center,
 ) -> None:  # fmt: skip
     ema_product_(v, g, g, b2)
     second = v
@@ -43,9 +57,9 @@ def _update(
         ema_(mean, g, b2)
         if center:
             second = (v - mean * mean).clamp_(min=0)  # Rounding can make it negative.
-    ema_(m, lr * g / (second / bc2).sqrt_().add_(eps), b1)
+    add_quotient_(m.mul_(b1), g, second.sqrt().add_(eps * root_bc2), (1 - b1) * lr * root_bc2)
     add_(p, m, -step_size)
-    p.mul_(keep)
+    shrink_(p, keep)
 
 
 LAPROP = ElementwiseRule(
@@ -77,6 +91,7 @@ class LaProp(RuleOptimizer):
             its second moment, which leaves its variance.
         maximize: Ascend instead of descend.
         skip_nonfinite: Skip and count steps whose gradients hold NaN or infinity.
+        backend: How the step is run; see :class:`.optimizer.RuleOptimizer`.
 
     Raises:
         ValueError: A hyperparameter is out of range, or a parameter is complex.
@@ -104,6 +119,7 @@ class LaProp(RuleOptimizer):
         *,
         maximize: bool = False,
         skip_nonfinite: bool = True,
+        backend: Backend = "auto",
     ) -> None:
         hyperparameters = {
             "lr": lr,
@@ -112,4 +128,4 @@ class LaProp(RuleOptimizer):
             "weight_decay": weight_decay,
             "centered": centered,
         }
-        super().__init__(params, hyperparameters, maximize=maximize, skip_nonfinite=skip_nonfinite)
+        super().__init__(params, hyperparameters, maximize=maximize, skip_nonfinite=skip_nonfinite, backend=backend)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from ..polar import orthogonalize
+from .execution import Backend
 from .hybrid import Fallback, MatrixOptimizer
 from .optimizer import Params
 from .rule import (
@@ -15,6 +15,7 @@ from .rule import (
     Hyperparameters,
     MatrixRule,
     Observer,
+    Orthogonalizing,
     Scalars,
     Shape,
     add_,
@@ -43,10 +44,10 @@ def _scalars(t: int, hp: Hyperparameters, shape: Shape) -> Scalars:
 
 def _update(
     p: Tensor, g: Tensor, m: Tensor, *, mu, step_size, keep, nesterov, method, observe: Observer = ignore
-) -> None:
+) -> Orthogonalizing:
     p.mul_(keep)
     ema_(m, g, mu)
-    o = orthogonalize(mix(g, m, mu) if nesterov else m, method)
+    o = yield (mix(g, m, mu) if nesterov else m), method
     observe("orthogonal_factor", o)
     add_(p, o, -step_size)
 
@@ -89,6 +90,7 @@ class Muon(MatrixOptimizer):
         fallback_weight_decay: Its weight decay.
         maximize: Ascend instead of descend.
         skip_nonfinite: Skip and count steps whose gradients hold NaN or infinity.
+        backend: How the step is run; see :class:`.optimizer.RuleOptimizer`.
 
     Raises:
         ValueError: A hyperparameter is out of range, or a parameter does not fit its role.
@@ -123,10 +125,13 @@ class Muon(MatrixOptimizer):
         *,
         maximize: bool = False,
         skip_nonfinite: bool = True,
+        backend: Backend = "auto",
     ) -> None:
         hyperparameters = {
             "lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay, "scale": scale,
             "orthogonalizer": orthogonalizer,
         }  # fmt: skip
         others = Fallback(fallback, fallback_lr, fallback_betas, fallback_eps, fallback_weight_decay)
-        super().__init__(params, hyperparameters, others, maximize=maximize, skip_nonfinite=skip_nonfinite)
+        super().__init__(
+            params, hyperparameters, others, maximize=maximize, skip_nonfinite=skip_nonfinite, backend=backend
+        )

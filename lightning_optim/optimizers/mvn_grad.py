@@ -6,12 +6,14 @@ from math import sqrt
 
 from torch import Tensor
 
+from .execution import Backend
 from .optimizer import Params, RuleOptimizer
 from .rule import (
     ElementwiseRule,
     Hyperparameters,
     Scalars,
     add_,
+    add_quotient_,
     decay_,
     ema_,
     ema_product_,
@@ -53,7 +55,7 @@ def _update(
     ema_(m, g, b1)
     residual = g - m
     ema_product_(v, residual, residual, b2).add_(eps_s)
-    ema_(u, g / (v.sqrt() / root_bc2).add_(eps), b1)
+    add_quotient_(u.mul_(b1), g, v.sqrt().add_(eps * root_bc2), (1 - b1) * root_bc2)
     add_(p, u, -step_size)
 
 
@@ -97,6 +99,7 @@ class MVNGrad(RuleOptimizer):
             ``weight_decay * p`` to the gradient, and so to all three buffers.
         maximize: Ascend instead of descend.
         skip_nonfinite: Skip and count steps whose gradients hold NaN or infinity.
+        backend: How the step is run; see :class:`.optimizer.RuleOptimizer`.
 
     Raises:
         ValueError: A hyperparameter is out of range, or a parameter is complex.
@@ -125,9 +128,10 @@ class MVNGrad(RuleOptimizer):
         *,
         maximize: bool = False,
         skip_nonfinite: bool = True,
+        backend: Backend = "auto",
     ) -> None:
         hyperparameters = {
             "lr": lr, "betas": betas, "eps": eps, "eps_s": eps_s, "weight_decay": weight_decay,
             "decoupled": decoupled,
         }  # fmt: skip
-        super().__init__(params, hyperparameters, maximize=maximize, skip_nonfinite=skip_nonfinite)
+        super().__init__(params, hyperparameters, maximize=maximize, skip_nonfinite=skip_nonfinite, backend=backend)

@@ -7,7 +7,7 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from ..polar import orthogonalize
+from .execution import Backend
 from .hybrid import Fallback, MatrixOptimizer
 from .optimizer import Params
 from .rule import (
@@ -16,6 +16,7 @@ from .rule import (
     Hyperparameters,
     MatrixRule,
     Observer,
+    Orthogonalizing,
     Scalars,
     Shape,
     ema_,
@@ -45,11 +46,11 @@ def _scalars(t: int, hp: Hyperparameters, shape: Shape) -> Scalars:
 def _namo(
     p: Tensor, g: Tensor, m: Tensor, v: Tensor, *,
     mu1, mu2, lr, bias, eps, wd, factor, max_step, nesterov, method, observe: Observer = ignore,
-) -> None:  # fmt: skip
+) -> Orthogonalizing:  # fmt: skip
     ema_(m, g, mu1)
     ema_(v, squared_norm(g), mu2)
     n = mix(g, m, mu1) if nesterov else m
-    o = orthogonalize(n, method)
+    o = yield n, method
     a = bias * squared_norm(n).sqrt_() / v.sqrt().add_(eps)
     observe("orthogonal_factor", o)
     observe("adaptive_scale", a)
@@ -64,11 +65,11 @@ def _namo_d_scalars(t: int, hp: Hyperparameters, shape: Shape) -> Scalars:
 def _namo_d(
     p: Tensor, g: Tensor, m: Tensor, v: Tensor, *,
     mu1, mu2, lr, bias, eps, wd, factor, max_step, clamp, nesterov, method, observe: Observer = ignore,
-) -> None:  # fmt: skip
+) -> Orthogonalizing:  # fmt: skip
     ema_(m, g, mu1)
     ema_(v, squared_norm(g, axes=(-2,)), mu2)
     n = mix(g, m, mu1) if nesterov else m
-    o = orthogonalize(n, method)
+    o = yield n, method
     d = bias * squared_norm(n, axes=(-2,)).sqrt_() / v.sqrt().add_(eps)
     if clamp is not None:
         mean = d.mean(-1, keepdim=True)
@@ -138,6 +139,7 @@ class NAMO(MatrixOptimizer):
         fallback_weight_decay: Its weight decay.
         maximize: Ascend instead of descend.
         skip_nonfinite: Skip and count steps whose gradients hold NaN or infinity.
+        backend: How the step is run; see :class:`.optimizer.RuleOptimizer`.
 
     Raises:
         ValueError: A hyperparameter is out of range, or a parameter does not fit its role.
@@ -175,13 +177,16 @@ class NAMO(MatrixOptimizer):
         *,
         maximize: bool = False,
         skip_nonfinite: bool = True,
+        backend: Backend = "auto",
     ) -> None:
         hyperparameters = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "nesterov": nesterov,
             "scale": scale, "max_step": max_step, "orthogonalizer": orthogonalizer,
         }  # fmt: skip
         others = Fallback(fallback, fallback_lr, fallback_betas, fallback_eps, fallback_weight_decay)
-        super().__init__(params, hyperparameters, others, maximize=maximize, skip_nonfinite=skip_nonfinite)
+        super().__init__(
+            params, hyperparameters, others, maximize=maximize, skip_nonfinite=skip_nonfinite, backend=backend
+        )
 
 
 class NAMOD(MatrixOptimizer):
@@ -219,6 +224,7 @@ class NAMOD(MatrixOptimizer):
         fallback_weight_decay: Its weight decay.
         maximize: Ascend instead of descend.
         skip_nonfinite: Skip and count steps whose gradients hold NaN or infinity.
+        backend: How the step is run; see :class:`.optimizer.RuleOptimizer`.
 
     Raises:
         ValueError: A hyperparameter is out of range, or a parameter does not fit its role.
@@ -257,10 +263,13 @@ class NAMOD(MatrixOptimizer):
         *,
         maximize: bool = False,
         skip_nonfinite: bool = True,
+        backend: Backend = "auto",
     ) -> None:
         hyperparameters = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "clamp": clamp,
             "nesterov": nesterov, "scale": scale, "max_step": max_step, "orthogonalizer": orthogonalizer,
         }  # fmt: skip
         others = Fallback(fallback, fallback_lr, fallback_betas, fallback_eps, fallback_weight_decay)
-        super().__init__(params, hyperparameters, others, maximize=maximize, skip_nonfinite=skip_nonfinite)
+        super().__init__(
+            params, hyperparameters, others, maximize=maximize, skip_nonfinite=skip_nonfinite, backend=backend
+        )

@@ -8,7 +8,8 @@ and may hand the function a whole tensor, a slice of one, or a stack of several.
 Three kinds exist, by what the function has to see:
 
 - :class:`ElementwiseRule`: any slice of any tensor;
-- :class:`MatrixRule`: a stack ``(k, *shape)`` of equal-shape tensors;
+- :class:`MatrixRule`: a stack ``(k, *shape)`` of equal-shape tensors. Where its update needs a polar factor it yields
+  the matrices, so that the engine can orthogonalise those of many stacks at once;
 - :class:`GroupRule`: every tensor, plus a few inner products summed over all tensors of the parameter group.
 
 ``scalars`` runs on the host in double precision, once per step and not per element, so that the update functions
@@ -18,7 +19,7 @@ depend on their values), which is why updates use the helpers below instead of `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -31,6 +32,8 @@ Shape = tuple[int, ...]
 Hyperparameters = Mapping[str, Any]
 Scalars = dict[str, Any]
 Observer = Callable[[str, Tensor], None]
+#: What an update that orthogonalises is: it yields ``(matrices, method)`` and is sent their polar factor.
+Orthogonalizing = Generator[tuple[Tensor, str], Tensor, None]
 
 #: A state tensor of the parameter's own shape.
 LIKE_PARAMETER = None
@@ -59,7 +62,7 @@ class Rule:
             ``None`` stands for the parameter's own shape. All start at zero.
         scalars: ``(t, hyperparameters) -> {name: scalar}``, with ``t`` counting the parameter's steps from 1.
             Matrix rules also get ``shape=``; rules with ``host_state`` also get ``host=``.
-        update: ``(p, g, **state, **scalars) -> None``, in place on ``p`` and the state; ``g`` is read only.
+        update: ``(p, g, **state, **scalars)``, in place on ``p`` and the state; ``g`` is read only.
         host_state: Names of scalar state that ``scalars`` reads and writes in its ``host`` dictionary.
         constraints: Bounds of hyperparameters that are this rule's alone, ``{name: (predicate, "what it must be")}``.
     """
@@ -67,7 +70,7 @@ class Rule:
     name: str
     state: Callable[[Shape, Hyperparameters], dict[str, Shape | None]]
     scalars: Callable[..., Scalars]
-    update: Callable[..., None]
+    update: Callable[..., Any]
     host_state: tuple[str, ...] = ()
     constraints: Mapping[str, tuple[Callable[[Any], bool], str]] = field(default_factory=dict)
 
@@ -85,7 +88,9 @@ class ElementwiseRule(Rule):
 class MatrixRule(Rule):
     """A rule that sees whole tensors, ``k`` equal ones at a time, and may report what it computed on the way.
 
-    ``update`` gets one more keyword, ``observe(name, value)``, to call with intermediate results worth watching.
+    ``update`` gets one more keyword, ``observe(name, value)``, to call with intermediate results worth watching. It
+    may be a generator: ``factor = yield matrices, method`` orthogonalises a stack of matrices by a method of
+    :func:`lightning_optim.polar.orthogonalize`. The factor is read only.
 
     Args:
         flatten: Whether tensors with more than two axes arrive as matrices ``(k, shape[0], rest)``; otherwise as
@@ -100,9 +105,10 @@ class MatrixRule(Rule):
 class GroupRule(Rule):
     """An element-wise rule in two halves with a few sums over the whole parameter group between them.
 
-    Per step: ``update`` on every tensor; ``sums(**state, **scalars) -> tuple`` of 0-d tensors on every tensor, added
-    up over the group; ``combine(*sums, **group_state, **scalars)`` once, which returns the new group state and the
-    coefficients of ``finish(p, **state, **coefficients)`` on every tensor.
+    Per step: ``update`` on every tensor, which changes the state only; ``sums(**state, **scalars) -> tuple`` of 0-d
+    tensors on every tensor, added up over the group; ``combine(*sums, **group_state, **scalars)`` once, which returns
+    the new group state and coefficients; ``finish(p, **state, **scalars, **coefficients)`` on every tensor, which
+    moves the parameter.
 
     Args:
         group_state: Initial values of the scalars that belong to the group. Each tensor of the group keeps a copy,
@@ -137,11 +143,19 @@ def weight_decay(hp: Hyperparameters) -> Scalars:
 
 def decay_(p: Tensor, g: Tensor, keep: Any, l2: Any) -> Tensor:
     """Shrink ``p`` by ``keep`` in place and return the gradient ``g + l2 * p`` (of the ``p`` before)."""
-    if not _is(l2, 0.0):
-        g = g + l2 * p
-    if not _is(keep, 1.0):
-        p.mul_(keep)
+    g = regularize(g, p, l2)
+    shrink_(p, keep)
     return g
+
+
+def shrink_(p: Tensor, keep: Any) -> Tensor:
+    """``p *= keep``"""
+    return p if _is(keep, 1.0) else p.mul_(keep)
+
+
+def regularize(g: Tensor, p: Tensor, l2: Any) -> Tensor:
+    """``g + l2 * p``"""
+    return g if _is(l2, 0.0) else g + l2 * p
 
 
 # --- in-place operations on tensors with coefficients that are floats or 0-d tensors ---------------------------------
@@ -158,7 +172,7 @@ def add_(x: Tensor, y: Tensor, factor: Any) -> Tensor:
 
 def ema_(x: Tensor, y: Tensor, beta: Any) -> Tensor:
     """``x = beta * x + (1 - beta) * y``"""
-    return add_(x.mul_(beta), y, 1 - beta)
+    return x.mul_(beta).add_((1 - beta) * y) if isinstance(beta, Tensor) else x.lerp_(y, 1 - beta)
 
 
 def ema_product_(x: Tensor, y: Tensor, z: Tensor, beta: Any) -> Tensor:
@@ -169,16 +183,20 @@ def ema_product_(x: Tensor, y: Tensor, z: Tensor, beta: Any) -> Tensor:
     return x.addcmul_(y, z, value=1 - beta)
 
 
-def subtract_quotient_(p: Tensor, x: Tensor, y: Tensor, factor: Any) -> Tensor:
-    """``p -= factor * x / y``"""
-    if isinstance(factor, Tensor):
-        return p.sub_(factor * x / y)
-    return p.addcdiv_(x, y, value=-factor)
+def add_quotient_(p: Tensor, x: Tensor, y: Tensor, factor: Any) -> Tensor:
+    """``p += factor * x / y``"""
+    return p.add_(factor * x / y) if isinstance(factor, Tensor) else p.addcdiv_(x, y, value=factor)
 
 
 def mix(g: Tensor, m: Tensor, beta: Any) -> Tensor:
     """Nesterov's look-ahead ``(1 - beta) * g + beta * m``."""
     return torch.lerp(g, m, beta)
+
+
+def squared_difference(x: Tensor, y: Tensor) -> Tensor:
+    """``(x - y) ** 2``, with one temporary."""
+    difference = x - y
+    return difference.mul_(difference)
 
 
 def squared_norm(x: Tensor, axes: tuple[int, ...] = (-2, -1)) -> Tensor:

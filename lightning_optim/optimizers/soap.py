@@ -7,6 +7,7 @@ from math import sqrt
 from torch import Tensor
 
 from .eigenbasis import Eigenbasis, axis_state, permute_
+from .execution import Backend
 from .hybrid import Fallback, MatrixOptimizer
 from .optimizer import Params
 from .rule import (
@@ -140,6 +141,7 @@ class SOAP(MatrixOptimizer):
         fallback_weight_decay: Its weight decay.
         maximize: Ascend instead of descend.
         skip_nonfinite: Skip and count steps whose gradients hold NaN or infinity.
+        backend: How the step is run; see :class:`.optimizer.RuleOptimizer`.
 
     Raises:
         ValueError: A hyperparameter is out of range, or a parameter does not fit its role.
@@ -180,6 +182,7 @@ class SOAP(MatrixOptimizer):
         *,
         maximize: bool = False,
         skip_nonfinite: bool = True,
+        backend: Backend = "auto",
     ) -> None:
         hyperparameters = {
             "lr": lr, "betas": betas, "shampoo_beta": shampoo_beta, "eps": eps, "weight_decay": weight_decay,
@@ -187,4 +190,6 @@ class SOAP(MatrixOptimizer):
             "merge_dims": merge_dims, "precondition_1d": precondition_1d, "correct_bias": correct_bias,
         }  # fmt: skip
         others = Fallback(fallback, fallback_lr, fallback_betas, fallback_eps, fallback_weight_decay)
-        super().__init__(params, hyperparameters, others, maximize=maximize, skip_nonfinite=skip_nonfinite)
+        super().__init__(
+            params, hyperparameters, others, maximize=maximize, skip_nonfinite=skip_nonfinite, backend=backend
+        )

@@ -93,10 +93,11 @@ def compare(name: str, arguments: dict[str, Any], ours: list[nn.Parameter], opti
         np.testing.assert_allclose(p.detach().numpy(), expected, rtol=rtol, atol=rtol / 10)
 
 
+@pytest.mark.parametrize("backend", ["plain", "chunked", pytest.param("compiled", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ARGUMENTS)
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_float64_trajectory(name: str, data: st.DataObject) -> None:
+def test_float64_trajectory(name: str, backend: str, data: st.DataObject) -> None:
     arguments = data.draw(st.fixed_dictionaries(ARGUMENTS[name]))
     if isinstance(arguments.get("form"), dict):
         arguments |= arguments.pop("form")
@@ -116,7 +117,7 @@ def test_float64_trajectory(name: str, data: st.DataObject) -> None:
     cls: Any = OPTIMIZERS[name].cls
     groups: Any = [{"params": params, "role": "matrix"}] if issubclass(cls, MatrixOptimizer) else params
     assert matrix == issubclass(cls, MatrixOptimizer)
-    compare(name, arguments, params, cls(groups, **given_arguments), seed)
+    compare(name, arguments, params, cls(groups, backend=backend, **given_arguments), seed)
 
 
 @settings(max_examples=10, deadline=None, derandomize=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
 import lightning_optim as lo
-from lightning_optim.optimizers import optimizer as engine
+from lightning_optim.optimizers import gradients as inspection
 from lightning_optim.optimizers.registry import OPTIMIZERS
 from lightning_optim.optimizers.rule import ElementwiseRule
 
@@ -217,7 +217,7 @@ def test_nonfinite_gradients_change_nothing(
 ) -> None:
     """One bad entry anywhere: no parameter or state moves, the step is counted, and training goes on as if it had
     not been. On an accelerator the host learns of it only at the next step."""
-    monkeypatch.setattr(engine, "_known_on_host", lambda x: host)
+    monkeypatch.setattr(inspection, "_known_on_host", lambda x: host)
     clean, dirty = parameters(), parameters()
     a, b = build(name, clean, **arguments), build(name, dirty, **arguments)
     for t in range(1, 8):

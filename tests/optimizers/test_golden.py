@@ -178,7 +178,7 @@ ADAPTERS: dict[str, tuple[type[torch.optim.Optimizer], Callable[[Hyper, str], Hy
 }
 
 
-def build(case: dict[str, str], params: list[Tensor]) -> torch.optim.Optimizer:
+def build(case: dict[str, str], params: list[Tensor], backend: str) -> torch.optim.Optimizer:
     name = case["optimizer"]
     if name in NOT_YET:
         pytest.skip(f"{name} is not implemented yet")
@@ -192,8 +192,8 @@ def build(case: dict[str, str], params: list[Tensor]) -> torch.optim.Optimizer:
     if case["orthogonalization"] == "exact-svd":
         arguments["orthogonalizer"] = "exact"
     if issubclass(cls, MatrixOptimizer):
-        return cls([{"params": params, "role": "matrix"}], **arguments)
-    return cls(params, **arguments)
+        return cls([{"params": params, "role": "matrix"}], backend=backend, **arguments)
+    return cls(params, backend=backend, **arguments)
 
 
 class Completion:
@@ -234,8 +234,9 @@ class Completion:
 
 
 @pytest.mark.skipif(not CASES, reason=f"no golden trajectories in {FOLDER}")
+@pytest.mark.parametrize("backend", ["plain", "chunked", pytest.param("compiled", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("path", "dtype"), CASES)
-def test_trajectory(path: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trajectory(path: Path, dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with safe_open(path, "pt") as file:
         case = file.metadata()
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -245,7 +246,7 @@ def test_trajectory(path: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPa
     count = sum(key.startswith("init.") for key in tensors)
     init = [tensors[f"init.{i}"].double() for i in range(count)]
     params = [torch.nn.Parameter(x.to(dtype)) for x in init]
-    optimizer = build(case, params)
+    optimizer = build(case, params, backend)
     completion = Completion(monkeypatch)
     trajectory: list[list[Tensor]] = [[] for _ in params]
     for t in range(int(case["steps"])):

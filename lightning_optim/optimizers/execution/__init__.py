@@ -1,0 +1,58 @@
+"""How rules are run: rule -> plan (which tensors run together) -> run.
+
+:func:`run` is the only entry. It receives the parameters whose gradients are fit to be used and updates parameters and
+state in place. Rules stay free of everything that changes with the way of running:
+
+- :mod:`.tensors`: precision, state, matrices inside parameters;
+- :mod:`.call`: one call of a rule's function;
+- :mod:`.flat`: element-wise and group rules, joined and cut;
+- :mod:`.kernels`: the same, compiled;
+- :mod:`.stacks`: matrix rules, stacked, and the orthogonalisation they share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+from torch import Tensor
+
+from ..rule import MatrixRule
+from . import flat, stacks
+from .stacks import ParameterObserver
+from .tensors import Batch, State, Task, accumulation_dtype, block_shape, compute_dtype, new_state
+
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "Batch",
+    "ParameterObserver",
+    "State",
+    "Task",
+    "accumulation_dtype",
+    "block_shape",
+    "compute_dtype",
+    "new_state",
+    "run",
+]
+
+Backend = Literal["auto", "plain", "chunked", "compiled"]
+BACKENDS: tuple[str, ...] = get_args(Backend)
+
+
+def run(
+    batches: Sequence[Batch],
+    backend: str = "auto",
+    finite: Tensor | None = None,
+    observer: ParameterObserver | None = None,
+) -> None:
+    """Update parameters and state in place.
+
+    Args:
+        batches: Rules and the parameters they run on.
+        backend: One of :data:`BACKENDS`.
+        finite: ``None``, or a 0-d boolean tensor: where it is ``False`` nothing may change.
+        observer: Called as ``observer(p, name, value)`` with what matrix rules report.
+    """
+    flat.run([batch for batch in batches if not isinstance(batch.rule, MatrixRule)], backend, finite)
+    stacks.run([batch for batch in batches if isinstance(batch.rule, MatrixRule)], backend, finite, observer)

@@ -1,0 +1,49 @@
+"""One call of a rule's function, as it is run eagerly and as it is compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .tensors import compute_dtype
+
+
+def call(
+    function: Callable[..., Any],
+    p: Tensor,
+    g: Tensor | None,
+    gain: float | Tensor,
+    finite: Tensor | None,
+    state: Mapping[str, Tensor],
+    scalars: Mapping[str, Any],
+) -> Any:
+    """``function(p, gain * g, **state, **scalars)`` in the precision of the arithmetic.
+
+    Args:
+        function: Updates ``p`` and the state in place.
+        p: A parameter or a part of some, of any precision.
+        g: The gradient; ``None`` for functions that take none.
+        gain: What the gradient is multiplied by.
+        finite: ``None``, or a 0-d boolean tensor: where it is ``False`` nothing changes.
+        state: State tensors of the parameter's size.
+        scalars: Keyword arguments that are not per element.
+
+    Returns:
+        What the function returned.
+    """
+    work = p.to(compute_dtype(p.dtype))
+    written = [work, *state.values()]
+    before = [x.clone() for x in written] if finite is not None else []
+    if g is None:
+        result = function(work, **state, **scalars)
+    else:
+        g = g.to(work.dtype)
+        result = function(work, g if isinstance(gain, float) and gain == 1.0 else g * gain, **state, **scalars)
+    for x, old in zip(written, before):
+        x.copy_(torch.where(finite, x, old))  # type: ignore[arg-type]
+    if work.dtype != p.dtype:
+        p.copy_(work)
+    return result

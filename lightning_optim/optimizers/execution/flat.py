@@ -1,0 +1,258 @@
+"""Element-wise and group rules: which elements run together, and the loop over them.
+
+An element-wise rule does not care where a tensor ends, so the parameters of a group are cut and joined at will:
+
+- ``plain``: every parameter alone, as it is: the reference.
+- ``chunked``: small tensors joined to vectors, large ones cut into views that stay in cache with their temporaries.
+- ``compiled``: small tensors joined, large ones whole, since a compiled kernel has no temporaries.
+
+:func:`plan` makes the cuts; it yields one :class:`Work` at a time and writes back what had to be copied before it goes
+on to the next, so that copies never exceed one chunk.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..rule import GroupRule, Rule
+from . import kernels
+from .call import call
+from .tensors import Batch, Task
+
+#: Tensors up to this many elements are joined: below it a copy of a tensor costs less than an operation on it.
+SMALL = 2**14
+#: Elements of a chunk: its streams and temporaries fit in cache, and its operations are long beside their dispatch.
+CHUNK = 2**18
+#: ``auto`` compiles where a step updates this many elements or more; see :func:`run`.
+COMPILE_FROM = 2**23
+
+_warned = False
+Item = TypeVar("Item")
+
+
+@dataclass
+class Work:
+    """What one call updates: vectors (or, in the plain path, whole parameters) of equal size."""
+
+    p: Tensor
+    g: Tensor
+    gain: float | Tensor
+    state: dict[str, Tensor]
+
+
+def run(batches: Sequence[Batch], backend: str, finite: Tensor | None) -> None:
+    """Update the parameters and state of element-wise and group rules in place."""
+    if backend == "auto":
+        elements = sum(task.p.numel() for batch in batches for task in batch.tasks)
+        compilable = all(task.p.device.type in ("cpu", "cuda") for batch in batches for task in batch.tasks)
+        backend = "compiled or chunked" if compilable and elements >= COMPILE_FROM else "chunked"
+    for batch in batches:
+        if isinstance(batch.rule, GroupRule):
+            _run_group(batch.rule, batch.tasks, backend, finite)
+        else:
+            for tasks in _alike(batch.tasks):
+                names = _state_names(batch.rule, tasks)
+                _each(batch.rule.update, tasks, names, {}, backend, finite)
+
+
+def _state_names(rule: Rule, tasks: Sequence[Task]) -> list[str]:
+    other = {"step", *rule.host_state, *(rule.group_state if isinstance(rule, GroupRule) else ())}
+    return [name for name in tasks[0].state if name not in other]
+
+
+def _alike(tasks: Iterable[Task]) -> list[list[Task]]:
+    """Split into tasks that one call can take together."""
+    groups: dict[Any, list[Task]] = {}
+    for task in tasks:
+        gain = task.gain if isinstance(task.gain, float) else None
+        key = (id(task.scalars), task.p.dtype, task.g.dtype, task.p.device, gain)
+        groups.setdefault(key, []).append(task)
+    return list(groups.values())
+
+
+def _each(
+    function: Callable[..., Any],
+    tasks: Sequence[Task],
+    names: Sequence[str],
+    coefficients: dict[str, Tensor],
+    backend: str,
+    finite: Tensor | None,
+    takes_gradient: bool = True,
+    longest: int | None = None,
+) -> list[Any]:
+    """Call ``function`` on everything in ``tasks``, which are alike; returns what it returned.
+
+    ``longest`` bounds the vectors of a compiled function, which otherwise takes tensors whole.
+    """
+    scalars = tasks[0].scalars | coefficients
+    compiled = None
+    if backend.startswith("compiled"):
+        compiled = _compile(function, tasks[0], names, scalars, finite, backend, takes_gradient)
+    if compiled is None:
+        go: kernels.Runner = lambda p, g, gain, state: call(function, p, g, gain, finite, state, scalars)  # noqa: E731
+    else:
+        go = compiled
+    limit = longest if compiled is not None else CHUNK
+    works = _whole(tasks, names) if backend == "plain" else plan(tasks, names, limit)
+    return [go(work.p, work.g if takes_gradient else None, work.gain, work.state) for work in works]
+
+
+def _compile(
+    function: Callable[..., Any],
+    task: Task,
+    names: Sequence[str],
+    scalars: dict[str, Any],
+    finite: Tensor | None,
+    backend: str,
+    takes_gradient: bool,
+) -> kernels.Runner | None:
+    """A compiled runner; ``None``, after one warning, where it is optional and cannot be had."""
+    global _warned
+    state = {name: task.state[name] for name in names}
+    make = partial(
+        kernels.runner, function, task.p, task.g if takes_gradient else None, task.gain, finite, state, scalars
+    )
+    if backend == "compiled":
+        return make()
+    if _warned:
+        return None
+    try:
+        return make()
+    except Exception as error:
+        _warned = True
+        warnings.warn(
+            f"Compiling the optimizer's step failed ({type(error).__name__}: {str(error).splitlines()[0]:.200}), so "
+            "it runs uncompiled, with the same results. A C++ compiler (Triton for GPUs) is needed; "
+            "backend='chunked' does without and turns this warning off.",
+            stacklevel=2,
+        )
+        return None
+
+
+# --- group rules ------------------------------------------------------------------------------------------------
+
+
+@cache
+def _then_sum(update: Callable[..., None], sums: Callable[..., Any]) -> Callable[..., Any]:
+    def update_and_sum(p: Tensor, g: Tensor, **kwargs: Any) -> Any:
+        update(p, g, **kwargs)
+        return sums(**kwargs)
+
+    return update_and_sum
+
+
+def _run_group(rule: GroupRule, tasks: Sequence[Task], backend: str, finite: Tensor | None) -> None:
+    if not tasks:
+        return
+    names = _state_names(rule, tasks)
+    alike = _alike(tasks)
+    update = _then_sum(rule.update, rule.sums)
+    # Inductor makes one loop of the update and one of the sums: the second should find the vectors in cache.
+    parts = [part for some in alike for part in _each(update, some, names, {}, backend, finite, longest=CHUNK)]
+    device = tasks[0].p.device
+    totals = [torch.stack([part.to(device) for part in column]).sum(0) for column in zip(*parts)]
+    # A parameter that gets its first gradient late joins the group's state, it does not reset it.
+    oldest = max(tasks, key=lambda task: task.t)
+    old = {name: oldest.state[name].to(device) for name in rule.group_state}
+    new, coefficients = rule.combine(*totals, **old, **oldest.scalars)
+    for some in alike:
+        local = {name: x.to(some[0].p.device) for name, x in coefficients.items()}
+        _each(rule.finish, some, names, local, backend, finite, takes_gradient=False)
+    for name, value in new.items():
+        if finite is not None:
+            value = torch.where(finite, value, old[name])
+        torch._foreach_copy_([task.state[name] for task in tasks], [value] * len(tasks))
+
+
+# --- planning ---------------------------------------------------------------------------------------------------
+
+
+def _whole(tasks: Iterable[Task], names: Sequence[str]) -> Iterator[Work]:
+    for task in tasks:
+        yield Work(task.p, task.g, task.gain, {name: task.state[name] for name in names})
+
+
+def plan(tasks: Sequence[Task], names: Sequence[str], limit: int | None) -> Iterator[Work]:
+    """Cut and join ``tasks``, which are alike.
+
+    Args:
+        tasks: Parameters of equal dtype, device and scalars.
+        names: Their state tensors of the parameter's own shape.
+        limit: Longest vector to make of a tensor that need not be copied; ``None`` for any length.
+    """
+    small = [task for task in tasks if task.p.numel() <= SMALL]
+    for pack in packs(small, [task.p.numel() for task in small]):
+        yield from _joined(pack, names)
+    for task in tasks:
+        if task.p.numel() > SMALL:
+            yield from _slices(task, names, limit)
+
+
+def packs(items: Sequence[Item], sizes: Sequence[int]) -> Iterator[list[Item]]:
+    """Split ``items`` into runs whose ``sizes`` add up to at most a chunk.
+
+    >>> list(packs(["a", "b", "c"], [2**17, 2**17, 1]))
+    [['a', 'b'], ['c']]
+    """
+    pack: list[Item] = []
+    total = 0
+    for item, size in zip(items, sizes):
+        if pack and total + size > CHUNK:
+            yield pack
+            pack, total = [], 0
+        pack.append(item)
+        total += size
+    if pack:
+        yield pack
+
+
+def vector(x: Tensor) -> Tensor:
+    """The elements of ``x`` in logical order: a view if there is one."""
+    return x if x.ndim == 1 else x.reshape(-1)
+
+
+def _joined(tasks: Sequence[Task], names: Sequence[str]) -> Iterator[Work]:
+    if len(tasks) == 1:
+        yield from _slices(tasks[0], names, None)
+        return
+    columns = [[task.p for task in tasks], *([task.state[name] for task in tasks] for name in names)]
+    vectors = [[vector(x) for x in xs] for xs in columns]
+    p, *state = (torch.cat(xs) for xs in vectors)
+    g = torch.cat([vector(task.g) for task in tasks])
+    gain = tasks[0].gain
+    sizes = [task.p.numel() for task in tasks]
+    if isinstance(gain, Tensor):
+        gains = torch.cat([task.gain.expand(n) for task, n in zip(tasks, sizes)])  # type: ignore[union-attr]
+        g, gain = g * gains, torch.ones_like(gain)
+    yield Work(p, g, gain, dict(zip(names, state)))
+    for xs, views, joined in zip(columns, vectors, (p, *state)):
+        parts = joined.split(sizes)
+        if all(x.is_contiguous() for x in xs):
+            torch._foreach_copy_(views, parts)
+        else:
+            torch._foreach_copy_(xs, [part.view(x.shape) for part, x in zip(parts, xs)])
+
+
+def _slices(task: Task, names: Sequence[str], limit: int | None) -> Iterator[Work]:
+    p, g, n = task.p, task.g, task.p.numel()
+    if p.is_contiguous() and g.is_contiguous():
+        vectors = [x.view(-1) for x in (p, g, *(task.state[name] for name in names))]
+        length = n if limit is None else limit
+        for start in range(0, n, length):
+            p, g, *state = vectors if length >= n else [x[start : start + length] for x in vectors]
+            yield Work(p, g, task.gain, dict(zip(names, state)))
+        return
+    # Other strides than the state's: rows are copied, as many as a chunk holds.
+    rows = max(1, CHUNK // (n // p.shape[0]))
+    for i in range(0, p.shape[0], rows):
+        part, g_part = (x[i : i + rows].reshape(-1).contiguous() for x in (p, g))
+        rows_state = {name: task.state[name][i : i + rows].view(-1) for name in names}
+        yield Work(part, g_part, task.gain, rows_state)
+        p[i : i + rows].copy_(part.view_as(p[i : i + rows]))

@@ -1,0 +1,179 @@
+"""Rules compiled to one kernel each, whatever the model.
+
+A rule's function is traced once, on vectors of symbolic length and with its hyperparameters as 0-d tensors, and
+handed to Inductor. Dynamo (``torch.compile``'s front end) is left out on purpose: a traced function has no guards, so
+that nothing can ever recompile it, and a call costs 4 microseconds instead of 60. What :func:`torch.compile` would
+specialise on, dtypes, device and switches (booleans, strings, ``None``), is the key under which a kernel is kept.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .call import call
+
+Runner = Callable[[Tensor, "Tensor | None", "float | Tensor", Mapping[str, Tensor]], Any]
+
+#: Length of the vectors a kernel is traced on: long enough for Inductor to share the loop among threads.
+_EXAMPLE = 2**16
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A compiled function.
+
+    Args:
+        prepare: From the numbers to what the kernel takes in their place.
+        run: The kernel, called with a list of its arguments.
+    """
+
+    prepare: Callable[[tuple[float, ...]], Sequence[float | Tensor]]
+    run: Callable[[list[Any]], Any]
+
+
+_kernels: dict[Any, Kernel] = {}
+
+
+def compilations() -> int:
+    """How many kernels this process has compiled."""
+    return len(_kernels)
+
+
+def is_number(x: Any) -> bool:
+    """Whether a scalar of a rule is a number, which a kernel does not depend on, rather than a switch."""
+    return isinstance(x, (int, float)) and not isinstance(x, bool)
+
+
+def runner(
+    function: Callable[..., Any],
+    p: Tensor,
+    g: Tensor | None,
+    gain: float | Tensor,
+    finite: Tensor | None,
+    state: Mapping[str, Tensor],
+    scalars: Mapping[str, Any],
+) -> Runner:
+    """:func:`.call.call` of ``function`` with these scalars on vectors of the same kinds as those given, compiled.
+
+    Compiles now if it has to; nothing is updated.
+
+    Returns:
+        ``run(p, g, gain, state)``; a ``gain`` that is a number has to be the one given here.
+    """
+    numbers = {name: float(x) for name, x in scalars.items() if is_number(x) or _on_host(x)}
+    tensors = {name: x for name, x in scalars.items() if isinstance(x, Tensor) and name not in numbers}
+    switches = {name: x for name, x in scalars.items() if name not in tensors and name not in numbers}
+    own_gain = isinstance(gain, Tensor)
+    key = (
+        function, p.dtype, None if g is None else g.dtype, own_gain, finite is not None,
+        tuple((name, x.dtype) for name, x in state.items()),
+        tuple(numbers), tuple((name, x.dtype) for name, x in tensors.items()), tuple(switches.items()),
+        p.device, torch.get_num_threads(),
+    )  # fmt: skip
+    values = (*numbers.values(), 1.0 if isinstance(gain, Tensor) else gain)
+    kernel = _kernels.get(key)
+    if kernel is None:
+
+        def flat(*args: Tensor) -> Any:
+            rest = iter(args)
+            p, *vectors = [next(rest) for _ in range(1 + len(state))]
+            gradient = None if g is None else next(rest)
+            factor = next(rest) if own_gain else None
+            verdict = None if finite is None else next(rest)
+            given = {name: next(rest) for name in (*tensors, *numbers)} | switches
+            common_factor = next(rest)
+            factor = common_factor if factor is None else factor
+            return call(function, p, gradient, factor, verdict, dict(zip(state, vectors)), given) or ()
+
+        vectors = [p, *state.values(), *([] if g is None else [g])]
+        example = [torch.zeros(_EXAMPLE, dtype=x.dtype, device=x.device) for x in vectors]
+        example += [x for x in (gain, finite, *tensors.values()) if isinstance(x, Tensor)]
+        kernel = _kernels[key] = _compile(flat, example, values)
+    fixed = [*([] if finite is None else [finite]), *tensors.values(), *kernel.prepare(values)]
+
+    def run(p: Tensor, g: Tensor | None, gain: float | Tensor, state: Mapping[str, Tensor]) -> Any:
+        gradient = [] if g is None else [g]
+        return kernel.run([p, *state.values(), *gradient, *([gain] if own_gain else []), *fixed])
+
+    return run
+
+
+def _on_host(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_cpu
+
+
+@lru_cache(maxsize=64)
+def _as_tensors(numbers: tuple[float, ...]) -> tuple[Tensor, ...]:
+    return torch.tensor(numbers, dtype=torch.float64).unbind()
+
+
+def _compile(function: Callable[..., Any], example: list[Tensor], numbers: tuple[float, ...]) -> Kernel:
+    # Imported here because they take seconds, which nobody should pay who does not compile.
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.decomposition import select_decomp_table
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    trace = make_fx(
+        torch.func.functionalize(function), tracing_mode="symbolic", decomposition_table=select_decomp_table()
+    )
+    graph = trace(*example, *_as_tensors(numbers))
+    by_value = all(x.is_cpu and x.dtype != torch.float64 for x in example)
+    prepare = _hoist(graph, len(numbers)) if by_value else _as_tensors
+    inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+    # Part of Inductor's own cache key, so that a process with other threads does not find this process's kernel.
+    with config.patch({"cpp.threads": torch.get_num_threads()}):
+        return Kernel(prepare, compile_fx_inner(graph, inputs))
+
+
+def _hoist(module: fx.GraphModule, count: int) -> Callable[[tuple[float, ...]], list[float]]:
+    """Move the arithmetic among the last ``count`` inputs, numbers all, out of the graph, which then takes its results.
+
+    The kernel gets them by value. Read from memory they would be read again for every vector register, since to the
+    C++ compiler they could have changed with whatever the loop has stored; that halves the speed in cache. By value
+    they are float32, to which eager arithmetic rounds them too, but only after all arithmetic in float64.
+
+    Returns:
+        The arithmetic.
+    """
+    graph = module.graph
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    numbers = inputs[len(inputs) - count :]
+    outside = fx.Graph()
+    moved = {node: outside.placeholder(node.name) for node in numbers}
+    for node in graph.nodes:
+        operation = _ARITHMETIC.get(str(node.target))
+        if operation and all(x in moved or isinstance(x, (int, float)) for x in node.args):
+            moved[node] = outside.call_function(operation, tuple(moved.get(x, x) for x in node.args))
+    results = [node for node in moved if any(user not in moved for user in node.users)]
+    outside.output([moved[node] for node in results])
+    arithmetic = fx.GraphModule({}, outside)
+
+    shape_env = inputs[0].meta["val"].fake_mode.shape_env
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    with graph.inserting_before(first), shape_env.ignore_fresh_unbacked_symbols():
+        values = [graph.placeholder(f"{node.name}_value") for node in results]
+        for node, value in zip(results, values):
+            value.meta["val"] = shape_env.create_unbacked_symfloat()
+            scalar = graph.call_function(torch.ops.aten.scalar_tensor.default, (value,), {"dtype": torch.float32})
+            node.replace_all_uses_with(scalar, delete_user_cb=lambda user: user not in moved)
+    for node in reversed(moved):
+        graph.erase_node(node)
+    module.recompile()
+    return lambda numbers: arithmetic(*numbers)
+
+
+_ARITHMETIC: dict[str, Callable[..., Any]] = {
+    "aten.add.Tensor": operator.add,
+    "aten.sub.Tensor": operator.sub,
+    "aten.mul.Tensor": operator.mul,
+    "aten.div.Tensor": operator.truediv,
+    "aten.neg.default": operator.neg,
+}

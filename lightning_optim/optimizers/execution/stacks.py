@@ -1,0 +1,185 @@
+"""Matrix rules: equal shapes stacked, and the orthogonalisation that stacks of a step share.
+
+Parameters of one group whose matrices have the same shape run as one stack ``(k, m, n)``, if they are so small that
+copying them costs less than running one after the other; larger ones run alone, on views. An update that needs a polar
+factor yields the matrices instead of computing it, so that :func:`_drive` can gather what all stacks ask for and
+orthogonalise everything of one shape, tall and wide twins included, in one call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...polar import orthogonalize
+from ..rule import LIKE_PARAMETER, MatrixRule
+from .tensors import Batch, Task, block_shape, compute_dtype, from_blocks, to_blocks
+
+ParameterObserver = Callable[[Tensor, str, Tensor], None]
+Request = tuple[Tensor, str]
+
+#: Matrices up to this many elements are stacked: below it copying them costs less than dispatching their operations.
+STACK = {"cpu": 2**14, "cuda": 2**20}
+#: Matrices up to this many elements are orthogonalised together: above it one matrix product keeps the device busy.
+TOGETHER = {"cpu": 2**18, "cuda": 2**21}
+#: Elements whose orthogonalisation may wait at the same time, which bounds the memory for it.
+WAVE = 2**24
+
+
+@dataclass
+class Stack:
+    """Equal-shape matrices of one group that run as one."""
+
+    rule: MatrixRule
+    group: Mapping[str, Any]
+    tasks: list[Task]
+
+    @property
+    def elements(self) -> int:
+        return sum(task.p.numel() for task in self.tasks)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sorted shape of a matrix: that of its orthogonalisation."""
+        rows, *rest = block_shape(self.tasks[0].p.shape, self.group)
+        return tuple(sorted((rows, torch.Size(rest).numel())))
+
+
+def run(batches: Sequence[Batch], backend: str, finite: Tensor | None, observer: ParameterObserver | None) -> None:
+    """Update the parameters and state of matrix rules in place."""
+    plain = backend == "plain"
+    stacks = [stack for batch in batches for stack in _stacks(batch, plain)]
+    stacks.sort(key=lambda stack: stack.shape)
+    for _, same_shape in groupby(stacks, key=lambda stack: stack.shape):
+        for wave in _waves(same_shape, 0 if plain else WAVE):
+            _drive([_update(stack, finite, observer) for stack in wave])
+
+
+def _stacks(batch: Batch, plain: bool) -> Iterator[Stack]:
+    rule = batch.rule
+    assert isinstance(rule, MatrixRule)
+    alike: dict[Any, list[Task]] = {}
+    for i, task in enumerate(batch.tasks):
+        p = task.p
+        small = not plain and p.numel() // batch.group["blocks"] <= STACK.get(p.device.type, STACK["cuda"])
+        key = (id(task.scalars), p.shape, p.dtype, task.g.dtype, p.device) if small else i
+        alike.setdefault(key, []).append(task)
+    for tasks in alike.values():
+        yield Stack(rule, batch.group, tasks)
+
+
+def _waves(stacks: Iterable[Stack], limit: int) -> Iterator[list[Stack]]:
+    wave: list[Stack] = []
+    for stack in stacks:
+        if wave and sum(other.elements for other in wave) + stack.elements > limit:
+            yield wave
+            wave = []
+        wave.append(stack)
+    if wave:
+        yield wave
+
+
+def _update(stack: Stack, finite: Tensor | None, observer: ParameterObserver | None) -> Iterator[Request]:
+    """Run the rule on a stack; yields what it wants orthogonalised and is sent the factor."""
+    rule, group, tasks = stack.rule, stack.group, stack.tasks
+    shapes = rule.state(block_shape(tasks[0].p.shape, group), group)
+    work = {name: [task.state[name] for task in tasks] for name in shapes} | {"p": [task.p for task in tasks]}
+
+    def view(x: Tensor) -> Tensor:
+        y = to_blocks(x, group)
+        return y.flatten(2) if rule.flatten else y
+
+    def load(name: str, xs: list[Tensor]) -> Tensor:
+        return _join([x if shapes.get(name) is not LIKE_PARAMETER else view(x) for x in xs])
+
+    dtype = compute_dtype(tasks[0].p.dtype)
+    tensors = {name: load(name, work[name]) for name in shapes}
+    p = _join([view(task.p.to(dtype)) for task in tasks])
+    g = _gradient(stack, dtype, view)
+    before = [x.clone() for x in (p, *tensors.values())] if finite is not None else []
+    kwargs = dict(tasks[0].scalars)
+    if observer is not None:
+        kwargs["observe"] = lambda name, x: _observe(observer, stack, name, x)
+    update = rule.update(p, g, **tensors, **kwargs)
+    if update is not None:
+        yield from update
+    for x, old in zip((p, *tensors.values()), before):
+        x.copy_(torch.where(finite, x, old))  # type: ignore[arg-type]
+    for name, x in ({"p": p} | tensors).items():
+        _store(x, work[name], group if shapes.get(name) is LIKE_PARAMETER else None)
+
+
+def _join(xs: list[Tensor]) -> Tensor:
+    return xs[0] if len(xs) == 1 else torch.cat(xs)
+
+
+def _gradient(stack: Stack, dtype: torch.dtype, view: Callable[[Tensor], Tensor]) -> Tensor:
+    g = _join([view(task.g) for task in stack.tasks]).to(dtype)
+    gains = [task.gain for task in stack.tasks]
+    if all(isinstance(gain, float) and gain == 1.0 for gain in gains):
+        return g
+    factors = torch.stack([torch.as_tensor(gain, dtype=dtype, device=g.device) for gain in gains])
+    return g * factors.repeat_interleave(stack.group["blocks"]).view(-1, *(1 for _ in g.shape[1:]))
+
+
+def _store(stacked: Tensor, targets: list[Tensor], group: Mapping[str, Any] | None) -> None:
+    """Write a stack back, unless it is a view of its only parameter."""
+    if len(targets) == 1 and stacked.data_ptr() == targets[0].data_ptr():
+        return
+    parts = stacked.split(len(stacked) // len(targets))
+    if group is not None:
+        parts = tuple(from_blocks(part, target.shape, group) for part, target in zip(parts, targets))
+    torch._foreach_copy_(targets, list(parts))
+
+
+def _observe(observer: ParameterObserver, stack: Stack, name: str, x: Tensor) -> None:
+    for task, part in zip(stack.tasks, x.split(len(x) // len(stack.tasks))):
+        observer(task.p, name, part)
+
+
+# --- orthogonalisation ------------------------------------------------------------------------------------------
+
+
+def _drive(updates: list[Iterator[Request]]) -> None:
+    """Run updates side by side and orthogonalise together what they ask for at the same time."""
+    waiting = [(update, request) for update in updates if (request := next(update, None)) is not None]
+    while waiting:
+        factors = _orthogonalize([request for _, request in waiting])
+        waiting = [
+            (update, request)
+            for (update, _), factor in zip(waiting, factors)
+            if (request := _send(update, factor)) is not None
+        ]
+
+
+def _send(update: Any, factor: Tensor) -> Request | None:
+    try:
+        return update.send(factor)
+    except StopIteration:
+        return None
+
+
+def _orthogonalize(requests: Sequence[Request]) -> list[Tensor]:
+    """The polar factors of ``(matrices, method)`` requests, one call for all small ones of a method and shape."""
+    factors: list[Any] = [None] * len(requests)
+    together: dict[Any, list[int]] = {}
+    for i, (x, method) in enumerate(requests):
+        rows, columns = x.shape[-2:]
+        limit = TOGETHER.get(x.device.type, TOGETHER["cuda"])
+        key = (method, min(rows, columns), max(rows, columns), x.dtype, x.device) if rows * columns <= limit else i
+        together.setdefault(key, []).append(i)
+    for indices in together.values():
+        xs = [requests[i][0] for i in indices]
+        method = requests[indices[0]][1]
+        shape = xs[0].shape[-2:]
+        joined = _join([x if x.shape[-2:] == shape else x.mT for x in xs])
+        # One matrix alone is faster without the axis of the stack.
+        result = orthogonalize(joined[0], method)[None] if len(joined) == 1 else orthogonalize(joined, method)
+        for i, x, part in zip(indices, xs, result.split([len(x) for x in xs])):
+            factors[i] = part if x.shape[-2:] == shape else part.mT
+    return factors

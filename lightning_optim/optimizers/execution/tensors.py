@@ -1,0 +1,117 @@
+"""The tensors of a step: precision, state, and the matrices that parameters hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..rule import LIKE_PARAMETER, GroupRule, MatrixRule, Rule, Scalars, Shape
+
+State = MutableMapping[str, Any]
+
+
+@dataclass
+class Task:
+    """One parameter's share of a step.
+
+    Args:
+        t: The number of this step for the parameter, from 1.
+        p: The parameter.
+        g: Its gradient; read only.
+        gain: What the gradient is multiplied by: -1 to ascend, less than 1 in size to bound it. A 0-d tensor where
+            the host does not know it.
+        state: The rule's state tensors.
+        scalars: What the rule's ``scalars`` returned; the same object for all parameters that share them.
+    """
+
+    t: int
+    p: Tensor
+    g: Tensor
+    gain: float | Tensor
+    state: State
+    scalars: Scalars
+
+
+@dataclass
+class Batch:
+    """The parameters of one group that have a gradient."""
+
+    rule: Rule
+    group: Mapping[str, Any]
+    tasks: list[Task]
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """State and arithmetic are float32, or float64 for float64 parameters.
+
+    >>> compute_dtype(torch.bfloat16), compute_dtype(torch.float64)
+    (torch.float32, torch.float64)
+    """
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def accumulation_dtype(device: torch.device) -> torch.dtype:
+    """Sums over a whole parameter group are taken in float64, which Apple's GPUs lack."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def new_state(rule: Rule, p: Tensor, group: Mapping[str, Any]) -> State:
+    """Zero state for one parameter: its step count, the rule's host scalars and the rule's tensors.
+
+    Counts and host scalars live on the CPU whatever the device, since the host computes with them.
+    """
+    dtype = compute_dtype(p.dtype)
+    shape = block_shape(p.shape, group) if isinstance(rule, MatrixRule) else tuple(p.shape)
+    state: State = {"step": torch.tensor(0.0)}
+    for name in rule.host_state:
+        state[name] = torch.tensor(0.0, dtype=torch.float64)
+    for name, tensor_shape in rule.state(shape, group).items():
+        if tensor_shape is LIKE_PARAMETER:
+            state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.contiguous_format)
+        else:
+            state[name] = p.new_zeros((group["blocks"], *tensor_shape), dtype=dtype)
+    if isinstance(rule, GroupRule):
+        for name, value in rule.group_state.items():
+            state[name] = torch.tensor(value, dtype=accumulation_dtype(p.device), device=p.device)
+    return state
+
+
+# --- matrices inside parameters ---------------------------------------------------------------------------------
+
+
+def block_shape(shape: Sequence[int], group: Mapping[str, Any]) -> Shape:
+    """Shape ``(out, in, ...)`` of one of the ``blocks`` tensors that a parameter of the given shape holds.
+
+    >>> block_shape((12, 4), {"blocks": 3, "transposed": False})  # a packed query, key and value projection
+    (4, 4)
+    >>> block_shape((6, 2, 3, 3), {"blocks": 1, "transposed": True})  # a transposed convolution
+    (2, 6, 3, 3)
+    >>> block_shape((8, 16, 32), {"blocks": 8, "transposed": False})  # eight experts
+    (16, 32)
+    """
+    rows, *rest = shape[0] // group["blocks"], *shape[1:]
+    if group["blocks"] > 1 and rows == 1 and len(rest) > 1:
+        rows, *rest = rest
+    if group["transposed"]:
+        rows, rest[0] = rest[0], rows
+    return (rows, *rest)
+
+
+def to_blocks(x: Tensor, group: Mapping[str, Any]) -> Tensor:
+    """View (a copy where no view exists) of ``x`` as ``(blocks, *block_shape)``."""
+    blocks = group["blocks"]
+    y = x.reshape(blocks, x.shape[0] // blocks, *x.shape[1:])
+    if blocks > 1 and y.shape[1] == 1 and y.ndim > 3:
+        y = y.squeeze(1)
+    return y.transpose(1, 2) if group["transposed"] else y
+
+
+def from_blocks(y: Tensor, shape: Sequence[int], group: Mapping[str, Any]) -> Tensor:
+    """Inverse of :func:`to_blocks`."""
+    block = (group["blocks"], *block_shape(shape, group))
+    y = y.reshape(block)
+    return (y.transpose(1, 2) if group["transposed"] else y).reshape(tuple(shape))
