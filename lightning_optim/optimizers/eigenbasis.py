@@ -44,8 +44,13 @@ class Eigenbasis:
     def accumulate(self, g: Tensor, beta: float) -> None:
         """Average the outer products of the gradient ``g`` with weight ``1 - beta``."""
         for axis in self.axes:
-            rows = g.movedim(axis + 1, 1).flatten(2)
-            ema_(self.state[f"gram{axis}"], rows @ rows.mT, beta)
+            if _is_last(axis, g):
+                columns = g.flatten(1, -2)
+                rows = columns.mT
+            else:
+                rows = g.movedim(axis + 1, 1).flatten(2)
+                columns = rows.mT
+            self.state[f"gram{axis}"].baddbmm_(rows, columns, beta=beta, alpha=1 - beta)
 
     def start(self) -> None:
         """Set the bases to the eigenvectors of the averages, largest eigenvalue first.
@@ -87,7 +92,15 @@ def permute_(x: Tensor, axis: int, order: Tensor) -> None:
     x.copy_(x.gather(axis + 1, index.expand_as(x)))
 
 
+def _is_last(axis: int, x: Tensor) -> bool:
+    return 1 < axis + 1 == x.ndim - 1
+
+
 def _along(x: Tensor, axis: int, matrix: Tensor) -> Tensor:
     """Multiply axis ``axis`` of every tensor of the stack by its matrix, from the right."""
+    if axis == 0:
+        return (matrix.mT @ x.reshape(*x.shape[:2], -1)).view(x.shape)
+    if _is_last(axis, x):
+        return (x.flatten(1, -2) @ matrix).view(x.shape)
     y = x.movedim(axis + 1, -1)
-    return (y.flatten(1, -2) @ matrix).reshape(y.shape).movedim(-1, axis + 1)
+    return (y.flatten(1, -2) @ matrix).view(y.shape).movedim(-1, axis + 1).contiguous()
