@@ -187,6 +187,9 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
             extra["host"] = host
         if isinstance(rule, MatrixRule):
             extra["shape"] = execution.block_shape(p.shape, group)
+            if rule.phases is not None:
+                position = next(i for i, q in enumerate(group["params"]) if q is p)
+                extra["phase"] = position % rule.phases(group)
         scalars = rule.scalars(t, group | {"lr": float(group["lr"])}, **extra)
         verdict.clocks.append((state, {"step": float(t), **host}))
         tensors = {name: x for name, x in state.items() if name != "step" and name not in rule.host_state}
