@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .rule import Shape, ema_
+from .rule import Hyperparameters, Shape
 
 _RIDGE = 1e-9  # Far below float32's resolution of the average, far above float64's.
 
@@ -79,6 +79,21 @@ class Eigenbasis:
             order = (basis * image).sum(-2).argsort(dim=-1, descending=True, stable=True)
             permute(axis, order)
             basis.copy_(torch.linalg.qr(image.gather(-1, order.unsqueeze(-2).expand_as(image))).Q)
+
+
+def phases(hp: Hyperparameters) -> int:
+    """Over how many steps the refreshes of different parameters are spread."""
+    return int(hp["precondition_frequency"]) if hp["stagger"] else 1
+
+
+def refreshes(n: int, phase: int, hp: Hyperparameters) -> bool:
+    """Whether a parameter refreshes its bases after the ``n``-th step that moves it.
+
+    >>> hp = {"precondition_frequency": 3}
+    >>> [n for n in range(8) if refreshes(n, 0, hp)], [n for n in range(8) if refreshes(n, 1, hp)]
+    ([3, 6], [2, 5])
+    """
+    return n > 0 and (n + phase) % hp["precondition_frequency"] == 0
 
 
 def axis_state(shape: Shape, axes: tuple[int, ...]) -> dict[str, Shape | None]:
