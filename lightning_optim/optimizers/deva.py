@@ -208,7 +208,8 @@ class DeVA(MatrixOptimizer):
         hyperparameters = {
             "lr": lr, "betas": betas, "shampoo_beta": shampoo_beta, "eps": eps, "weight_decay": weight_decay,
             "precondition_frequency": precondition_frequency, "stagger": stagger,
-            "max_precondition_dim": max_precondition_dim, "correct_bias": correct_bias, "nesterov": nesterov, "form": form, "orthogonalizer": orthogonalizer,
+            "max_precondition_dim": max_precondition_dim, "correct_bias": correct_bias, "nesterov": nesterov,
+            "form": form, "orthogonalizer": orthogonalizer,
         }  # fmt: skip
         others = Fallback(fallback, fallback_lr, fallback_betas, fallback_eps, fallback_weight_decay)
         super().__init__(params, hyperparameters, others, maximize=maximize, skip_nonfinite=skip_nonfinite)

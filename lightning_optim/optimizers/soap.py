@@ -195,7 +195,8 @@ class SOAP(MatrixOptimizer):
         hyperparameters = {
             "lr": lr, "betas": betas, "shampoo_beta": shampoo_beta, "eps": eps, "weight_decay": weight_decay,
             "precondition_frequency": precondition_frequency, "stagger": stagger,
-            "max_precondition_dim": max_precondition_dim, "merge_dims": merge_dims, "precondition_1d": precondition_1d, "correct_bias": correct_bias,
+            "max_precondition_dim": max_precondition_dim, "merge_dims": merge_dims,
+            "precondition_1d": precondition_1d, "correct_bias": correct_bias,
         }  # fmt: skip
         others = Fallback(fallback, fallback_lr, fallback_betas, fallback_eps, fallback_weight_decay)
         super().__init__(params, hyperparameters, others, maximize=maximize, skip_nonfinite=skip_nonfinite)
