@@ -29,7 +29,7 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.f
 
 
 def spectra(m: int, n: int) -> dict[str, Tensor]:
-    """Matrices ``(m, n)`` in float64: Gaussian; rank min(m, n) / 32 plus 1 % of noise; and three whose singular
+    """Matrices ``(m, n)`` in float64: Gaussian; rank min(m, n) / 32 plus 2 % of noise; and three whose singular
     values fall from 1 to 1e-2, 1e-3 and 1e-4 in equal ratios.
 
     >>> list(spectra(32, 32))
@@ -44,7 +44,7 @@ def spectra(m: int, n: int) -> dict[str, Tensor]:
     rank = max(1, short // 32)
     matrices = {
         "gaussian": gaussian(m, n),
-        "low-rank": gaussian(m, rank) @ gaussian(rank, n) / rank**0.5 + 0.01 * gaussian(m, n),
+        "low-rank": gaussian(m, rank) @ gaussian(rank, n) / rank**0.5 + 0.02 * gaussian(m, n),
     }
     u, _, vh = torch.linalg.svd(gaussian(m, n), full_matrices=False)
     for digits in (2, 3, 4):
