@@ -127,7 +127,7 @@ def _rescale(y: Tensor, gram: Tensor, tall: bool, rescale: str) -> tuple[Tensor,
         norm = torch.linalg.vector_norm(wide, dim=(-2, -1), keepdim=True).clamp_(min=tiny)
         unit = (wide / norm).to(gram.dtype)  # The squares of the entries themselves would underflow in float16.
         fourth = torch.linalg.vector_norm(torch.bmm(unit, unit), dim=(-2, -1), keepdim=True, dtype=wide.dtype)
-        square = norm * fourth.clamp_(min=tiny).sqrt_()
+        square = (norm * fourth.sqrt_()).clamp_(min=tiny)
         return (y / square.sqrt()).to(y.dtype), (wide / square).to(gram.dtype)
     rows = wide.abs().sum(-1, keepdim=True).clamp_(min=tiny).rsqrt_()
     return (y * (rows.mT if tall else rows)).to(y.dtype), (wide * rows * rows.mT).to(gram.dtype)
