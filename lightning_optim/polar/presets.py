@@ -65,7 +65,7 @@ METHODS: dict[str, Iteration] = {
             (3.2866, -2.4647, 0.5074),
             (2.2737, -1.6447, 0.4162),
         ),
-        "CANS (arXiv 2506.10935), Chebyshev-optimal steps",
+        "CANS (arXiv 2506.10935), Chebyshev-optimal steps; no margin for rounding, so not for bfloat16",
     ),
     "aol4": Iteration(
         (

@@ -59,9 +59,9 @@ def test_the_best_quintic_alternates(low: float, high: float) -> None:
 def test_the_composition_is_centred_and_improves(steps: int, lower: float) -> None:
     y = image(minimax(steps, lower), lower)
     error = np.abs(1 - y).max()
-    # float64, amplified by the slope of the composition, at most 8.5**steps.
-    assert y.min() + y.max() == pytest.approx(2, abs=1e-11 + 1e-14 * 8.5**steps)
-    assert np.abs(1 - image(minimax(steps + 1, lower), lower)).max() <= error + 1e-9
+    # float64, amplified by the slope of the composition, which reaches 8.5**8.
+    assert y.min() + y.max() == pytest.approx(2, abs=1e-7)
+    assert np.abs(1 - image(minimax(steps + 1, lower), lower)).max() <= error + 1e-7
 
 
 def test_safety_tolerates_values_above_one() -> None:
