@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from .eigenbasis import Eigenbasis, axis_state, permute_
+from .eigenbasis import Eigenbasis, axis_state, permute_, phases, refreshes
 from .execution import Backend
 from .hybrid import Fallback, MatrixOptimizer
 from .optimizer import Params
@@ -50,7 +50,7 @@ def _state(shape: Shape, hp: Hyperparameters) -> dict[str, Shape | None]:
     return {"m": LIKE_PARAMETER, **variance, **axis_state((rows, columns), _axes(shape, hp))}
 
 
-def _scalars(t: int, hp: Hyperparameters, shape: Shape) -> Scalars:
+def _scalars(t: int, hp: Hyperparameters, shape: Shape, phase: int) -> Scalars:
     b1, b2 = hp["betas"]
     n = t - 1  # The first call only starts the bases.
     correction = sqrt(1 - b2**n) / (1 - b1**n) if hp["correct_bias"] and n else 1.0
@@ -62,7 +62,7 @@ def _scalars(t: int, hp: Hyperparameters, shape: Shape) -> Scalars:
         "eps": hp["eps"],
         "keep": 1 - hp["lr"] * hp["weight_decay"],
         "start": n == 0,
-        "refresh": n > 0 and n % hp["precondition_frequency"] == 0,
+        "refresh": refreshes(n, phase, hp),
         "axes": _axes(shape, hp),
         "form": hp["form"],
         "nesterov": hp["nesterov"],
@@ -112,6 +112,7 @@ DEVA_RULE = MatrixRule(
     scalars=_scalars,
     update=_update,
     constraints={"form": (lambda x: x in _FORMS, f"one of {_FORMS}"), **EIGENBASIS, **ORTHOGONALIZER},
+    phases=phases,
 )
 
 
@@ -146,6 +147,8 @@ class DeVA(MatrixOptimizer):
         eps: :math:`\epsilon`, in squared units of the gradient's norm.
         weight_decay: Decoupled weight decay :math:`\lambda`, after the step.
         precondition_frequency: Steps between refreshes of the bases.
+        stagger: Spread the refreshes of different parameters evenly over these steps, instead of making them all in
+            one step as the released code does. Which step is a parameter's follows from its position in its group.
         max_precondition_dim: Axes longer than this are not rotated.
         correct_bias: Correct the bias of the moments.
         nesterov: Orthogonalise the look-ahead momentum.
@@ -189,6 +192,7 @@ class DeVA(MatrixOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.01,
         precondition_frequency: int = 10,
+        stagger: bool = False,
         max_precondition_dim: int = 10000,
         correct_bias: bool = True,
         nesterov: bool = True,
@@ -206,8 +210,9 @@ class DeVA(MatrixOptimizer):
     ) -> None:
         hyperparameters = {
             "lr": lr, "betas": betas, "shampoo_beta": shampoo_beta, "eps": eps, "weight_decay": weight_decay,
-            "precondition_frequency": precondition_frequency, "max_precondition_dim": max_precondition_dim,
-            "correct_bias": correct_bias, "nesterov": nesterov, "form": form, "orthogonalizer": orthogonalizer,
+            "precondition_frequency": precondition_frequency, "stagger": stagger,
+            "max_precondition_dim": max_precondition_dim, "correct_bias": correct_bias, "nesterov": nesterov,
+            "form": form, "orthogonalizer": orthogonalizer,
         }  # fmt: skip
         others = Fallback(fallback, fallback_lr, fallback_betas, fallback_eps, fallback_weight_decay)
         super().__init__(

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .rule import Shape, ema_
+from .rule import Hyperparameters, Shape
 
 _RIDGE = 1e-9  # Far below float32's resolution of the average, far above float64's.
 
@@ -44,8 +44,13 @@ class Eigenbasis:
     def accumulate(self, g: Tensor, beta: float) -> None:
         """Average the outer products of the gradient ``g`` with weight ``1 - beta``."""
         for axis in self.axes:
-            rows = g.movedim(axis + 1, 1).flatten(2)
-            ema_(self.state[f"gram{axis}"], rows @ rows.mT, beta)
+            if _is_last(axis, g):
+                columns = g.flatten(1, -2)
+                rows = columns.mT
+            else:
+                rows = g.movedim(axis + 1, 1).flatten(2)
+                columns = rows.mT
+            self.state[f"gram{axis}"].baddbmm_(rows, columns, beta=beta, alpha=1 - beta)
 
     def start(self) -> None:
         """Set the bases to the eigenvectors of the averages, largest eigenvalue first.
@@ -76,6 +81,21 @@ class Eigenbasis:
             basis.copy_(torch.linalg.qr(image.gather(-1, order.unsqueeze(-2).expand_as(image))).Q)
 
 
+def phases(hp: Hyperparameters) -> int:
+    """Over how many steps the refreshes of different parameters are spread."""
+    return int(hp["precondition_frequency"]) if hp["stagger"] else 1
+
+
+def refreshes(n: int, phase: int, hp: Hyperparameters) -> bool:
+    """Whether a parameter refreshes its bases after the ``n``-th step that moves it.
+
+    >>> hp = {"precondition_frequency": 3}
+    >>> [n for n in range(8) if refreshes(n, 0, hp)], [n for n in range(8) if refreshes(n, 1, hp)]
+    ([3, 6], [2, 5])
+    """
+    return n > 0 and (n + phase) % hp["precondition_frequency"] == 0
+
+
 def axis_state(shape: Shape, axes: tuple[int, ...]) -> dict[str, Shape | None]:
     """Shapes of the state of an :class:`Eigenbasis`."""
     return {f"{name}{i}": (shape[i], shape[i]) for i in axes for name in ("gram", "basis")}
@@ -87,7 +107,15 @@ def permute_(x: Tensor, axis: int, order: Tensor) -> None:
     x.copy_(x.gather(axis + 1, index.expand_as(x)))
 
 
+def _is_last(axis: int, x: Tensor) -> bool:
+    return 1 < axis + 1 == x.ndim - 1
+
+
 def _along(x: Tensor, axis: int, matrix: Tensor) -> Tensor:
     """Multiply axis ``axis`` of every tensor of the stack by its matrix, from the right."""
+    if axis == 0:
+        return (matrix.mT @ x.reshape(*x.shape[:2], -1)).view(x.shape)
+    if _is_last(axis, x):
+        return (x.flatten(1, -2) @ matrix).view(x.shape)
     y = x.movedim(axis + 1, -1)
-    return (y.flatten(1, -2) @ matrix).reshape(y.shape).movedim(-1, axis + 1)
+    return (y.flatten(1, -2) @ matrix).view(y.shape).movedim(-1, axis + 1).contiguous()

@@ -208,16 +208,20 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         clocks = _read_clocks(states, ("step", *rule.host_state))
         hyperparameters = group | {"lr": float(group["lr"])}
         matrix = isinstance(rule, MatrixRule)
+        phases = rule.phases(group) if isinstance(rule, MatrixRule) and rule.phases is not None else 0
+        positions = {p: i % phases for i, p in enumerate(group["params"])} if phases else {}
         known: dict[Any, Tick] = {}  # Most parameters share their clock.
         tasks = []
         for p, state, clock in zip(params, states, clocks):
-            key = (clock, p.shape) if matrix else clock
+            key = (clock, p.shape, positions.get(p)) if matrix else clock
             if key not in known:
                 t = int(clock[0]) + 1
                 host = dict(zip(rule.host_state, clock[1:]))
                 extra: dict[str, Any] = {"host": host} if host else {}
                 if matrix:
                     extra["shape"] = execution.block_shape(p.shape, group)
+                if positions:
+                    extra["phase"] = positions[p]
                 scalars = rule.scalars(t, hyperparameters, **extra)
                 known[key] = Tick(t, scalars, {"step": t, **host})
             tick = known[key]

@@ -95,9 +95,12 @@ class MatrixRule(Rule):
     Args:
         flatten: Whether tensors with more than two axes arrive as matrices ``(k, shape[0], rest)``; otherwise as
             they are, ``(k, *shape)``.
+        phases: ``None``, or ``hyperparameters -> n``: parameters are dealt to ``n`` schedules, and ``scalars`` also
+            gets ``phase=``, the parameter's position in its group modulo ``n``.
     """
 
     flatten: bool = True
+    phases: Callable[[Hyperparameters], int] | None = None
     kind: Literal["matrix"] = field(default="matrix", init=False)
 
 

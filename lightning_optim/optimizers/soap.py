@@ -6,7 +6,7 @@ from math import sqrt
 
 from torch import Tensor
 
-from .eigenbasis import Eigenbasis, axis_state, permute_
+from .eigenbasis import Eigenbasis, axis_state, permute_, phases, refreshes
 from .execution import Backend
 from .hybrid import Fallback, MatrixOptimizer
 from .optimizer import Params
@@ -57,7 +57,7 @@ def _state(shape: Shape, hp: Hyperparameters) -> dict[str, Shape | None]:
     return {"m": LIKE_PARAMETER, "v": LIKE_PARAMETER, **axis_state(*_layout(shape, hp))}
 
 
-def _scalars(t: int, hp: Hyperparameters, shape: Shape) -> Scalars:
+def _scalars(t: int, hp: Hyperparameters, shape: Shape, phase: int) -> Scalars:
     b1, b2 = hp["betas"]
     n = t - 1  # The first call only starts the bases.
     correction = sqrt(1 - b2**n) / (1 - b1**n) if hp["correct_bias"] and n else 1.0
@@ -70,7 +70,7 @@ def _scalars(t: int, hp: Hyperparameters, shape: Shape) -> Scalars:
         "eps": hp["eps"],
         "keep": 1 - hp["lr"] * hp["weight_decay"],
         "start": n == 0,
-        "refresh": n > 0 and n % hp["precondition_frequency"] == 0,
+        "refresh": refreshes(n, phase, hp),
         "layout": layout,
         "axes": axes,
     }
@@ -101,7 +101,15 @@ def _update(
         m.copy_(basis.rotate(raw))
 
 
-SOAP_RULE = MatrixRule("SOAP", state=_state, scalars=_scalars, update=_update, constraints=EIGENBASIS, flatten=False)
+SOAP_RULE = MatrixRule(
+    "SOAP",
+    state=_state,
+    scalars=_scalars,
+    update=_update,
+    constraints=EIGENBASIS,
+    flatten=False,
+    phases=phases,
+)
 
 
 class SOAP(MatrixOptimizer):
@@ -130,6 +138,8 @@ class SOAP(MatrixOptimizer):
         eps: :math:`\epsilon`, in units of the rotated gradient.
         weight_decay: Decoupled weight decay :math:`\lambda`.
         precondition_frequency: Steps between refreshes of the bases.
+        stagger: Spread the refreshes of different parameters evenly over these steps, instead of making them all in
+            one step as the released code does. Which step is a parameter's follows from its position in its group.
         max_precondition_dim: Axes longer than this are left as they are.
         merge_dims: Merge neighbouring axes as long as the product stays within ``max_precondition_dim``.
         precondition_1d: Precondition vectors too; otherwise they get Adam.
@@ -170,6 +180,7 @@ class SOAP(MatrixOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.01,
         precondition_frequency: int = 10,
+        stagger: bool = False,
         max_precondition_dim: int = 10000,
         merge_dims: bool = False,
         precondition_1d: bool = False,
@@ -186,8 +197,9 @@ class SOAP(MatrixOptimizer):
     ) -> None:
         hyperparameters = {
             "lr": lr, "betas": betas, "shampoo_beta": shampoo_beta, "eps": eps, "weight_decay": weight_decay,
-            "precondition_frequency": precondition_frequency, "max_precondition_dim": max_precondition_dim,
-            "merge_dims": merge_dims, "precondition_1d": precondition_1d, "correct_bias": correct_bias,
+            "precondition_frequency": precondition_frequency, "stagger": stagger,
+            "max_precondition_dim": max_precondition_dim, "merge_dims": merge_dims,
+            "precondition_1d": precondition_1d, "correct_bias": correct_bias,
         }  # fmt: skip
         others = Fallback(fallback, fallback_lr, fallback_betas, fallback_eps, fallback_weight_decay)
         super().__init__(

@@ -1,5 +1,7 @@
 """Orthogonalisation: the polar factor ``U V^T`` of a matrix ``U S V^T``, exactly or by polynomial iteration."""
 
-from .methods import METHODS, Iteration, exact_polar, find, iterate, orthogonalize
+from .methods import exact_polar, iteration_dtype, orthogonalize
+from .minimax import minimax
+from .presets import METHODS, Iteration, find
 
-__all__ = ["METHODS", "Iteration", "exact_polar", "find", "iterate", "orthogonalize"]
+__all__ = ["METHODS", "Iteration", "exact_polar", "find", "iteration_dtype", "minimax", "orthogonalize"]

@@ -1,71 +1,33 @@
-"""Polynomial iterations for the polar factor, and the exact one by singular value decomposition."""
+"""The polar factor of a matrix: by polynomial iteration, or exactly by singular value decomposition."""
 
 from __future__ import annotations
-
-import re
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-Coefficients = tuple[float, float, float]
+from .minimax import Coefficients
+from .presets import Iteration, find
 
-_KELLER_JORDAN: Coefficients = (3.4445, -4.7750, 2.0315)
-
-
-@dataclass(frozen=True)
-class Iteration:
-    """An odd polynomial iteration ``X <- a X + (b A + c A^2) X`` with ``A = X X^T``.
-
-    Args:
-        coefficients: ``(a, b, c)`` of each step.
-        schatten8: Divide by the Schatten-8 norm, a tight bound of the spectral norm, after the Frobenius norm.
-        source: Where the coefficients are from.
-    """
-
-    coefficients: tuple[Coefficients, ...]
-    source: str
-    schatten8: bool = False
+_SHORT_GRAM = 3  # Steps on one Gram matrix; more lose small singular values, as eigenvalues of A are their squares.
+_LONG = 3  # Aspect ratio from which iterating on the Gram matrix pays.
 
 
-#: Iterations by name; ``"exact"`` is accepted beside them.
-METHODS: dict[str, Iteration] = {
-    "kj5": Iteration((_KELLER_JORDAN,) * 5, "Keller Jordan, Muon: five equal steps"),
-    "kj5-schatten": Iteration(
-        (_KELLER_JORDAN,) * 5, "kj5 behind the extra normalisation of DeVA's released code", schatten8=True
-    ),
-    "you5": Iteration(
-        (
-            (4.0848, -6.8946, 2.9270),
-            (3.9505, -6.3029, 2.6377),
-            (3.7418, -5.5913, 2.3037),
-            (2.8769, -3.1427, 1.2046),
-            (2.8366, -3.0525, 1.2012),
-        ),
-        "You Jiacheng, five optimized steps",
-    ),
-    "pe5": Iteration(
-        (
-            (8.156554524902461, -22.48329292557795, 15.878769915207462),
-            (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-            (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-            (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-            (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
-        ),
-        "Polar Express (arXiv 2505.16932), 5 steps, safety 0.02",
-    ),
-}
+def orthogonalize(x: Tensor, method: str = "kj5", dtype: torch.dtype | None = None) -> Tensor:
+    r"""The (approximate) polar factor :math:`U V^\top` of every matrix :math:`U S V^\top`.
 
-
-def orthogonalize(x: Tensor, method: str = "kj5") -> Tensor:
-    """Orthogonalise a matrix or a stack of matrices.
+    A zero matrix stays zero, and so do, with ``"exact"``, the null directions of a singular one; an iteration scales
+    directions of small singular values up as far as its slope at zero goes. The scale of a matrix does not matter,
+    from the smallest subnormal numbers to the largest finite ones. A matrix that holds NaN or infinity becomes NaN
+    under an iteration, without effect on the others of its stack, and an error of the decomposition under
+    ``"exact"``.
 
     Args:
-        x: Shape ``(..., m, n)``, float32 or float64.
-        method: A name that :func:`find` knows, or ``"exact"``.
+        x: Shape ``(..., m, n)``, any floating dtype.
+        method: A name in :data:`METHODS`, ``"kjN"`` for N of Keller Jordan's steps, or ``"exact"``.
+        dtype: Precision of the products; ``None`` for :func:`iteration_dtype`. Norms are taken in float32 at least.
 
     Returns:
-        The (approximate) polar factor, of the shape and dtype of ``x``. A zero matrix stays zero.
+        A new tensor of the shape and dtype of ``x``.
 
     Raises:
         ValueError: There is no such method.
@@ -75,24 +37,18 @@ def orthogonalize(x: Tensor, method: str = "kj5") -> Tensor:
         >>> orthogonalize(x, "exact")
         tensor([[1., 0., 0.],
                 [0., 1., 0.]])
+        >>> orthogonalize(x, "pe8")
+        tensor([[1.0000, 0.0000, 0.0000],
+                [0.0000, 1.0000, 0.0000]])
     """
-    return exact_polar(x) if method == "exact" else iterate(x, find(method))
-
-
-def find(method: str) -> Iteration:
-    """The iteration of a name: one in :data:`METHODS`, or ``"kjN"`` for N of Keller Jordan's steps.
-
-    Raises:
-        ValueError: There is no such iteration.
-
-    >>> len(find("kj7").coefficients)
-    7
-    """
-    if method in METHODS:
-        return METHODS[method]
-    if match := re.fullmatch(r"kj([1-9]\d?)", method):
-        return Iteration((_KELLER_JORDAN,) * int(match[1]), "Keller Jordan, Muon")
-    raise ValueError(f"orthogonalizer={method!r} is not one of {', '.join(['exact', *METHODS])}, or kjN for N steps.")
+    if method == "exact":
+        return exact_polar(x)
+    iteration = find(method)
+    if x.numel() == 0:
+        return x.clone()
+    stack = x.reshape(-1, *x.shape[-2:])
+    factors = [_iterate(part, iteration, dtype or iteration_dtype(x)) for part in stack.split(_stack_size(stack))]
+    return (factors[0] if len(factors) == 1 else torch.cat(factors)).to(x.dtype).view(x.shape)
 
 
 def exact_polar(x: Tensor) -> Tensor:
@@ -106,24 +62,96 @@ def exact_polar(x: Tensor) -> Tensor:
     return ((u * (s > cutoff).to(u.dtype).unsqueeze(-2)) @ vh).to(x.dtype)
 
 
-def iterate(x: Tensor, iteration: Iteration) -> Tensor:
-    """Run a polynomial iteration on ``x`` of shape ``(..., m, n)``; see :func:`orthogonalize`."""
-    wide = x.shape[-2] <= x.shape[-1]
-    y = x if wide else x.mT
-    # By the largest entry first: the squares of tiny entries would underflow.
-    y = y / y.abs().amax((-2, -1), keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
-    y = y / y.norm(dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
-    y = y.to(_iteration_dtype(x))
-    if iteration.schatten8:
-        gram = y @ y.mT
-        y = y / (gram @ gram).norm(dim=(-2, -1), keepdim=True).pow(0.25).clamp(min=torch.finfo(y.dtype).tiny)
-    for a, b, c in iteration.coefficients:
-        gram = y @ y.mT
-        y = a * y + (b * gram + c * gram @ gram) @ y
-    y = y.to(x.dtype)
-    return y if wide else y.mT
+def iteration_dtype(x: Tensor) -> torch.dtype:
+    """Precision in which the products of an iteration on ``x`` are made.
+
+    float64 stays float64. On CUDA it is float16, which is as fast as bfloat16, needs no newer card, and after the
+    float32 normalisation is as accurate (five steps) or several times more accurate (six and more). A CPU takes
+    bfloat16 where it has matrix units for it and the matrix is large enough to gain from them, else float32.
+    """
+    if x.dtype == torch.float64:
+        return torch.float64
+    if x.device.type == "cuda":
+        return torch.float16
+    if x.device.type == "cpu" and min(x.shape[-2:]) >= 256 and _cpu_has_bfloat16_units():
+        return torch.bfloat16
+    return torch.float32
 
 
-def _iteration_dtype(x: Tensor) -> torch.dtype:
-    """bfloat16 on GPUs, as published; on CPUs without bfloat16 units it would be up to 500 times slower."""
-    return torch.bfloat16 if x.device.type == "cuda" and x.dtype == torch.float32 else x.dtype
+def _cpu_has_bfloat16_units() -> bool:
+    return torch.cpu._is_amx_tile_supported()
+
+
+def _stack_size(x: Tensor) -> int:
+    """How many matrices of the stack ``x`` to work on at once: few enough to stay in cache, enough for all threads."""
+    m, n = x.shape[-2:]
+    if x.device.type != "cpu":
+        return 1 if min(m, n) >= 2048 else len(x)
+    return torch.get_num_threads() * max(1, 2**18 // (m * n * x.element_size()))
+
+
+def _iterate(x: Tensor, iteration: Iteration, dtype: torch.dtype) -> Tensor:
+    """Run ``iteration`` on a stack ``(k, m, n)``."""
+    tall = x.shape[-2] > x.shape[-1]
+    y = _normalize(x).to(dtype)
+    gram = _gram(y, tall)
+    if iteration.rescale is not None:
+        y, gram = _rescale(y, gram, tall, iteration.rescale)
+    short, long = sorted(y.shape[-2:])
+    wide_precision = dtype in (torch.float32, torch.float64)
+    span = _SHORT_GRAM if wide_precision and long >= _LONG * short else 1
+    for i in range(0, len(iteration.coefficients), span):
+        if i > 0:
+            gram = _gram(y, tall)
+        y = _advance(y, gram, tall, iteration.coefficients[i : i + span])
+    return y
+
+
+def _normalize(x: Tensor) -> Tensor:
+    """Divide by the Frobenius norm; by the largest entry first, as squares of tiny or huge ones leave the range."""
+    y = x.to(torch.promote_types(x.dtype, torch.float32))
+    tiny = torch.finfo(y.dtype).tiny
+    y = y / torch.linalg.vector_norm(y, torch.inf, dim=(-2, -1), keepdim=True).clamp_(min=tiny)
+    return y.div_(torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True).clamp_(min=tiny))
+
+
+def _gram(y: Tensor, tall: bool) -> Tensor:
+    return torch.bmm(y.mT, y) if tall else torch.bmm(y, y.mT)
+
+
+def _rescale(y: Tensor, gram: Tensor, tall: bool, rescale: str) -> tuple[Tensor, Tensor]:
+    """Divide ``y`` as :class:`Iteration` says, and its Gram matrix with it, which saves making that again."""
+    wide = gram.to(torch.promote_types(gram.dtype, torch.float32))
+    tiny = torch.finfo(wide.dtype).tiny
+    if rescale == "schatten8":
+        norm = torch.linalg.vector_norm(wide, dim=(-2, -1), keepdim=True).clamp_(min=tiny)
+        unit = (wide / norm).to(gram.dtype)  # The squares of the entries themselves would underflow in float16.
+        fourth = torch.linalg.vector_norm(torch.bmm(unit, unit), dim=(-2, -1), keepdim=True, dtype=wide.dtype)
+        square = (norm * fourth.sqrt_()).clamp_(min=tiny)
+        return (y / square.sqrt()).to(y.dtype), (wide / square).to(gram.dtype)
+    rows = wide.abs().sum(-1, keepdim=True).clamp_(min=tiny).rsqrt_()
+    return (y * (rows.mT if tall else rows)).to(y.dtype), (wide * rows * rows.mT).to(gram.dtype)
+
+
+def _advance(y: Tensor, gram: Tensor, tall: bool, steps: tuple[Coefficients, ...]) -> Tensor:
+    """Make ``steps`` from ``y`` and its Gram matrix, all but the last on the Gram matrix alone.
+
+    One step multiplies ``y`` by the symmetric ``F = a I + b A + c A^2``, so it takes the Gram matrix to ``F A F``.
+    All these matrices commute. ``m^2 n`` products are needed for the last multiplication only.
+    """
+    total: Tensor | None = None
+    for a, b, c in steps[:-1]:
+        q = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        half = torch.baddbmm(gram, q, gram, beta=a)
+        gram = torch.baddbmm(half, half, q, beta=a)
+        if total is None:
+            total = q
+            total.diagonal(dim1=-2, dim2=-1).add_(a)
+        else:
+            total = torch.baddbmm(total, q, total, beta=a)
+    a, b, c = steps[-1]
+    q = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+    if total is None:
+        return torch.baddbmm(y, y, q, beta=a) if tall else torch.baddbmm(y, q, y, beta=a)
+    total = torch.baddbmm(total, q, total, beta=a)
+    return torch.bmm(y, total) if tall else torch.bmm(total, y)
