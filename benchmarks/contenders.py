@@ -88,10 +88,7 @@ def contenders(optimizers: Iterable[str], backends: Iterable[str], peers: Iterab
 
 def _ours(name: str, backend: str) -> Contender:
     def build(work: Workload) -> list[Stepper]:
-        import inspect
-
-        known = "backend" in inspect.signature(OPTIMIZERS[name].cls).parameters
-        config = OptimizerConfig(name, COMMON | ({"backend": backend} if known else {}))
+        config = OptimizerConfig(name, COMMON | {"backend": backend})
         return [build_optimizer(work.module, config, Grouping(no_decay=[], matrix=list(work.matrix)))]
 
     return Contender(name, f"ours/{backend}", build, backend)
