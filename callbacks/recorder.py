@@ -272,8 +272,8 @@ class StepRecorder:
             step.watched = [w for w in step.watched if w.parameter.grad is not None]
         for monitor, step in opened.steps:
             monitor.before_step(trainer, module, step)
-        tracked = {w.parameter for monitor, step in opened.steps if monitor.needs_updates for w in step.watched}
-        opened.changes.update({p: local(p.detach()).clone() for p in tracked})
+        updated = {w.parameter for monitor, step in opened.steps if monitor.needs_updates for w in step.watched}
+        opened.changes.update({p: local(p.detach()).clone() for p in updated})
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Called by torch after the step."""
