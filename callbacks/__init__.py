@@ -2,6 +2,7 @@
 
 from .diagnostics import Diagnostics
 from .gradient_health import GradientHealth
+from .optimizer_internals import OptimizerInternals
 from .optimizer_swap import OptimizerSwap
 from .orthogonality_error import OrthogonalityError
 from .rng_state import RNGState
@@ -11,6 +12,7 @@ from .update_size import UpdateSize
 __all__ = [
     "Diagnostics",
     "GradientHealth",
+    "OptimizerInternals",
     "OptimizerSwap",
     "OrthogonalityError",
     "RNGState",
