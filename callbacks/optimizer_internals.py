@@ -92,7 +92,9 @@ class OptimizerInternals(Monitor):
         if internal.reported is not None:
             return self._reported.get((name, p))
         state = {key: local(x) for key, x in step.optimizer.state[p].items()}
-        return internal.sums(local(p.grad), int(state.pop("step")), w.group, **state)  # type: ignore[arg-type]
+        if p.grad is None or "step" not in state:
+            return None
+        return internal.sums(local(p.grad), int(state.pop("step")), w.group, **state)
 
 
 def _width(internal: Internal) -> int:

@@ -90,7 +90,7 @@ class Step:
 
     def gradients(self) -> list[Tensor]:
         """Local parts of the gradients as they are now: before the step, unscaled and unclipped."""
-        grads = [local(w.parameter.grad) for w in self.watched]  # type: ignore[arg-type]
+        grads = [_gradient(w.parameter) for w in self.watched]
         return grads if self.loss_scale == 1 else [g / self.loss_scale for g in grads]
 
     @property
@@ -102,7 +102,7 @@ class Step:
                 self.names,
                 [local(p.detach()) for p in parameters],
                 [self._changes[p] for p in parameters if p in self._changes],
-                [local(p.grad) for p in parameters],  # type: ignore[arg-type]
+                [_gradient(p) for p in parameters],
                 [float(w.group["lr"]) for w in self.watched],
             )
         return self._change
@@ -111,6 +111,10 @@ class Step:
 def local(x: Tensor) -> Tensor:
     """The part of a tensor that this process holds."""
     return x.to_local() if isinstance(x, DTensor) else x
+
+
+def _gradient(p: Tensor) -> Tensor:
+    return torch.zeros_like(p) if p.grad is None else local(p.grad)
 
 
 # --- sharded training -------------------------------------------------------------------------------------------
@@ -267,9 +271,10 @@ class StepRecorder:
         if observers and isinstance(optimizer, RuleOptimizer):
             opened.restore_observer = partial(setattr, optimizer, "observer", optimizer.observer)
             optimizer.observer = partial(_tell, observers)
-        # A parameter without a gradient is not stepped.
+        # A parameter without a gradient is not stepped. (FSDP1 leaves those without one of which a process has nothing;
+        # what is watched must be the same everywhere.)
         for step in views.values():
-            step.watched = [w for w in step.watched if w.parameter.grad is not None]
+            step.watched = [w for w in step.watched if shards.flat or w.parameter.grad is not None]
         for monitor, step in opened.steps:
             monitor.before_step(trainer, module, step)
         updated = {w.parameter for monitor, step in opened.steps if monitor.needs_updates for w in step.watched}
