@@ -104,9 +104,10 @@ def polar_error(o: Tensor, x: Tensor) -> Tensor:
         >>> polar_error(torch.eye(2)[None], x), polar_error(-torch.eye(2)[None], x)
         (tensor([0.]), tensor([2.]))
     """
-    finite = x.isfinite().all(-1).all(-1)[:, None, None]
-    true = exact_polar(torch.where(finite, x, 0).double())
-    return (torch.linalg.matrix_norm(o.double() - true) / torch.linalg.matrix_norm(true)).to(o.dtype)
+    finite = x.isfinite().all(-1).all(-1)
+    true = exact_polar(torch.where(finite[:, None, None], x, 0).double())
+    error = torch.linalg.matrix_norm(o.double() - true) / torch.linalg.matrix_norm(true)
+    return torch.where(finite, error, torch.nan).to(o.dtype)
 
 
 def _largest_eigenvalue(g: Tensor) -> Tensor:
