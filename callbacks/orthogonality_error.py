@@ -12,7 +12,6 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from lightning_optim.diagnostics.change import Sums
 from lightning_optim.diagnostics.orthogonality import (
@@ -25,7 +24,7 @@ from lightning_optim.diagnostics.orthogonality import (
 from lightning_optim.optimizers.execution import block_shape, to_blocks
 
 from .monitor import Monitor, Results
-from .recorder import Shards, Step, Watched
+from .recorder import Shards, Step, Watched, cut_axes, position
 
 #: Equal matrices are measured together up to this many elements (64 MiB in float32).
 _MOST_AT_ONCE = 1 << 24
@@ -224,8 +223,7 @@ def _part(w: Watched, u: Tensor, shards: Shards) -> Tensor:
     p = w.parameter
     if isinstance(p, DTensor):
         whole = u.new_zeros(p.shape)
-        shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
-        whole[tuple(slice(start, start + size) for start, size in zip(offset, shape))] = u
+        whole[position(p)] = u
         u = whole
     x = _matrices(w, u) * shards.counts(p)
     if not _has_gram(w):
@@ -241,7 +239,7 @@ def _has_gram(w: Watched) -> bool:
     Its sums run over the longer axis, which must be the only one that is cut.
     """
     p = w.parameter
-    cut = {placement.dim for placement in getattr(p, "placements", ()) if not placement.is_replicate()}
+    cut = cut_axes(p)
     if not cut or (cut == {0} and p.shape[0] == _blocks(w)):
         return True
     m, *rest = block_shape(p.shape, _layout(w))

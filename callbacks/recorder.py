@@ -8,6 +8,7 @@ where no loss scaler is used; and at the end of the batch the scheduler has alre
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,9 +25,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.distributed.fsdp import ShardingStrategy
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim import Optimizer
 
-from lightning_optim.diagnostics.change import Change
+from lightning_optim.diagnostics.change import Change, sample
 from lightning_optim.optimizers.hybrid import MatrixOptimizer
 from lightning_optim.optimizers.optimizer import RuleOptimizer
 from lightning_optim.routing import Route, clean_name, route, routing_table
@@ -93,6 +95,18 @@ class Step:
         grads = [_gradient(w.parameter) for w in self.watched]
         return grads if self.loss_scale == 1 else [g / self.loss_scale for g in grads]
 
+    def sampled(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """At most 4,096 elements of each parameter's tensor, the same ones also if its first axis is cut up.
+
+        Where parameters are cut up otherwise, that many of each process's part.
+        """
+        return [
+            sample(x, start=position(p)[0].start * math.prod(p.shape[1:]), numel=p.numel())
+            if isinstance(p := w.parameter, DTensor) and cut_axes(p) == {0}
+            else sample(x)
+            for w, x in zip(self.watched, tensors)
+        ]
+
     @property
     def change(self) -> Change:
         """What the step did. Known after the step only."""
@@ -106,6 +120,19 @@ class Step:
                 [float(w.group["lr"]) for w in self.watched],
             )
         return self._change
+
+
+def position(p: DTensor) -> tuple[slice, ...]:
+    """Where in a parameter the part is that this process holds."""
+    shape, start = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+    return tuple(slice(i, i + n) for i, n in zip(start, shape))
+
+
+def cut_axes(p: Tensor) -> set[int]:
+    """The axes along which a parameter is cut up over processes."""
+    if not isinstance(p, DTensor):
+        return set()
+    return {placement.dim for placement in p.placements if not placement.is_replicate()}  # type: ignore[attr-defined]
 
 
 def local(x: Tensor) -> Tensor:

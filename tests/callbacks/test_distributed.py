@@ -45,6 +45,7 @@ class Net(nn.Module):
         self.up = nn.Linear(6, 9)  # tall, five rows and four
         self.down = nn.Linear(9, 6)  # wide
         self.inner, self.outer = nn.Linear(6, 8), nn.Linear(8, 6)  # for tensor parallelism, which wants it even
+        self.wide = nn.Linear(6, 2053)  # more elements than are remembered from step to step
         self.gate = nn.Linear(6, 1)  # the second shard is empty
         self.transposed = nn.ConvTranspose2d(3, 4, 2)
         self.conv = nn.Conv2d(4, 3, 2)
@@ -59,6 +60,7 @@ class Net(nn.Module):
         h = h + q * k.sigmoid() + v
         h = h + self.down(F.gelu(self.up(h)))
         h = h + self.outer(F.gelu(self.inner(h)))
+        h = h + self.wide(h).tanh().mean(-1, keepdim=True)
         h = h * self.gate(h).sigmoid()
         h = h + self.conv(F.gelu(self.transposed(h.view(-1, 3, 1, 2)))).flatten(1)
         return self.head(self.norm(h))
@@ -211,6 +213,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[di
     return lambda name: [torch.load(out / f"{name} {rank}.pt") for rank in (0, 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", CASES)
 def test_every_value_is_that_of_a_single_process(name: str, results: Callable[..., Any]) -> None:
@@ -226,10 +229,13 @@ def test_every_value_is_that_of_a_single_process(name: str, results: Callable[..
         for tag, pairs in expected.items():
             assert [step for step, _ in result["history"][tag]] == [step for step, _ in pairs], tag
             values = [value for _, value in pairs]
-            assert [value for _, value in result["history"][tag]] == pytest.approx(values, rel=close, abs=close), tag
+            # FSDP1 does not say which elements of a large parameter a process has, and so samples others.
+            near = 0.05 if name.startswith("fsdp1") and "cosine_to_previous" in tag else close
+            assert [value for _, value in result["history"][tag]] == pytest.approx(values, rel=near, abs=near), tag
         assert {step for pairs in result["history"].values() for step, _ in pairs} == set(MEASURED)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", CASES)
 def test_weights_are_those_without_callbacks(name: str, results: Callable[..., Any]) -> None:
@@ -238,6 +244,7 @@ def test_weights_are_those_without_callbacks(name: str, results: Callable[..., A
         assert all(torch.equal(p, without[key]) for key, p in result["weights"].items())
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", CASES)
 def test_one_reduction_per_measured_step_and_none_besides(name: str, results: Callable[..., Any]) -> None:

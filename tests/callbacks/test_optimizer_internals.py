@@ -97,7 +97,7 @@ def test_namo_starts_with_a_scale_of_one_and_namod_clamps() -> None:
 
 
 def test_variance_adaptation_of_deva() -> None:
-    values, optimizer = fit(Model("DeVA"), steps=4)
+    values, _ = fit(Model("DeVA"), steps=4)
     tag = "internals_variance_adaptation_spread/second.weight"
     assert len(values[tag]) == 3  # the first step only starts the bases
     assert 0 < values[tag][-1] < 10
