@@ -80,7 +80,8 @@ class Change:
         return inner_products(self.updates, self.gradients)
 
     def _stack(self, values: Sequence[Tensor]) -> Tensor:
-        return torch.stack([value.to(self._device, torch.float32) for value in values])
+        dtype = torch.promote_types(values[0].dtype, torch.float32)
+        return torch.stack([value.to(self._device, dtype) for value in values])
 
     @property
     def _device(self) -> torch.device:
