@@ -2,9 +2,20 @@
 
 from .diagnostics import Diagnostics
 from .gradient_health import GradientHealth
+from .optimizer_internals import OptimizerInternals
 from .optimizer_swap import OptimizerSwap
+from .orthogonality_error import OrthogonalityError
 from .rng_state import RNGState
 from .sign_collapse import SignCollapse
 from .update_size import UpdateSize
 
-__all__ = ["Diagnostics", "GradientHealth", "OptimizerSwap", "RNGState", "SignCollapse", "UpdateSize"]
+__all__ = [
+    "Diagnostics",
+    "GradientHealth",
+    "OptimizerInternals",
+    "OptimizerSwap",
+    "OrthogonalityError",
+    "RNGState",
+    "SignCollapse",
+    "UpdateSize",
+]

@@ -26,7 +26,7 @@ class Results(NamedTuple):
 
     Args:
         values: Values by name.
-        layers: By name, the values of single parameters by their names.
+        layers: By name, the values of single parameters by their names, to which ``/`` and a part may be added.
     """
 
     values: dict[str, float]
@@ -112,8 +112,19 @@ class Monitor(pl.Callback):
         """
         return {}
 
+    def observe(self, parameter: Tensor, name: str, value: Tensor) -> None:
+        """Called during a step that is measured with what a matrix rule of ours reports.
+
+        To be called, :attr:`needs_observations` must be true. Values belong to the optimizer: take of them what is
+        needed at once, and keep none.
+        """
+
+    def condense(self, step: Step, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Called with the added sums where they are, on the device: make small what is large."""
+        return sums
+
     def results(self, step: Step, sums: dict[str, Tensor]) -> Results:
-        """The values, from the added sums, which are float64 on the CPU."""
+        """The values, from the condensed sums, which are float64 on the CPU."""
         raise NotImplementedError
 
     def remembered(self, step: Step, name: str, current: Sequence[Tensor]) -> list[Tensor]:
@@ -154,7 +165,7 @@ class Monitor(pl.Callback):
         values = {f"{label}{self.family}/{name}": value for name, value in results.values.items()}
         for name, layers in results.layers.items():
             for layer, value in layers.items():
-                if matches(layer, self.layers):
+                if matches(layer.partition("/")[0], self.layers):
                     values[f"{label}{self.family}_{name}/{layer}"] = value
         return {tag: value for tag, value in values.items() if not math.isnan(value)}
 
@@ -168,7 +179,8 @@ class Monitor(pl.Callback):
     @property
     def state_key(self) -> str:
         """Two callbacks of one class do not share their state if their settings differ."""
-        settings = {name: value for name, value in vars(self).items() if isinstance(value, (int, float, str, tuple))}
+        plain = {name: value for name, value in vars(self).items() if isinstance(value, (int, float, str, tuple))}
+        settings = {name: value for name, value in plain.items() if not name.startswith("_")}
         return self._generate_state_key(**settings)
 
     def state_dict(self) -> dict[str, Any]:

@@ -8,9 +8,11 @@ where no loss scaler is used; and at the end of the batch the scheduler has alre
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
 
@@ -21,10 +23,13 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.fsdp import ShardingStrategy
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim import Optimizer
 
-from lightning_optim.diagnostics.change import Change
+from lightning_optim.diagnostics.change import Change, sample
+from lightning_optim.optimizers.hybrid import MatrixOptimizer
 from lightning_optim.optimizers.optimizer import RuleOptimizer
 from lightning_optim.routing import Route, clean_name, route, routing_table
 
@@ -69,7 +74,6 @@ class Step:
         watched: The parameters.
         loss_scale: What gradients are still multiplied by before the step; 1 where they are already unscaled.
         shards: How the parameters are spread over processes.
-        observed: What a matrix rule of ours reported during the step: ``(parameter, name, value)``.
     """
 
     optimizer: Optimizer
@@ -78,7 +82,6 @@ class Step:
     watched: Sequence[Watched]
     loss_scale: float
     shards: Shards
-    observed: Sequence[tuple[Tensor, str, Tensor]] = ()
     _changes: dict[Tensor, Tensor] = field(default_factory=dict)
     _change: Change | None = None
 
@@ -89,8 +92,20 @@ class Step:
 
     def gradients(self) -> list[Tensor]:
         """Local parts of the gradients as they are now: before the step, unscaled and unclipped."""
-        grads = [local(w.parameter.grad) for w in self.watched]  # type: ignore[arg-type]
+        grads = [_gradient(w.parameter) for w in self.watched]
         return grads if self.loss_scale == 1 else [g / self.loss_scale for g in grads]
+
+    def sampled(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """At most 4,096 elements of each parameter's tensor, the same ones also if its first axis is cut up.
+
+        Where parameters are cut up otherwise, that many of each process's part.
+        """
+        return [
+            sample(x, start=position(p)[0].start * math.prod(p.shape[1:]), numel=p.numel())
+            if isinstance(p := w.parameter, DTensor) and cut_axes(p) == {0}
+            else sample(x)
+            for w, x in zip(self.watched, tensors)
+        ]
 
     @property
     def change(self) -> Change:
@@ -101,15 +116,32 @@ class Step:
                 self.names,
                 [local(p.detach()) for p in parameters],
                 [self._changes[p] for p in parameters if p in self._changes],
-                [local(p.grad) for p in parameters],  # type: ignore[arg-type]
+                [_gradient(p) for p in parameters],
                 [float(w.group["lr"]) for w in self.watched],
             )
         return self._change
 
 
+def position(p: DTensor) -> tuple[slice, ...]:
+    """Where in a parameter the part is that this process holds."""
+    shape, start = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+    return tuple(slice(i, i + n) for i, n in zip(start, shape))
+
+
+def cut_axes(p: Tensor) -> set[int]:
+    """The axes along which a parameter is cut up over processes."""
+    if not isinstance(p, DTensor):
+        return set()
+    return {placement.dim for placement in p.placements if not placement.is_replicate()}  # type: ignore[attr-defined]
+
+
 def local(x: Tensor) -> Tensor:
     """The part of a tensor that this process holds."""
     return x.to_local() if isinstance(x, DTensor) else x
+
+
+def _gradient(p: Tensor) -> Tensor:
+    return torch.zeros_like(p) if p.grad is None else local(p.grad)
 
 
 # --- sharded training -------------------------------------------------------------------------------------------
@@ -121,43 +153,55 @@ class Shards:
 
     Args:
         groups: Process groups over which sums have to be added; none where each process has everything.
+        flat: Whether every process holds a part of every parameter, without saying so (FSDP1).
     """
 
     groups: tuple[Any, ...] = ()
+    flat: bool = False
 
     @classmethod
     def of(cls, strategy: Any, parameters: Iterable[Tensor]) -> Shards:
         """Find out."""
         if isinstance(strategy, FSDPStrategy):
-            return cls((dist.group.WORLD,))
-        groups = {}
-        for p in parameters:
-            if isinstance(p, DTensor):
-                for dim, placement in enumerate(p.placements):
-                    if isinstance(placement, Shard):
-                        group = p.device_mesh.get_group(dim)
-                        groups[group.group_name] = group
+            whole = strategy.sharding_strategy is ShardingStrategy.NO_SHARD
+            return cls() if whole else cls((dist.group.WORLD,), flat=True)
+        groups = {group.group_name: group for p in parameters for group in _groups(p)}
         return cls(tuple(groups.values()))
 
     def counts(self, p: Tensor) -> bool:
         """Whether this process is to count its part of a parameter: each element is counted once over all groups."""
-        sharded = set()
-        if isinstance(p, DTensor):
-            dims = [dim for dim, placement in enumerate(p.placements) if isinstance(placement, Shard)]
-            sharded = {p.device_mesh.get_group(dim).group_name for dim in dims}
-        return all(g.group_name in sharded or dist.get_rank(g) == 0 for g in self.groups)
+        sharded = {group.group_name for group in _groups(p)}
+        return self.flat or all(g.group_name in sharded or dist.get_rank(g) == 0 for g in self.groups)
 
     def add(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Sums over processes on the CPU in float64, by one reduction however many tensors there are."""
-        if not tensors:
-            return []
-        dtype = torch.float32 if tensors[0].device.type == "mps" else torch.float64
+        """Sums over processes, in float64, by one reduction however many tensors there are."""
+        if not self.groups or not tensors:
+            return list(tensors)
         device = tensors[0].device
-        flat = torch.cat([x.detach().reshape(-1).to(device, dtype) for x in tensors])
+        flat = torch.cat([x.detach().reshape(-1).to(device, torch.float64) for x in tensors])
         for group in self.groups:
             dist.all_reduce(flat, group=group)
-        parts = flat.cpu().double().split([x.numel() for x in tensors])
-        return [part.reshape(x.shape) for part, x in zip(parts, tensors)]
+        return _split(flat, tensors)
+
+
+def _groups(p: Tensor) -> list[Any]:
+    """The process groups that a parameter is cut up over."""
+    if not isinstance(p, DTensor):
+        return []
+    return [p.device_mesh.get_group(dim) for dim, placed in enumerate(p.placements) if not placed.is_replicate()]
+
+
+def _to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies on the CPU in float64, by one transfer however many tensors there are."""
+    if not tensors:
+        return []
+    dtype = torch.float32 if tensors[0].device.type == "mps" else torch.float64
+    flat = torch.cat([x.detach().reshape(-1).to(tensors[0].device, dtype) for x in tensors])
+    return _split(flat.cpu().double(), tensors)
+
+
+def _split(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    return [part.reshape(x.shape) for part, x in zip(flat.split([x.numel() for x in like]), like)]
 
 
 # --- the recorder -----------------------------------------------------------------------------------------------
@@ -171,8 +215,8 @@ class StepRecorder:
     def __init__(self) -> None:
         self.monitors: list[Monitor] = []
         self.scaler_skips = 0
-        self._handles: dict[int, Any] = {}
-        self._watched: dict[int, list[Watched]] = {}
+        self._handles: WeakKeyDictionary[Optimizer, Any] = WeakKeyDictionary()
+        self._watched: WeakKeyDictionary[Optimizer, list[Watched]] = WeakKeyDictionary()
         self._open: _OpenStep | None = None
         self._values: list[tuple[Monitor, Mapping[str, float]]] = []
         self._layout_written = False
@@ -199,6 +243,8 @@ class StepRecorder:
                 f"{type(monitor).__name__} needs whole matrices, and FSDPStrategy (FSDP1) flattens them; use "
                 "ModelParallelStrategy (FSDP2)."
             )
+        if not self.monitors:
+            self._layout_written, self.scaler_skips = False, 0
         if monitor not in self.monitors:
             self.monitors.append(monitor)
 
@@ -212,7 +258,6 @@ class StepRecorder:
                 handle.remove()
             self._handles.clear()
             self._watched.clear()
-            self._layout_written, self.scaler_skips = False, 0
 
     # --- one step -----------------------------------------------------------------------------------------------
 
@@ -228,8 +273,8 @@ class StepRecorder:
         """Called in ``on_before_optimizer_step``."""
         with self._clock:
             self._settle()
-            if id(optimizer) not in self._handles:
-                self._handles[id(optimizer)] = optimizer.register_step_post_hook(self._after)
+            if optimizer not in self._handles:
+                self._handles[optimizer] = optimizer.register_step_post_hook(self._after)
             label = _label(trainer, optimizer)
             due = [(monitor, index) for monitor in self.monitors if (index := monitor.count(label))]
             self._open = _OpenStep(trainer, optimizer, label, due)
@@ -241,26 +286,26 @@ class StepRecorder:
         watched = self._watch(trainer, module, optimizer)
         shards = Shards.of(trainer.strategy, (w.parameter for w in watched))
         scale = _loss_scale(trainer, optimizer)
-        views: dict[tuple[str, ...], Step] = {}
+        views: dict[Any, Step] = {}
         for monitor, index in opened.due:
-            key = (str(monitor.needs_matrices), *monitor.parameters)
-            if key not in views or views[key].index != index:
+            key = (index, monitor.needs_matrices, monitor.parameters)
+            if key not in views:
                 tracked = monitor.select(watched)
-                views[key] = Step(
-                    optimizer, opened.label, index, tracked, scale, shards, opened.observed, opened.changes
-                )
+                views[key] = Step(optimizer, opened.label, index, tracked, scale, shards, opened.changes)
             opened.steps.append((monitor, views[key]))
-        if isinstance(optimizer, RuleOptimizer):
-            opened.own_skips = optimizer.skipped_steps
-            if any(monitor.needs_observations for monitor, _ in opened.due):
-                optimizer.observer = lambda p, name, value: opened.observed.append((p, name, value))
-        # A parameter without a gradient is not stepped.
+        opened.own_skips = _own_skips(optimizer)
+        observers = [monitor for monitor, _ in opened.due if monitor.needs_observations]
+        if observers and isinstance(optimizer, RuleOptimizer):
+            opened.restore_observer = partial(setattr, optimizer, "observer", optimizer.observer)
+            optimizer.observer = partial(_tell, observers)
+        # A parameter without a gradient is not stepped. (FSDP1 leaves those without one of which a process has nothing;
+        # what is watched must be the same everywhere.)
         for step in views.values():
-            step.watched = [w for w in step.watched if w.parameter.grad is not None]
+            step.watched = [w for w in step.watched if shards.flat or w.parameter.grad is not None]
         for monitor, step in opened.steps:
             monitor.before_step(trainer, module, step)
-        tracked = {w.parameter for monitor, step in opened.steps if monitor.needs_updates for w in step.watched}
-        opened.changes.update({p: local(p.detach()).clone() for p in tracked})
+        updated = {w.parameter for monitor, step in opened.steps if monitor.needs_updates for w in step.watched}
+        opened.changes.update({p: local(p.detach()).clone() for p in updated})
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Called by torch after the step."""
@@ -273,7 +318,7 @@ class StepRecorder:
             if found_inf is not None and found_inf.item():
                 self._settle()
                 return
-            if not opened.due or (isinstance(optimizer, RuleOptimizer) and optimizer.skipped_steps > opened.own_skips):
+            if not opened.due or _own_skips(optimizer) > opened.own_skips:
                 self._discard()
                 return
             _to_changes(opened.changes)
@@ -289,9 +334,14 @@ class StepRecorder:
             counts = [shards.counts(w.parameter) for w in step.watched] if shards.groups else []
             for x in sums.values():
                 parts.append(x * x.new_tensor(counts) if counts and x.shape == (len(counts),) else x)
-        totals = iter(shards.add(parts))
-        for monitor, step, sums in asked:
-            results = monitor.results(step, {name: next(totals) for name in sums})
+        added = iter(shards.add(parts))
+        condensed = [
+            (monitor, step, monitor.condense(step, {name: next(added) for name in sums}))
+            for monitor, step, sums in asked
+        ]
+        on_host = iter(_to_host([x for _, _, sums in condensed for x in sums.values()]))
+        for monitor, step, sums in condensed:
+            results = monitor.results(step, {name: next(on_host) for name in sums})
             self.add(monitor, monitor.tagged(step.label, results))
 
     def _settle(self) -> None:
@@ -301,15 +351,15 @@ class StepRecorder:
             self._discard()
 
     def _discard(self) -> None:
-        if self._open is not None and isinstance(self._open.optimizer, RuleOptimizer):
-            self._open.optimizer.observer = None
+        if self._open is not None:
+            self._open.restore_observer()
         self._open = None
 
     # --- what there is to watch ---------------------------------------------------------------------------------
 
     def _watch(self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Optimizer) -> list[Watched]:
         members = [(p, group) for group in optimizer.param_groups for p in group["params"]]
-        known = self._watched.get(id(optimizer), [])
+        known = self._watched.get(optimizer, [])
         if len(known) == len(members) and all(w.parameter is p and w.group is g for w, (p, g) in zip(known, members)):
             return known
         names = {p: clean_name(name) for name, p in module.named_parameters()}
@@ -318,8 +368,8 @@ class StepRecorder:
         watched = []
         for i, (p, group) in enumerate(members):
             name = names.get(p, f"parameter{i}")
-            watched.append(Watched(name, p, routes.get(name), group))
-        self._watched[id(optimizer)] = watched
+            watched.append(Watched(name, p, _as_grouped(routes.get(name), optimizer, group), group))
+        self._watched[optimizer] = watched
         return watched
 
     # --- logging ------------------------------------------------------------------------------------------------
@@ -368,8 +418,8 @@ class _OpenStep:
     due: list[tuple[Monitor, int]]
     steps: list[tuple[Monitor, Step]] = field(default_factory=list)
     changes: dict[Tensor, Tensor] = field(default_factory=dict)
-    observed: list[tuple[Tensor, str, Tensor]] = field(default_factory=list)
     own_skips: int = 0
+    restore_observer: Callable[[], None] = lambda: None
 
 
 class _Clock:
@@ -425,6 +475,26 @@ def _label(trainer: pl.Trainer, optimizer: Optimizer) -> str:
         return ""
     index = next((i for i, o in enumerate(trainer.optimizers) if o is optimizer), "")
     return f"{type(optimizer).__name__}{index}/"
+
+
+def _own_skips(optimizer: Optimizer) -> int:
+    """Steps that an optimizer of ours has skipped up to now; on an accelerator it has to be waited for."""
+    if not isinstance(optimizer, RuleOptimizer):
+        return 0
+    optimizer._settle()
+    return optimizer.skipped_steps
+
+
+def _tell(monitors: Sequence[Monitor], parameter: Tensor, name: str, value: Tensor) -> None:
+    for monitor in monitors:
+        monitor.observe(parameter, name, value)
+
+
+def _as_grouped(r: Route | None, optimizer: Optimizer, group: Mapping[str, Any]) -> Route | None:
+    """A route as the parameter groups of a matrix optimizer of ours have it, which the user may have changed."""
+    if r is None or not isinstance(optimizer, MatrixOptimizer):
+        return r
+    return replace(r, role=group["role"], blocks=group.get("blocks", 1), transposed=group.get("transposed", False))
 
 
 def _loss_scale(trainer: pl.Trainer, optimizer: Optimizer) -> float:

@@ -8,7 +8,7 @@ from typing import ClassVar
 import lightning.pytorch as pl
 from torch import Tensor
 
-from lightning_optim.diagnostics.change import inner_products, sample, sum_of_squares
+from lightning_optim.diagnostics.change import inner_products, sum_of_squares
 from lightning_optim.diagnostics.update_size import cosine, update_size
 
 from .monitor import Monitor, Results, layers_of
@@ -72,7 +72,7 @@ class UpdateSize(Monitor):
         norms = {"numel": change.numel, "update_sq": change.update_sq, "weight_sq": change.weight_sq}
         if self.norms_only:
             return norms
-        updates = [sample(u) for u in change.updates]
+        updates = step.sampled(change.updates)
         previous = self.remembered(step, "update", updates)
         self.remember(step, "update", updates)
         return norms | {

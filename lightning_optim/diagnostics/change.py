@@ -80,7 +80,8 @@ class Change:
         return inner_products(self.updates, self.gradients)
 
     def _stack(self, values: Sequence[Tensor]) -> Tensor:
-        return torch.stack([value.to(self._device, torch.float32) for value in values])
+        dtype = torch.promote_types(values[0].dtype, torch.float32)
+        return torch.stack([value.to(self._device, dtype) for value in values])
 
     @property
     def _device(self) -> torch.device:
@@ -107,13 +108,16 @@ def _at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def sample(x: Tensor, most: int = 4096) -> Tensor:
+def sample(x: Tensor, most: int = 4096, start: int = 0, numel: int | None = None) -> Tensor:
     """At most ``most`` elements of a tensor, equally spaced and always the same, as a vector (a view or copy).
 
     What has to be remembered of updates from step to step is remembered of these only, so that it takes no memory to
-    speak of.
+    speak of. A shard that holds the elements from ``start`` on of a tensor of ``numel`` has its part of the whole's.
 
     >>> sample(torch.arange(10), most=4)
     tensor([0, 3, 6, 9])
+    >>> sample(torch.arange(5, 10), most=4, start=5, numel=10)
+    tensor([6, 9])
     """
-    return x.reshape(-1)[:: max(1, -(-x.numel() // most))]
+    stride = max(1, -(-(numel or x.numel()) // most))
+    return x.reshape(-1)[-start % stride :: stride]

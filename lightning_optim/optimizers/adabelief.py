@@ -20,6 +20,7 @@ from .rule import (
     decay_,
     ema_,
     ema_product_,
+    gradient_to_variance,
     weight_decay,
 )
 
@@ -70,7 +71,13 @@ def _update(
         add_quotient_(p, m, root.add_(eps * root_bc2), -step_size * root_bc2)
 
 
-ADABELIEF = ElementwiseRule("AdaBelief", state=_state, scalars=_scalars, update=_update)
+ADABELIEF = ElementwiseRule(
+    "AdaBelief",
+    state=_state,
+    scalars=_scalars,
+    update=_update,
+    internals={"gradient_to_variance": gradient_to_variance("s", "variance around the momentum")},
+)
 
 
 class AdaBelief(RuleOptimizer):

@@ -6,7 +6,17 @@ from math import sqrt
 
 from torch import Tensor
 
-from .rule import ElementwiseRule, Hyperparameters, Scalars, add_quotient_, ema_, ema_product_, like, shrink_
+from .rule import (
+    ElementwiseRule,
+    Hyperparameters,
+    Scalars,
+    add_quotient_,
+    ema_,
+    ema_product_,
+    gradient_to_variance,
+    like,
+    shrink_,
+)
 
 
 def _scalars(t: int, hp: Hyperparameters) -> Scalars:
@@ -29,5 +39,11 @@ def _update(p: Tensor, g: Tensor, m: Tensor, v: Tensor, *, b1, b2, step_size, ro
 
 
 #: ``theta <- (1 - lr * wd) * theta - lr * m_hat / (sqrt(v_hat) + eps)``, with torch's defaults.
-ADAMW = ElementwiseRule("AdamW", state=like("m", "v"), scalars=_scalars, update=_update)
+ADAMW = ElementwiseRule(
+    "AdamW",
+    state=like("m", "v"),
+    scalars=_scalars,
+    update=_update,
+    internals={"gradient_to_variance": gradient_to_variance()},
+)
 ADAMW_DEFAULTS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from .execution import Backend
@@ -11,6 +12,7 @@ from .optimizer import Params, RuleOptimizer
 from .rule import (
     ElementwiseRule,
     Hyperparameters,
+    Internal,
     Scalars,
     add_quotient_,
     decay_,
@@ -68,6 +70,16 @@ def _update(
     add_quotient_(p, m, w.sqrt(), -step_size)
 
 
+def _refreshes(g: Tensor, t: int, hp: Hyperparameters, **_: Tensor) -> tuple[Tensor, ...]:
+    every_step = hp["refresh"] == "every_step"
+    return torch.tensor(float(t if every_step else t.bit_length())), torch.tensor(1.0)
+
+
+def _steps_since_refresh(g: Tensor, t: int, hp: Hyperparameters, **_: Tensor) -> tuple[Tensor, ...]:
+    every_step = hp["refresh"] == "every_step"
+    return torch.tensor(0.0 if every_step else float(t - 2 ** (t.bit_length() - 1))), torch.tensor(1.0)
+
+
 ANON = ElementwiseRule(
     "Anon",
     state=like("m", "s", "w"),
@@ -77,6 +89,10 @@ ANON = ElementwiseRule(
         "gamma": (lambda x: -10 <= x <= 10, "a number in [-10, 10]"),
         "beta3": (lambda x: 0 <= x < 1, "a number in [0, 1)"),
         "refresh": (lambda x: x in _REFRESHES, f"one of {_REFRESHES}"),
+    },
+    internals={
+        "refreshes": Internal("number of refreshes of the scale so far", _refreshes),
+        "steps_since_refresh": Internal("steps since the last refresh of the scale", _steps_since_refresh),
     },
 )
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from .eigenbasis import Eigenbasis, axis_state, permute_, phases, refreshes
+from .eigenbasis import BASIS_ERROR, Eigenbasis, axis_state, permute_, phases, refreshes
 from .execution import Backend
 from .hybrid import Fallback, MatrixOptimizer
 from .optimizer import Params
@@ -16,6 +16,7 @@ from .rule import (
     LIKE_PARAMETER,
     ORTHOGONALIZER,
     Hyperparameters,
+    Internal,
     MatrixRule,
     Observer,
     Orthogonalizing,
@@ -24,6 +25,7 @@ from .rule import (
     add_,
     ema_,
     ignore,
+    mean_of,
     mix,
     squared_norm,
 )
@@ -93,7 +95,10 @@ def _update(
         ema_(v, norms, b2)
         gamma = (norms / (v + eps)).sqrt_()
     n = mix(rotated, m, b1) if nesterov else m
-    o = yield (n.sign() if form in ("sign", "efficient") else n), method
+    if form in ("sign", "efficient"):
+        n = n.sign()
+    o = yield n, method
+    observe("momentum", n)
     observe("orthogonal_factor", o)
     observe("variance_adaptation", gamma)
     add_(p, basis.rotate_back(gamma * o), -step_size)
@@ -106,6 +111,14 @@ def _update(
         m.copy_(basis.rotate(raw))
 
 
+def _spread_sums(gamma: Tensor) -> tuple[Tensor, ...]:
+    return gamma.sum(), gamma.square().sum(), gamma.new_tensor(float(gamma.numel()))
+
+
+def _spread(total: Tensor, squares: Tensor, count: Tensor) -> Tensor:
+    return (squares / count - (total / count) ** 2).clamp(min=0).sqrt() / (total / count)
+
+
 DEVA_RULE = MatrixRule(
     "DeVA",
     state=_state,
@@ -113,6 +126,13 @@ DEVA_RULE = MatrixRule(
     update=_update,
     constraints={"form": (lambda x: x in _FORMS, f"one of {_FORMS}"), **EIGENBASIS, **ORTHOGONALIZER},
     phases=phases,
+    internals={
+        "variance_adaptation": mean_of("variance_adaptation", "mean of the variance adaptation Gamma"),
+        "variance_adaptation_spread": Internal(
+            "standard deviation of Gamma over its mean", _spread_sums, "variance_adaptation", _spread
+        ),
+        "basis_error": BASIS_ERROR,
+    },
 )
 
 

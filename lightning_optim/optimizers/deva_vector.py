@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .execution import Backend
 from .optimizer import Params, RuleOptimizer
-from .rule import ElementwiseRule, Hyperparameters, Scalars, add_, ema_, ema_product_, like, mix, shrink_
+from .rule import ElementwiseRule, Hyperparameters, Internal, Scalars, add_, ema_, ema_product_, like, mix, shrink_
 
 _FLOOR = 1e-5  # The constant inside the square root of the released code.
 
@@ -32,7 +32,18 @@ def _update(p: Tensor, g: Tensor, m: Tensor, v: Tensor, *, b1, b2, lr, keep, nes
     add_(p, adapted, -lr)
 
 
-DEVA_VECTOR = ElementwiseRule("DeVAVector", state=like("m", "v"), scalars=_scalars, update=_update)
+def _variance_adaptation(g: Tensor, t: int, hp: Hyperparameters, m: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    gamma = m.abs() / (v + _FLOOR).sqrt_()
+    return gamma.sum(), gamma.new_tensor(float(gamma.numel()))
+
+
+DEVA_VECTOR = ElementwiseRule(
+    "DeVAVector",
+    state=like("m", "v"),
+    scalars=_scalars,
+    update=_update,
+    internals={"variance_adaptation": Internal("mean of the variance adaptation Gamma", _variance_adaptation)},
+)
 
 
 class DeVAVector(RuleOptimizer):

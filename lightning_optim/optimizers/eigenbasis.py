@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .rule import Hyperparameters, Shape
+from .rule import Hyperparameters, Internal, Shape
 
 _RIDGE = 1e-9  # Far below float32's resolution of the average, far above float64's.
 
@@ -119,3 +119,22 @@ def _along(x: Tensor, axis: int, matrix: Tensor) -> Tensor:
         return (x.flatten(1, -2) @ matrix).view(x.shape)
     y = x.movedim(axis + 1, -1)
     return (y.flatten(1, -2) @ matrix).view(y.shape).movedim(-1, axis + 1).contiguous()
+
+
+def _basis_error_sums(g: Tensor, t: int, hp: Hyperparameters, **state: Tensor) -> tuple[Tensor, ...]:
+    off_diagonal = everything = torch.zeros((), device=g.device)
+    for name, gram in state.items():
+        if name.startswith("gram"):
+            basis = state[name.replace("gram", "basis")]
+            rotated = basis.mT @ gram @ basis
+            squares, diagonal = rotated.square().sum(), rotated.diagonal(dim1=-2, dim2=-1).square().sum()
+            off_diagonal, everything = off_diagonal + squares - diagonal, everything + squares
+    return off_diagonal, everything
+
+
+#: Zero when the basis consists of eigenvectors; near 1 it is refreshed too rarely.
+BASIS_ERROR = Internal(
+    "share of the preconditioner's norm that is off the diagonal in the basis in use",
+    _basis_error_sums,
+    value=lambda off_diagonal, everything: (off_diagonal.clamp(min=0) / everything).sqrt(),
+)

@@ -13,6 +13,7 @@ from .optimizer import Params, RuleOptimizer
 from .rule import (
     GroupRule,
     Hyperparameters,
+    Internal,
     Scalars,
     add_,
     add_quotient_,
@@ -109,6 +110,19 @@ def _finish(
     add_(p, v, -hidden_lr)
 
 
+def _alignment(g: Tensor, t: int, hp: Hyperparameters, *, cosine: Tensor, count: Tensor, **_: Tensor):
+    known = (count > 0).to(count.dtype)
+    return torch.where(count > 0, cosine / (1 - hp["betas"][1] ** count), 0.0), known
+
+
+def _lr_factor(g: Tensor, t: int, hp: Hyperparameters, *, cosine: Tensor, count: Tensor, **_: Tensor):
+    return torch.where(count > 0, 10 ** (6 * cosine - 3), 0.0), (count > 0).to(count.dtype)
+
+
+def _steps_since_restart(g: Tensor, t: int, hp: Hyperparameters, *, count: Tensor, **_: Tensor):
+    return count, torch.ones_like(count)
+
+
 HVADAM = GroupRule(
     "HVAdam",
     state=like("m", "s", "v"),
@@ -119,6 +133,11 @@ HVADAM = GroupRule(
     combine=_combine,
     finish=_finish,
     constraints={"gamma": (lambda x: 0 <= x < float("inf"), "a finite number >= 0")},
+    internals={
+        "alignment": Internal("smoothed cosine of hidden vector and momentum; below 0.1 it is restarted", _alignment),
+        "lr_factor": Internal("factor 10^(6 d - 3) of the hidden vector's learning rate", _lr_factor),
+        "steps_since_restart": Internal("hidden steps since the hidden vector was started", _steps_since_restart),
+    },
 )
 
 

@@ -18,6 +18,7 @@ from .rule import (
     add_quotient_,
     ema_,
     ema_product_,
+    gradient_to_variance,
     shrink_,
 )
 
@@ -63,7 +64,12 @@ def _update(
 
 
 LAPROP = ElementwiseRule(
-    "LaProp", state=_state, scalars=_scalars, update=_update, host_state=("lr_average", "weight_sum")
+    "LaProp",
+    state=_state,
+    scalars=_scalars,
+    update=_update,
+    host_state=("lr_average", "weight_sum"),
+    internals={"gradient_to_variance": gradient_to_variance()},
 )
 
 

@@ -47,7 +47,9 @@ def _update(
 ) -> Orthogonalizing:
     p.mul_(keep)
     ema_(m, g, mu)
-    o = yield (mix(g, m, mu) if nesterov else m), method
+    n = mix(g, m, mu) if nesterov else m
+    o = yield n, method
+    observe("momentum", n)
     observe("orthogonal_factor", o)
     add_(p, o, -step_size)
 

@@ -17,6 +17,7 @@ from .rule import (
     decay_,
     ema_,
     ema_product_,
+    gradient_to_variance,
     like,
     weight_decay,
 )
@@ -65,6 +66,7 @@ MVN_GRAD = ElementwiseRule(
     scalars=_scalars,
     update=_update,
     constraints={"eps_s": (lambda x: 0 <= x < float("inf"), "a finite number >= 0")},
+    internals={"gradient_to_variance": gradient_to_variance("v", "variance around the running mean")},
 )
 
 

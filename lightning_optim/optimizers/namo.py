@@ -22,6 +22,7 @@ from .rule import (
     ema_,
     ignore,
     is_positive_or_none,
+    mean_of,
     mix,
     squared_norm,
 )
@@ -52,6 +53,7 @@ def _namo(
     n = mix(g, m, mu1) if nesterov else m
     o = yield n, method
     a = bias * squared_norm(n).sqrt_() / v.sqrt().add_(eps)
+    observe("momentum", n)
     observe("orthogonal_factor", o)
     observe("adaptive_scale", a)
     p.mul_(1 - wd * (lr * a).clamp_(max=max_step))
@@ -76,6 +78,7 @@ def _namo_d(
         free = d
         d = torch.minimum(torch.maximum(d, clamp * mean), mean / clamp)
         observe("clamp_rate", (d != free).to(d.dtype).mean(-1))
+    observe("momentum", n)
     observe("orthogonal_factor", o)
     observe("adaptive_scale", d)
     keep = 1 - wd * lr * d
@@ -96,6 +99,7 @@ NAMO_RULE = MatrixRule(
     scalars=_scalars,
     update=_namo,
     constraints=_CONSTRAINTS,
+    internals={"adaptive_scale": mean_of("adaptive_scale", "mean over matrices of the adaptive scale a")},
 )
 NAMO_D_RULE = MatrixRule(
     "NAMOD",
@@ -103,6 +107,10 @@ NAMO_D_RULE = MatrixRule(
     scalars=_namo_d_scalars,
     update=_namo_d,
     constraints=_CONSTRAINTS,
+    internals={
+        "adaptive_scale": mean_of("adaptive_scale", "mean over columns of the adaptive scale d, after the clamp"),
+        "clamp_rate": mean_of("clamp_rate", "share of columns whose adaptive scale was clamped"),
+    },
 )
 
 

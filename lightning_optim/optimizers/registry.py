@@ -20,6 +20,7 @@ from .muon import Muon
 from .mvn_grad import MVNGrad
 from .namo import NAMO, NAMOD
 from .optimizer import RuleOptimizer
+from .rule import Internal, gradient_to_variance
 from .soap import SOAP
 
 
@@ -48,6 +49,17 @@ class OptimizerInfo:
         return self.cls.rules[0].kind if issubclass(self.cls, RuleOptimizer) else "element-wise"
 
     @property
+    def internals(self) -> Mapping[str, Internal]:
+        """Scalars of its own that are worth watching, by name.
+
+        >>> {name: internal.description for name, internal in OPTIMIZERS["Anon"].internals.items()}["refreshes"]
+        'number of refreshes of the scale so far'
+        """
+        if issubclass(self.cls, RuleOptimizer):
+            return self.cls.rules[0].internals
+        return _TORCH_INTERNALS if issubclass(self.cls, torch.optim.Adam) else {}
+
+    @property
     def defaults(self) -> Mapping[str, Any]:
         """Hyperparameters and their defaults."""
         if issubclass(self.cls, RuleOptimizer):
@@ -66,6 +78,16 @@ _TORCH_HYPERPARAMETERS = (
     "nesterov",
     "amsgrad",
 )
+
+_TORCH_INTERNALS = {"gradient_to_variance": gradient_to_variance("exp_avg_sq")}
+
+
+def internals_of(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> Mapping[str, Internal]:
+    """The scalars worth watching of the rule that runs on a parameter group; none if the optimizer is unknown."""
+    if isinstance(optimizer, RuleOptimizer):
+        return optimizer.rule(group).internals
+    return _TORCH_INTERNALS if isinstance(optimizer, torch.optim.Adam) else {}
+
 
 OPTIMIZERS: dict[str, OptimizerInfo] = {
     info.name: info

@@ -52,6 +52,54 @@ def ignore(name: str, value: Tensor) -> None:
     """The observer of a step that nobody watches."""
 
 
+def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """The first divided by the second."""
+    return numerator / denominator
+
+
+@dataclass(frozen=True)
+class Internal:
+    """A scalar of a rule's own that is worth watching.
+
+    It is made of sums over elements, so that it is right for shards of a tensor and for several tensors together. Two
+    rules that give the same name to one must mean the same by it.
+
+    Args:
+        description: One line.
+        sums: What has to be added up, a tuple of 0-d tensors: from the reported value, ``sums(value)``, or from the
+            state after the step, ``sums(g, t, hyperparameters, **state)``.
+        reported: The name under which ``update`` reports the value; ``None`` for one made of the state.
+        value: The scalar, from the added sums, element by element.
+    """
+
+    description: str
+    sums: Callable[..., tuple[Tensor, ...]]
+    reported: str | None = None
+    value: Callable[..., Tensor] = ratio
+
+
+def mean_of(reported: str, description: str) -> Internal:
+    """The mean over all entries of a reported value."""
+    return Internal(description, lambda x: (x.sum(), x.new_tensor(float(x.numel()))), reported)
+
+
+def gradient_to_variance(v: str = "v", what: str = "second moment") -> Internal:
+    """Squared gradients over their running average.
+
+    Far above 1 the average lags behind a growing gradient, from which loss spikes come (arXiv 2506.04805).
+
+    Args:
+        v: Name of the state tensor, an average with ``betas[1]`` that starts at zero.
+        what: What it is an average of.
+    """
+
+    def sums(g: Tensor, t: int, hp: Hyperparameters, **state: Tensor) -> tuple[Tensor, ...]:
+        average = state[v].sum() / (1 - hp["betas"][1] ** t)
+        return g.to(average.dtype).square().sum(), average
+
+    return Internal(f"mean squared gradient over the mean {what} (bias-corrected)", sums)
+
+
 @dataclass(frozen=True)
 class Rule:
     """What all kinds of rule have in common.
@@ -65,6 +113,7 @@ class Rule:
         update: ``(p, g, **state, **scalars)``, in place on ``p`` and the state; ``g`` is read only.
         host_state: Names of scalar state that ``scalars`` reads and writes in its ``host`` dictionary.
         constraints: Bounds of hyperparameters that are this rule's alone, ``{name: (predicate, "what it must be")}``.
+        internals: Scalars of its own that are worth watching, by name.
     """
 
     name: str
@@ -73,6 +122,7 @@ class Rule:
     update: Callable[..., Any]
     host_state: tuple[str, ...] = ()
     constraints: Mapping[str, tuple[Callable[[Any], bool], str]] = field(default_factory=dict)
+    internals: Mapping[str, Internal] = field(default_factory=dict)
 
     kind = "abstract"
 

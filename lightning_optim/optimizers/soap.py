@@ -6,7 +6,7 @@ from math import sqrt
 
 from torch import Tensor
 
-from .eigenbasis import Eigenbasis, axis_state, permute_, phases, refreshes
+from .eigenbasis import BASIS_ERROR, Eigenbasis, axis_state, permute_, phases, refreshes
 from .execution import Backend
 from .hybrid import Fallback, MatrixOptimizer
 from .optimizer import Params
@@ -109,6 +109,7 @@ SOAP_RULE = MatrixRule(
     constraints=EIGENBASIS,
     flatten=False,
     phases=phases,
+    internals={"basis_error": BASIS_ERROR},
 )
 
 

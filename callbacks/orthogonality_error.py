@@ -1,0 +1,247 @@
+"""How orthogonal the updates of hidden matrices are."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from lightning_optim.diagnostics.change import Sums
+from lightning_optim.diagnostics.orthogonality import (
+    factor_error,
+    gram,
+    orthogonality,
+    orthogonality_of_gram,
+    polar_error,
+)
+from lightning_optim.optimizers.execution.tensors import block_shape, to_blocks
+
+from .monitor import Monitor, Results
+from .recorder import Shards, Step, Watched, cut_axes, position
+
+#: Equal matrices are measured together up to this many elements (64 MiB in float32).
+_MOST_AT_ONCE = 1 << 24
+
+_STATISTICS = ("error", "stable_rank", "spectral_norm")
+#: From the reports of our matrix optimizers; the second only if asked for.
+_REPORTED = ("factor_error", "polar_error")
+
+
+class OrthogonalityError(Monitor):
+    r"""Orthogonality of the updates of hidden matrices, and of the factors that our matrix optimizers make.
+
+    =================================== =============================================================================
+    ``orthogonality/error``             relative distance of the change :math:`U` of a matrix in a step to the
+                                        nearest multiple of an orthogonal matrix, in [0, 1)
+    ``orthogonality/stable_rank``       :math:`\|U\|_F^2/\|U\|_2^2`
+    ``orthogonality/spectral_norm``     :math:`\|U\|_2`, in units of the weights
+    ``orthogonality/factor_error``      :math:`\|G-I\|_F/\sqrt r` of the orthogonal factor, which our matrix
+                                        optimizers report before scaling and weight decay
+    ``orthogonality/polar_error``       with ``polar``: relative distance of that factor from the true polar factor
+    =================================== =============================================================================
+
+    Each is the mean over hidden matrices; for the three errors ``..._worst`` is the largest. With ``layers``, each
+    parameter's own values are logged, too (``orthogonality_error/PARAMETER``, and ``PARAMETER/0``, ``PARAMETER/1``,
+    ... where one holds several matrices). Definitions: :func:`lightning_optim.diagnostics.orthogonality`.
+
+    Hidden matrices are those of :func:`lightning_optim.routing.route`, or of the parameter groups of a matrix
+    optimizer of ours: convolutions are (out, in * k * k), a packed query, key and value projection three matrices.
+
+    The change of a parameter includes weight decay, :math:`-\eta\lambda W`, so an optimizer with exactly orthogonal
+    steps has an ``error`` above 0; so have NAMO-D and DeVA, whose steps are orthogonal before scaling only.
+    ``factor_error`` does not see either. Five steps of Newton-Schulz are not meant to converge: with the
+    coefficients of Muon, singular values between about 0.7 and 1.2, and a ``factor_error`` of 0.2 to 0.4, are
+    normal.
+
+    Sharded training adds up, in the one reduction, the smaller Gram matrix of each matrix where shards hold parts of
+    the sum in it, and otherwise the matrix itself: at most as many float64 numbers as the matrices have elements.
+    Choose few with ``parameters`` where that is too much. What our optimizers report is averaged over processes.
+
+    Args:
+        every_n_steps: As in :class:`.Monitor`.
+        first_n_steps: As in :class:`.Monitor`.
+        parameters: As in :class:`.Monitor`; hidden matrices only.
+        layers: As in :class:`.Monitor`.
+        polar: Compare factors with the polar factors of the same matrices by float64 singular value decompositions,
+            which take long: for a look, not for every run. Only with our matrix optimizers.
+
+    Example:
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> class Deep(BoringModel):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.layer = torch.nn.Sequential(torch.nn.Linear(32, 8), torch.nn.Linear(8, 2))
+        >>> monitor = OrthogonalityError(every_n_steps=2, layers=["*.weight"])
+        >>> trainer = pl.Trainer(max_steps=2, callbacks=[monitor], accelerator="cpu", logger=False,
+        ...     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+        >>> trainer.fit(Deep())
+        >>> sorted(monitor.history)[:3]
+        ['orthogonality/error', 'orthogonality/error_worst', 'orthogonality/spectral_norm']
+        >>> "orthogonality_error/layer.0.weight" in monitor.history
+        True
+    """
+
+    family = "orthogonality"
+    charts: ClassVar = {
+        "orthogonality error": ("Multiline", [r"orthogonality/error.*", r"orthogonality/factor_error.*"]),
+        "stable rank of updates": ("Multiline", [r"orthogonality/stable_rank$"]),
+        "spectral norm of updates": ("Multiline", [r"orthogonality/spectral_norm$"]),
+    }
+    needs_matrices = True
+    needs_observations = True
+
+    def __init__(
+        self,
+        every_n_steps: int | Callable[[int], bool] = 50,
+        first_n_steps: int = 0,
+        parameters: Sequence[str] = ("*",),
+        layers: Sequence[str] = (),
+        polar: bool = False,
+    ) -> None:
+        super().__init__(every_n_steps, first_n_steps, parameters, layers)
+        self.polar = polar
+        self._from_reports = _REPORTED if polar else _REPORTED[:1]
+        self._reported: dict[tuple[str, Tensor], Tensor] = {}
+        self._orthogonalized: dict[Tensor, Tensor] = {}
+        self._informed = False
+
+    # --- what our optimizers report -----------------------------------------------------------------------------
+
+    def before_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step) -> None:
+        self._reported.clear()
+        self._orthogonalized.clear()
+
+    def observe(self, parameter: Tensor, name: str, value: Tensor) -> None:
+        if name == "momentum" and self.polar:
+            self._orthogonalized[parameter] = value.clone()
+        if name == "orthogonal_factor":
+            self._reported["factor_error", parameter] = factor_error(value)
+            if parameter in self._orthogonalized:
+                momentum = self._orthogonalized.pop(parameter)
+                self._reported["polar_error", parameter] = polar_error(value, momentum)
+
+    # --- sums over processes ------------------------------------------------------------------------------------
+
+    def sums(self, step: Step) -> dict[str, Tensor]:
+        if self.polar and not self._reported and not self._informed:
+            self._informed = True
+            rank_zero_info(
+                "OrthogonalityError: polar=True looks at factors that matrix optimizers of lightning_optim report, and "
+                f"{type(step.optimizer).__name__} reports none."
+            )
+        sums = {}
+        for name in self._from_reports:
+            values = [self._reported.get((name, w.parameter)) for w in step.watched]
+            zeros = [u.new_zeros(_blocks(w)) for w, u in zip(step.watched, step.change.updates)]
+            sums[name] = _concatenated([zero if x is None else x.to(zero) for x, zero in zip(values, zeros)])
+            sums[f"{name}_count"] = _concatenated([zero + (x is not None) for x, zero in zip(values, zeros)])
+        self._reported.clear()
+        pairs = list(zip(step.watched, step.change.updates))
+        if step.shards.groups:
+            parts = [_part(w, u, step.shards) for w, u in pairs]
+            return sums | {f"{_PART}{i}": part for i, part in enumerate(parts)}
+        return sums | _batched(orthogonality, [_matrices(w, u) for w, u in pairs])
+
+    def condense(self, step: Step, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        parts = [x for name, x in sums.items() if name.startswith(_PART)]
+        if not parts:
+            return sums
+        grams = [x if _has_gram(w) else gram(x) for w, x in zip(step.watched, parts)]
+        small = {name: x for name, x in sums.items() if not name.startswith(_PART)}
+        return small | _batched(orthogonality_of_gram, grams)
+
+    def results(self, step: Step, sums: dict[str, Tensor]) -> Results:
+        each = {name: sums[name] for name in _STATISTICS}
+        for name in self._from_reports:
+            each[name] = sums[name] / sums[f"{name}_count"]
+        values = {name: float(x.nanmean()) for name, x in each.items()}
+        for name in set(each) & {"error", *_REPORTED}:
+            values[f"{name}_worst"] = max([v for v in each[name].tolist() if v == v], default=math.nan)
+        matrices = [name for w in step.watched for name in _names(w)]
+        return Results(values, {name: dict(zip(matrices, x.tolist())) for name, x in each.items()})
+
+
+# --- matrices in parameters ---------------------------------------------------------------------------------------
+
+
+def _layout(w: Watched) -> dict[str, Any]:
+    assert w.route is not None
+    return {"blocks": w.route.blocks, "transposed": w.route.transposed}
+
+
+def _blocks(w: Watched) -> int:
+    return _layout(w)["blocks"]
+
+
+def _names(w: Watched) -> list[str]:
+    return [w.name] if _blocks(w) == 1 else [f"{w.name}/{i}" for i in range(_blocks(w))]
+
+
+def _matrices(w: Watched, x: Tensor) -> Tensor:
+    """The matrices ``(blocks, m, n)`` in a tensor like the whole parameter."""
+    return to_blocks(x, _layout(w)).flatten(2)
+
+
+def _concatenated(xs: Sequence[Tensor]) -> Tensor:
+    return torch.cat([x.to(xs[0].device) for x in xs])
+
+
+def _batched(statistics: Callable[[Tensor], Sums], stacks: Sequence[Tensor]) -> Sums:
+    """Statistics of each matrix of several stacks, in order; equal ones are measured together."""
+    alike = defaultdict(list)
+    for i, x in enumerate(stacks):
+        alike[x.shape[1:], x.dtype, x.device].append(i)
+    results: dict[int, Sums] = {}
+    for (shape, *_), indices in alike.items():
+        at_once = max(1, _MOST_AT_ONCE // (shape.numel() * max(len(stacks[i]) for i in indices)))
+        for start in range(0, len(indices), at_once):
+            chunk = indices[start : start + at_once]
+            values = statistics(torch.cat([stacks[i] for i in chunk]))
+            sizes = [len(stacks[i]) for i in chunk]
+            columns = {name: x.split(sizes) for name, x in values.items()}
+            results |= {i: {name: x[k] for name, x in columns.items()} for k, i in enumerate(chunk)}
+    return {name: _concatenated([results[i][name] for i in range(len(stacks))]) for name in results[0]}
+
+
+# --- sharded training ---------------------------------------------------------------------------------------------
+
+_PART = "part/"
+
+
+def _part(w: Watched, u: Tensor, shards: Shards) -> Tensor:
+    """What a process adds for a parameter: Gram matrices if they are sums over processes, otherwise the matrices.
+
+    Shape ``(blocks, r, r)`` or ``(blocks, m, n)``, in float64.
+    """
+    p = w.parameter
+    if isinstance(p, DTensor):
+        whole = u.new_zeros(p.shape)
+        whole[position(p)] = u
+        u = whole
+    x = _matrices(w, u) * shards.counts(p)
+    if not _has_gram(w):
+        return x.double()
+    peak = x.abs().amax((-2, -1), keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+    x = x / peak
+    return gram(x if _layout(w)["transposed"] else x.mT).double() * peak.double() ** 2
+
+
+def _has_gram(w: Watched) -> bool:
+    """Whether the smaller Gram matrix of each matrix is the sum of those of its shards.
+
+    Its sums run over the longer axis, which must be the only one that is cut.
+    """
+    p = w.parameter
+    cut = cut_axes(p)
+    if not cut or (cut == {0} and p.shape[0] == _blocks(w)):
+        return True
+    m, *rest = block_shape(p.shape, _layout(w))
+    n = math.prod(rest)
+    return cut == {0} and (n >= m if _layout(w)["transposed"] else m >= n)
