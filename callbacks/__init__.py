@@ -5,6 +5,17 @@ from .gradient_health import GradientHealth
 from .optimizer_swap import OptimizerSwap
 from .rng_state import RNGState
 from .sign_collapse import SignCollapse
+from .spike_response import SpikeResponse
 from .update_size import UpdateSize
+from .update_variance import UpdateVariance
 
-__all__ = ["Diagnostics", "GradientHealth", "OptimizerSwap", "RNGState", "SignCollapse", "UpdateSize"]
+__all__ = [
+    "Diagnostics",
+    "GradientHealth",
+    "OptimizerSwap",
+    "RNGState",
+    "SignCollapse",
+    "SpikeResponse",
+    "UpdateSize",
+    "UpdateVariance",
+]

@@ -102,8 +102,13 @@ class Monitor(pl.Callback):
 
     # --- for subclasses -----------------------------------------------------------------------------------------
 
-    def before_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step) -> None:
-        """Called before a step that is measured: gradients are there, complete and not clipped."""
+    def before_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step) -> bool:
+        """Called before a step that is measured: gradients are there, complete and not clipped.
+
+        Returns:
+            Whether to go on and measure what the step does. If not, parameters need not be copied for this monitor.
+        """
+        return True
 
     def sums(self, step: Step) -> dict[str, Tensor]:
         """Called after the step. What this process knows, to be added up over the processes that shards are spread on.
@@ -168,7 +173,11 @@ class Monitor(pl.Callback):
     @property
     def state_key(self) -> str:
         """Two callbacks of one class do not share their state if their settings differ."""
-        settings = {name: value for name, value in vars(self).items() if isinstance(value, (int, float, str, tuple))}
+        settings = {
+            name: value
+            for name, value in vars(self).items()
+            if isinstance(value, (int, float, str, tuple)) and not name.startswith("_")
+        }
         return self._generate_state_key(**settings)
 
     def state_dict(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -183,6 +184,11 @@ class StepRecorder:
         """The one recorder of a Trainer."""
         return cls._of.setdefault(trainer, cls())
 
+    @property
+    def clock(self) -> AbstractContextManager[None]:
+        """To be entered for work that a monitor does outside of a step, which then counts as overhead."""
+        return self._clock
+
     def attach(self, monitor: Monitor, trainer: pl.Trainer) -> None:
         """Begin to serve a monitor.
 
@@ -257,8 +263,7 @@ class StepRecorder:
         # A parameter without a gradient is not stepped.
         for step in views.values():
             step.watched = [w for w in step.watched if w.parameter.grad is not None]
-        for monitor, step in opened.steps:
-            monitor.before_step(trainer, module, step)
+        opened.steps = [(m, step) for m, step in opened.steps if m.before_step(trainer, module, step)]
         tracked = {w.parameter for monitor, step in opened.steps if monitor.needs_updates for w in step.watched}
         opened.changes.update({p: local(p.detach()).clone() for p in tracked})
 
@@ -273,7 +278,9 @@ class StepRecorder:
             if found_inf is not None and found_inf.item():
                 self._settle()
                 return
-            if not opened.due or (isinstance(optimizer, RuleOptimizer) and optimizer.skipped_steps > opened.own_skips):
+            if not opened.steps or (
+                isinstance(optimizer, RuleOptimizer) and optimizer.skipped_steps > opened.own_skips
+            ):
                 self._discard()
                 return
             _to_changes(opened.changes)
@@ -372,7 +379,7 @@ class _OpenStep:
     own_skips: int = 0
 
 
-class _Clock:
+class _Clock(AbstractContextManager[None]):
     """How long the diagnostics take, and what share of training that is."""
 
     def __init__(self) -> None:
