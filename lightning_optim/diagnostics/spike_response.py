@@ -103,8 +103,8 @@ def spike_response(
 
     Example:
         >>> sgd = spike_response(lambda params: torch.optim.SGD(params, lr=1.0), 100.0, spike_at=30, after=10)
-        >>> round(sgd.amplification, 1), sgd.recovery_steps
-        (99.6, 1)
+        >>> round(sgd.amplification), sgd.recovery_steps
+        (99, 1)
     """
     if spike_at < 1 or after < 1:
         raise ValueError(f"spike_at and after must be at least 1, got spike_at={spike_at}, after={after}.")
@@ -122,7 +122,7 @@ def spike_response(
             optimizer.step()
             of_each.append(_rms(p.detach()))
         extra.append(_rms((params[0] - params[1]).detach()))
-    last = sum(rms[0][-30:]) / len(rms[0][-30:])
+    last = sum(rms[0][spike_at + 1 :][-30:]) / min(30, after)
     baseline = sum(rms[0][max(0, spike_at - 30) : spike_at]) / min(30, spike_at)
     ratios = [x / baseline if baseline else math.nan for x in rms[0][spike_at:]]
     return SpikeResult(
