@@ -14,7 +14,7 @@ from lightning_optim.cli import main
 
 def test_table_plot_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     figure, figures = tmp_path / "spike.png", tmp_path / "spike.json"
-    options = "--optimizers MVNGrad Muon SGD --scales 10 1e3 --at 20 --after 5".split()
+    options = ["--optimizers", "MVNGrad", "Muon", "SGD", "--scales", "10", "1e3", "--at", "20", "--after", "5"]
     main(["spike", *options, "--out", str(figure), "--json", str(figures)])
     assert figure.read_bytes().startswith(b"\x89PNG")
     rows = json.loads(figures.read_text())

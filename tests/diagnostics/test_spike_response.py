@@ -42,10 +42,10 @@ PRIMER: dict[str, Any] = {
 
 @pytest.mark.parametrize(("name", "published"), [("AdamW", 28), ("LaProp", 1), ("Muon", 1), ("SOAP", 56)])
 def test_crossing_steps_are_those_published(name: str, published: int) -> None:
-    # Other random numbers than theirs, and another variant of SOAP; AdamW's count is 28 +- 1 over seeds.
+    # Other random numbers than theirs, and another variant of SOAP. Over 8 seeds: AdamW 27 to 29, SOAP 48 to 62.
     crossing = spike_response(PRIMER[name], 1e3, spike_at=100).crossing_steps
     assert crossing is not None
-    assert abs(crossing - published) <= (3 if published > 1 else 0)
+    assert abs(crossing - published) <= {"AdamW": 1, "SOAP": 8}.get(name, 0)
 
 
 def test_crossing_the_band_is_not_recovery() -> None:
@@ -231,7 +231,7 @@ def test_a_spike_is_followed_until_updates_have_recovered() -> None:
 
 
 def test_a_spike_without_recovery_is_given_up() -> None:
-    said = run(SpikeWatch(follow=20), norms(120, at64=50.0), {step: 3.0 for step in range(64, 200)})
+    said = run(SpikeWatch(follow=20), norms(120, at64=50.0), dict.fromkeys(range(64, 200), 3.0))
     [(step, values)] = [(step, values) for step, values in said if "amplification" in values]
     assert (step, values["recovery_steps"]) == (84, 20.0)
     # From now on that is the baseline.
