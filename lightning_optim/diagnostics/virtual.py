@@ -8,7 +8,8 @@ from contextlib import AbstractContextManager
 from itertools import chain
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 
@@ -39,7 +40,7 @@ class VirtualOptimizer:
         self._name = type(optimizer).__name__
         self._prepare = prepare
         try:
-            self._optimizer = copy.deepcopy(optimizer)
+            self._optimizer = copy.deepcopy(optimizer, _copies_of_shards(optimizer))
         except Exception as error:
             raise self._error(error) from error
         self._copies = dict(zip(parameters_of(optimizer), parameters_of(self._optimizer)))
@@ -94,6 +95,16 @@ def fork_rng(device: torch.device) -> AbstractContextManager[None]:
     if device.type == "cpu":
         return torch.random.fork_rng(devices=[])
     return torch.random.fork_rng(devices=[device], device_type=device.type)
+
+
+def _copies_of_shards(optimizer: Optimizer) -> dict[int, Tensor]:
+    """Copies of sharded parameters and state by their ids, as ``copy.deepcopy`` wants them; it cannot make its own."""
+    copies: dict[int, Tensor] = {}
+    for p in parameters_of(optimizer):
+        if isinstance(p, DTensor):
+            copies[id(p)] = nn.Parameter(p.detach().clone(), p.requires_grad)
+        copies |= {id(x): x.clone() for x in optimizer.state.get(p, {}).values() if isinstance(x, DTensor)}
+    return copies
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

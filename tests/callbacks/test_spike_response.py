@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from lightning_optim.callbacks import SpikeResponse, UpdateSize
@@ -124,12 +125,13 @@ def test_resumed_runs_remember(tmp_path: Path) -> None:
         return module
 
     whole = SpikeResponse(follow_steps=30)
-    fit(module(), [whole], steps=130)
-    trainer = fit(module(), [SpikeResponse(follow_steps=30)], steps=-1, max_epochs=1)  # in the middle of recovering
-    trainer.save_checkpoint(tmp_path / "half.ckpt")
-    torch.load(tmp_path / "half.ckpt", weights_only=True)
+    fit(module(), [whole], steps=-1, max_epochs=3)
+    checkpoint = ModelCheckpoint(tmp_path, filename="first")
+    # Ends in the middle of recovering.
+    fit(module(), [SpikeResponse(follow_steps=30), checkpoint], steps=-1, max_epochs=1, enable_checkpointing=True)
+    torch.load(tmp_path / "first.ckpt", weights_only=True)
     resumed = SpikeResponse(follow_steps=30)
-    fit(module(), [resumed], steps=130, ckpt_path=tmp_path / "half.ckpt")
+    fit(module(), [resumed], steps=-1, max_epochs=3, ckpt_path=tmp_path / "first.ckpt")
     assert set(whole.history) == set(resumed.history)
     assert values(whole, "recovery_steps")
     for tag, pairs in whole.history.items():
