@@ -236,9 +236,12 @@ def test_it_is_a_callback_for_the_command_line() -> None:
     parser.add_class_arguments(pl.Trainer, "trainer")
     config = parser.parse_args(
         [
-            *("--trainer.callbacks+=UpdateVariance", "--trainer.callbacks.every_n_steps=10"),
+            *("--trainer.callbacks+=lightning_optim.callbacks.UpdateVariance", "--trainer.callbacks.every_n_steps=10"),
             *("--trainer.callbacks.source=ranks", "--trainer.callbacks.probe_every_n_steps=null"),
-            *("--trainer.callbacks+=SpikeResponse", "--trainer.callbacks.probe_scales=[1e2, 1e4]"),
+            *(
+                "--trainer.callbacks+=lightning_optim.callbacks.SpikeResponse",
+                "--trainer.callbacks.probe_scales=[1e2, 1e4]",
+            ),
         ]
     )
     callbacks = parser.instantiate_classes(config).trainer.callbacks
