@@ -28,7 +28,7 @@ from lightning_optim.diagnostics.update_variance import (
 )
 from lightning_optim.diagnostics.virtual import VirtualOptimizer, fork_rng, gradients_of, parameters_of
 
-from .monitor import Monitor, Results, total_and_layers
+from .monitor import Monitor, Results, layers_of
 from .recorder import Step, StepRecorder, local
 
 
@@ -163,12 +163,12 @@ class UpdateVariance(Monitor):
         return sums
 
     def results(self, step: Step, sums: dict[str, Tensor]) -> Results:
-        values, layers = total_and_layers(_online, step, _of("online_", sums))
-        if probe := _of("probe_", sums):
-            of_probe = total_and_layers(conditional_variance, step, probe)
-            values |= of_probe.values | {"batches": len(self._updates)}
-            layers |= of_probe.layers
-        return Results(values, layers)
+        online, probe = _of("online_", sums), _of("probe_", sums)
+        together, each = _statistics(online, probe, lambda x: x.sum()), {}
+        if self.layers:
+            each = layers_of(step, _statistics(online, probe, lambda x: x))
+        values = {name: float(x) for name, x in together.items()}
+        return Results(values | ({"batches": float(len(self._updates))} if probe else {}), each)
 
     # --- hooks --------------------------------------------------------------------------------------------------
 
@@ -209,8 +209,12 @@ class UpdateVariance(Monitor):
         self._source, self._updates = None, []
 
 
-def _online(*, variance: Tensor, mean_sq: Tensor) -> dict[str, Tensor]:
-    return {"online": variance, "online_ratio": noise_to_signal(variance, mean_sq)}
+def _statistics(
+    online: dict[str, Tensor], probe: dict[str, Tensor], of: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor]:
+    variance, mean_sq = of(online["variance"]), of(online["mean_sq"])
+    values = {"online": variance, "online_ratio": noise_to_signal(variance, mean_sq)}
+    return values | (conditional_variance(**{name: of(x) for name, x in probe.items()}) if probe else {})
 
 
 def _of(prefix: str, sums: dict[str, Tensor]) -> dict[str, Tensor]:
