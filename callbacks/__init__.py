@@ -7,7 +7,9 @@ from .optimizer_swap import OptimizerSwap
 from .orthogonality_error import OrthogonalityError
 from .rng_state import RNGState
 from .sign_collapse import SignCollapse
+from .spike_response import SpikeResponse
 from .update_size import UpdateSize
+from .update_variance import UpdateVariance
 
 __all__ = [
     "Diagnostics",
@@ -17,5 +19,7 @@ __all__ = [
     "OrthogonalityError",
     "RNGState",
     "SignCollapse",
+    "SpikeResponse",
     "UpdateSize",
+    "UpdateVariance",
 ]

@@ -11,21 +11,30 @@ from torch.optim import Optimizer
 
 from .gradient_health import GradientHealth
 from .monitor import Monitor
+from .optimizer_internals import OptimizerInternals
+from .orthogonality_error import OrthogonalityError
 from .sign_collapse import SignCollapse
+from .spike_response import SpikeResponse
 from .update_size import UpdateSize
+from .update_variance import UpdateVariance
+
+#: Probes are made at every so many-th measured step.
+_PROBES = 20
 
 
 class Diagnostics(pl.Callback):
     """Shows what the optimizer does: one line that attaches the other diagnostic callbacks.
 
-    ============ ========================================================================================
+    ============ ===================================================================================================
     tier         monitors
-    ============ ========================================================================================
+    ============ ===================================================================================================
     ``off``      none
     ``light``    :class:`.GradientHealth` and :class:`.UpdateSize`, norms only: for every step
-    ``standard`` all of these and :class:`.SignCollapse`
-    ``full``     the same, with the values of every layer
-    ============ ========================================================================================
+    ``standard`` all of these, :class:`.UpdateVariance` (online), :class:`.OrthogonalityError`, :class:`.SignCollapse`,
+                 :class:`.OptimizerInternals`, and :class:`.SpikeResponse`, which looks at the norm of every gradient
+    ``full``     the same, with the values of every layer, and probes of update variance and spike response at every
+                 20th measured step, which cost several training steps each
+    ============ ===================================================================================================
 
     Works with any torch optimizer and never changes training. Values go to every logger of the Trainer, to
     ``trainer.callback_metrics`` (for early stopping and checkpoints) and to the ``history`` of each of ``monitors``;
@@ -68,7 +77,14 @@ class Diagnostics(pl.Callback):
                 UpdateSize(norms_only=norms_only, **common),
             ]
         if tier in ("standard", "full"):
-            self.monitors += [SignCollapse(**common)]
+            probes: dict[str, Any] = {"probe_every_n_steps": _PROBES * every_n_steps if tier == "full" else None}
+            self.monitors += [
+                UpdateVariance(**common, **probes),
+                OrthogonalityError(**common),
+                SignCollapse(**common),
+                OptimizerInternals(**common),
+                SpikeResponse(**probes),
+            ]
 
     # --- every hook that a monitor uses -------------------------------------------------------------------------
 

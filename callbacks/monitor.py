@@ -102,8 +102,13 @@ class Monitor(pl.Callback):
 
     # --- for subclasses -----------------------------------------------------------------------------------------
 
-    def before_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step) -> None:
-        """Called before a step that is measured: gradients are there, complete and not clipped."""
+    def before_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step) -> bool:
+        """Called before a step that is measured: gradients are there, complete and not clipped.
+
+        Returns:
+            Whether to go on and measure what the step does. If not, parameters need not be copied for this monitor.
+        """
+        return True
 
     def sums(self, step: Step) -> dict[str, Tensor]:
         """Called after the step. What this process knows, to be added up over the processes that shards are spread on.

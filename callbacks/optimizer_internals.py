@@ -48,12 +48,17 @@ class OptimizerInternals(Monitor):
     _reported: dict[tuple[str, Tensor], tuple[Tensor, ...]]
     _informed = False
 
-    def before_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step) -> None:
+    def charts_of(self, trainer: pl.Trainer) -> Mapping[str, tuple[str, list[str]]]:
+        declared = any(internals_of(o, group) for o in trainer.optimizers for group in o.param_groups)
+        return self.charts if declared else {}
+
+    def before_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step) -> bool:
         self._internals = {w.parameter: internals_of(step.optimizer, w.group) for w in step.watched}
         self._reported = {}
         if not any(self._internals.values()) and not self._informed:
             self._informed = True
             rank_zero_info(f"OptimizerInternals: {type(step.optimizer).__name__} declares no scalars of its own.")
+        return any(map(bool, self._internals.values()))
 
     def observe(self, parameter: Tensor, name: str, value: Tensor) -> None:
         for key, internal in self._internals.get(parameter, {}).items():

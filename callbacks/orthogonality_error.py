@@ -114,9 +114,10 @@ class OrthogonalityError(Monitor):
 
     # --- what our optimizers report -----------------------------------------------------------------------------
 
-    def before_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step) -> None:
+    def before_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step) -> bool:
         self._reported.clear()
         self._orthogonalized.clear()
+        return bool(step.watched)
 
     def observe(self, parameter: Tensor, name: str, value: Tensor) -> None:
         if name == "momentum" and self.polar:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -227,6 +228,11 @@ class StepRecorder:
         """The one recorder of a Trainer."""
         return cls._of.setdefault(trainer, cls())
 
+    @property
+    def clock(self) -> AbstractContextManager[None]:
+        """To be entered for work that a monitor does outside of a step, which then counts as overhead."""
+        return self._clock
+
     def attach(self, monitor: Monitor, trainer: pl.Trainer) -> None:
         """Begin to serve a monitor.
 
@@ -302,8 +308,7 @@ class StepRecorder:
         # what is watched must be the same everywhere.)
         for step in views.values():
             step.watched = [w for w in step.watched if shards.flat or w.parameter.grad is not None]
-        for monitor, step in opened.steps:
-            monitor.before_step(trainer, module, step)
+        opened.steps = [(m, step) for m, step in opened.steps if m.before_step(trainer, module, step)]
         updated = {w.parameter for monitor, step in opened.steps if monitor.needs_updates for w in step.watched}
         opened.changes.update({p: local(p.detach()).clone() for p in updated})
 
@@ -318,7 +323,7 @@ class StepRecorder:
             if found_inf is not None and found_inf.item():
                 self._settle()
                 return
-            if not opened.due or _own_skips(optimizer) > opened.own_skips:
+            if not opened.steps or _own_skips(optimizer) > opened.own_skips:
                 self._discard()
                 return
             _to_changes(opened.changes)
@@ -422,7 +427,7 @@ class _OpenStep:
     restore_observer: Callable[[], None] = lambda: None
 
 
-class _Clock:
+class _Clock(AbstractContextManager[None]):
     """How long the diagnostics take, and what share of training that is."""
 
     def __init__(self) -> None:

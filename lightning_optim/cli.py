@@ -1,4 +1,5 @@
-"""The command line, ``lightning-optim fit|validate|test|predict|list|diagnostics``, and its parts for other projects.
+"""The command line, ``lightning-optim fit|validate|test|predict|list|diagnostics|spike``, and its
+parts for other projects.
 
 :class:`OptimCLI` is LightningCLI with optimizer flags that are built when Lightning asks for the optimizer. It takes
 the place of LightningCLI in an existing project:
@@ -52,6 +53,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from . import factory, schedules
 from .callbacks import Diagnostics, RNGState
+from .commands import spike
 from .data import DataError
 from .factory import Grouping, OptimizerConfig, OptimizerMixin, SchedulerConfig
 from .models import LanguageModel, VisionClassifier
@@ -640,6 +642,7 @@ _EXAMPLES = """examples:
   lightning-optim list [--json]                                      all optimizers
   lightning-optim list --presets                                     all presets
   lightning-optim diagnostics runs [--out FIG.png]                   what the diagnostics of runs say
+  lightning-optim spike --optimizers MVNGrad AdamW --out spike.png   what a gradient spike does to optimizers
 """
 
 
@@ -649,7 +652,7 @@ def _help() -> dict[str, Any]:
     )
     return {
         "prog": "lightning-optim",
-        "usage": "lightning-optim {fit,validate,test,predict,list,diagnostics} ...",
+        "usage": "lightning-optim {fit,validate,test,predict,list,diagnostics,spike} ...",
         "description": "Train and evaluate models with the optimizers of recent papers.",
         "epilog": _EXAMPLES,
         "formatter_class": _HelpFormatter,
@@ -707,5 +710,16 @@ def _diagnostics(args: Sequence[str]) -> None:
     report.main(args, _Parser)
 
 
+def _spike(args: Sequence[str]) -> None:
+    parser = _Parser("lightning-optim spike", description=spike.DESCRIPTION)
+    spike.add_arguments(parser)
+    options = parser.parse_args(args)
+    try:
+        with _explained():
+            spike.run(options)
+    except UsageError as error:
+        _exit(str(error))
+
+
 #: Commands beside those of LightningCLI.
-_COMMANDS = {"list": _list, "diagnostics": _diagnostics}
+_COMMANDS = {"list": _list, "diagnostics": _diagnostics, "spike": _spike}

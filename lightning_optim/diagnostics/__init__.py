@@ -4,6 +4,20 @@ from .change import Change
 from .noise_scale import NoiseScale
 from .orthogonality import factor_error, orthogonality, polar_error
 from .sign_collapse import sign_collapse
+from .spike_response import spike_response
 from .update_size import update_size
+from .update_variance import conditional_variance
+from .virtual import VirtualOptimizer
 
-__all__ = ["Change", "NoiseScale", "factor_error", "orthogonality", "polar_error", "sign_collapse", "update_size"]
+__all__ = [
+    "Change",
+    "NoiseScale",
+    "VirtualOptimizer",
+    "conditional_variance",
+    "factor_error",
+    "orthogonality",
+    "polar_error",
+    "sign_collapse",
+    "spike_response",
+    "update_size",
+]

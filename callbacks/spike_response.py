@@ -1,0 +1,202 @@
+"""What gradient spikes do to the updates that follow."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from lightning_optim.diagnostics.change import sum_of_squares
+from lightning_optim.diagnostics.spike_response import (
+    THRESHOLD,
+    WINDOW,
+    SpikeWatch,
+    spike_probe,
+    spike_probe_sums,
+)
+from lightning_optim.diagnostics.virtual import gradients_of
+
+from .monitor import Monitor, Results
+from .recorder import Step, local
+from .update_variance import clipping
+
+
+class SpikeResponse(Monitor):
+    r"""Gradient spikes, and how the updates after them differ from what they were.
+
+    ===================================== ===========================================================================
+    ``spike/zscore``                      robust z-score of the gradient norm before clipping, the largest since it
+                                          was logged last
+    ``spike/count``                       number of spikes until now
+    ``spike/amplification``               largest update RMS after a spike, relative to the baseline
+    ``spike/suppression``                 smallest update RMS after a spike, relative to the baseline
+    ``spike/recovery_steps``              steps after a spike until the update RMS stays at the baseline
+    ``spike/probe_amplification/SCALE``   of a probe: largest ratio of update RMS with and without a spike
+    ``spike/probe_displacement/SCALE``    of a probe: by how many updates parameters end up elsewhere
+    ``spike/probe_recovery_steps/SCALE``  of a probe: steps until update RMS is what it is without the spike
+    ===================================== ===========================================================================
+
+    *Real spikes* are steps whose gradient norm :math:`x` has a z-score
+    :math:`(x - \mathrm{median}) / (1.4826\,\mathrm{MAD})` above ``threshold``, by the last ``window`` norms (at least
+    32). The baseline is the median of the last nine update RMS, measured at every tenth step away from spikes. Updates
+    have recovered when their RMS has stayed within 10 % of it for five steps (or within three robust standard
+    deviations, where calm updates vary more than that); after ``follow_steps`` steps they have not, and that number is
+    logged. The cost of an ordinary step is that of the gradient norm, which a GPU has to finish first; of steps after a
+    spike, that of :class:`.UpdateSize` at every step.
+
+    *Probes*, made every ``probe_every_n_steps``, follow a copy of the optimizer from the state it is in for
+    ``probe_steps`` steps with the present gradient, to which a spike is added in the first: in each element its sign is
+    random, its size ``scale`` times the RMS gradient of the parameter. They are compared step by step with the same
+    steps without the spike, on at most 4,096 elements of each parameter. Gradients are clipped as the Trainer clips
+    (but not by an overridden ``configure_gradient_clipping``), so what is seen is the response of this run; for that of
+    optimizers alone see :func:`lightning_optim.diagnostics.spike_response`. One probe costs
+    ``(len(probe_scales) + 1) * (probe_steps + 1)`` optimizer steps and a copy of parameters and state.
+
+    Args:
+        threshold: z-score from which a gradient norm is a spike; 6 as in OLMo-core's SpikeScore.
+        window: Number of gradient norms that one is compared with; 128 as there.
+        follow_steps: Steps after which a spike counts as not recovered.
+        probe_every_n_steps: Probe every so many optimizer steps; ``None`` for never.
+        probe_scales: Sizes of the spikes.
+        probe_steps: Steps after the spike.
+        seed: Seed of the signs.
+        every_n_steps: Look at the gradient norm every so many optimizer steps, or where a function of the step is
+            true. Spikes in between go unnoticed.
+        first_n_steps: Look at each of the first so many steps, too.
+        parameters: Shell-style patterns of the names of parameters to measure.
+
+    Raises:
+        ValueError: An argument is out of range.
+
+    Example:
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> spikes = SpikeResponse(probe_every_n_steps=4, probe_scales=[1e3], probe_steps=5)
+        >>> trainer = pl.Trainer(max_steps=8, callbacks=[spikes], accelerator="cpu", logger=False,
+        ...     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+        >>> trainer.fit(BoringModel())  # with SGD, of which a spike moves one step only
+        >>> list(spikes.history["spike/probe_recovery_steps/1e+03"])
+        [(3, 1.0), (7, 1.0)]
+    """
+
+    family = "spike"
+    charts: ClassVar = {
+        "gradient spikes: z-score, response, recovery": (
+            "Multiline",
+            [r"spike/(zscore|amplification|suppression|recovery_steps)$"],
+        ),
+        "response to a virtual spike": ("Multiline", [r"spike/probe_(amplification|displacement)/.*"]),
+        "steps to recover from a virtual spike": ("Multiline", [r"spike/probe_recovery_steps/.*"]),
+    }
+
+    def __init__(
+        self,
+        threshold: float = THRESHOLD,
+        window: int = WINDOW,
+        follow_steps: int = 100,
+        probe_every_n_steps: int | None = None,
+        probe_scales: Sequence[float] = (1e1, 1e3, 1e9),
+        probe_steps: int = 30,
+        seed: int = 0,
+        every_n_steps: int | Callable[[int], bool] = 1,
+        first_n_steps: int = 0,
+        parameters: Sequence[str] = ("*",),
+    ) -> None:
+        super().__init__(every_n_steps, first_n_steps, parameters)
+        for argument, value, least in (
+            ("window", window, 2),
+            ("follow_steps", follow_steps, 1),
+            ("probe_every_n_steps", probe_every_n_steps, 1),
+            ("probe_steps", probe_steps, 1),
+        ):
+            if value is not None and value < least:
+                raise ValueError(f"SpikeResponse: {argument} must be at least {least}, got {value!r}.")
+        if threshold <= 0 or any(scale <= 0 for scale in probe_scales):
+            raise ValueError(
+                f"SpikeResponse: threshold and probe_scales must be positive, got {threshold!r} and {probe_scales!r}."
+            )
+        self.threshold = threshold
+        self.window = window
+        self.follow_steps = follow_steps
+        self.probe_every_n_steps = probe_every_n_steps
+        self.probe_scales = tuple(probe_scales)
+        self.probe_steps = probe_steps
+        self.seed = seed
+        self._watches: dict[str, SpikeWatch] = {}
+        self._probe: dict[str, Tensor] = {}
+
+    # --- which steps --------------------------------------------------------------------------------------------
+
+    def probes(self, index: int) -> bool:
+        """Whether there is a probe at the step with that number, from 1."""
+        return self.probe_every_n_steps is not None and index % self.probe_every_n_steps == 0
+
+    def measures(self, index: int) -> bool:
+        return super().measures(index) or self.probes(index)
+
+    def charts_of(self, trainer: pl.Trainer) -> Mapping[str, tuple[str, list[str]]]:
+        probed = self.probe_every_n_steps is not None
+        return {title: chart for title, chart in self.charts.items() if probed or "virtual" not in title}
+
+    # --- values -------------------------------------------------------------------------------------------------
+
+    def before_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step) -> bool:
+        self._probe = {}
+        if not step.watched:
+            return False
+        gradient_sq, numel = self._whole(step)
+        wanted = self._watch(step.label).see(float(gradient_sq.sum().sqrt()))
+        if self.probes(step.index):
+            self._probe = self._respond(trainer, step, (gradient_sq / numel.clamp(min=1)).sqrt())
+        return wanted or bool(self._probe)
+
+    def sums(self, step: Step) -> dict[str, Tensor]:
+        return {"update_sq": step.change.update_sq, "numel": step.change.numel} | self._probe
+
+    def results(self, step: Step, sums: dict[str, Tensor]) -> Results:
+        rms = float((sums["update_sq"].sum() / sums["numel"].sum()).sqrt())
+        values = self._watch(step.label).measured(step.index, rms)
+        if self._probe:
+            probe = {name: sums[name] for name in self._probe}
+            values |= {f"probe_{name}": x for name, x in spike_probe(probe, self.probe_scales).items()}
+        return Results(values)
+
+    def _watch(self, label: str) -> SpikeWatch:
+        return self._watches.setdefault(label, SpikeWatch(self.threshold, self.window, self.follow_steps))
+
+    @staticmethod
+    def _whole(step: Step) -> tuple[Tensor, Tensor]:
+        """Sum of squared gradients and number of elements of each parameter, over all processes."""
+        gradients = step.gradients()
+        sums = [sum_of_squares(gradients)]
+        sums.append(sums[0].new_tensor([g.numel() for g in gradients]))
+        if step.shards.groups:
+            counts = sums[0].new_tensor([step.shards.counts(w.parameter) for w in step.watched])
+            sums = [x * counts for x in sums]
+        gradient_sq, numel = step.shards.add(sums)
+        return gradient_sq, numel
+
+    def _respond(self, trainer: pl.Trainer, step: Step, rms: Tensor) -> dict[str, Tensor]:
+        gradients = gradients_of(step.optimizer, step.loss_scale)
+        spike = {}
+        for w, size in zip(step.watched, rms.tolist()):
+            spike[w.parameter] = torch.empty_like(gradients[w.parameter])
+            signs = local(spike[w.parameter])
+            generator = torch.Generator(signs.device).manual_seed(self.seed + step.index)
+            signs.bernoulli_(0.5, generator=generator).mul_(2 * size).sub_(size)
+        return spike_probe_sums(
+            step.optimizer, gradients, spike, self.probe_scales, self.probe_steps, clipping(trainer)
+        )
+
+    # --- checkpoints --------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        watches = {label: dataclasses.asdict(watch) for label, watch in self._watches.items()}
+        return super().state_dict() | {"watches": watches}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._watches = {label: SpikeWatch(**watch) for label, watch in state_dict["watches"].items()}

@@ -1,0 +1,415 @@
+"""How much of the updates is noise."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_optim.diagnostics.change import sample
+from lightning_optim.diagnostics.update_variance import (
+    conditional_sums,
+    conditional_variance,
+    noise_to_signal,
+    online_sums,
+    running_moments,
+)
+from lightning_optim.diagnostics.virtual import VirtualOptimizer, fork_rng, gradients_of, parameters_of
+
+from .monitor import Monitor, Results, layers_of
+from .recorder import Step, StepRecorder, local
+
+
+class UpdateVariance(Monitor):
+    r"""Variance of the updates, :math:`V = \mathbb{E}\,\|d - \mathbb{E} d\|^2`, and its ratio to
+    :math:`\|\mathbb{E} d\|^2`.
+
+    ===================================== ===========================================================================
+    ``update_variance/online``            :math:`V` over the steps measured lately, in squared units of the weights
+    ``update_variance/online_ratio``      its ratio to :math:`\|\mathbb{E} d\|^2`, both without bias
+    ``update_variance/conditional``       :math:`V` over mini-batches, from the state the optimizer is in
+    ``update_variance/conditional_ratio`` its ratio to :math:`\|\mathbb{E} d\|^2`, both without bias
+    ``update_variance/cosine_spread``     1 - mean cosine between the update from a mini-batch and the mean of these
+    ``update_variance/batches``           how many mini-batches that were
+    ===================================== ===========================================================================
+
+    *Online* is cheap: mean and variance over the measured steps, weighted by ``decay ** i``, of at most 4,096 elements
+    of each parameter. It holds the change of the weights in the meantime, too, and it is unbiased for updates that are
+    not correlated: measured in steps closer together than the optimizer's momentum lasts (10 steps at 0.9), it comes
+    out too small.
+
+    *Conditional* is a probe, made every ``probe_every_n_steps``: the updates that the optimizer would make from each of
+    several mini-batches are compared, as made on copies of the optimizer
+    (:class:`lightning_optim.diagnostics.VirtualOptimizer`). The mini-batches are, by ``source``,
+
+    - ``"batches"``: additional ones, drawn uniformly from the training data with a generator of their own, of the
+      loader's batch size, run through a copy of the LightningModule. Costs that many forward and backward passes;
+    - ``"accumulation"``: those of ``accumulate_grad_batches``, on one process;
+    - ``"ranks"``: those of the processes under DDP, before their gradients are averaged. All processes gather the
+      sampled elements of all updates: one more collective per probe.
+
+    Their gradients are clipped as the Trainer clips (but not by an overridden ``configure_gradient_clipping``). A
+    mini-batch is smaller than what the real step averages over accumulation and processes, so its variance is larger.
+    Statistics are of at most 4,096 elements of each parameter, scaled up. A ratio whose denominator is not known to be
+    positive, as where noise hides the mean, is not logged.
+
+    Args:
+        decay: Weight of a measured step relative to the next in *online*; 0.9 remembers about ten.
+        probe_every_n_steps: Probe every so many optimizer steps; ``None`` for never.
+        source: Where the mini-batches of a probe come from.
+        batches: How many ``"batches"`` a probe draws.
+        seed: Seed of these.
+        every_n_steps: Measure *online* every so many optimizer steps, or where a function of the step is true.
+        first_n_steps: Measure each of the first so many steps, too.
+        parameters: Shell-style patterns of the names of parameters to measure.
+        layers: Shell-style patterns of the names of parameters whose own values are logged, too.
+
+    Raises:
+        ValueError: An argument is out of range.
+        MisconfigurationException: The run does not have the mini-batches asked for.
+
+    Example:
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> variance = UpdateVariance(every_n_steps=2, probe_every_n_steps=4, batches=3)
+        >>> trainer = pl.Trainer(max_steps=8, callbacks=[variance], accelerator="cpu", logger=False,
+        ...     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+        >>> trainer.fit(BoringModel())
+        >>> [len(variance.history[f"update_variance/{name}"]) for name in ("online", "conditional")]
+        [3, 2]
+    """
+
+    family = "update_variance"
+    charts: ClassVar = {
+        "update variance": ("Multiline", [r"update_variance/(online|conditional)$"]),
+        "update noise to signal": ("Multiline", [r"update_variance/.*_ratio$"]),
+        "angle between mini-batches' updates": ("Multiline", [r"update_variance/cosine_spread$"]),
+    }
+
+    def __init__(
+        self,
+        decay: float = 0.9,
+        probe_every_n_steps: int | None = None,
+        source: Literal["batches", "accumulation", "ranks"] = "batches",
+        batches: int = 8,
+        seed: int = 0,
+        every_n_steps: int | Callable[[int], bool] = 50,
+        first_n_steps: int = 0,
+        parameters: Sequence[str] = ("*",),
+        layers: Sequence[str] = (),
+    ) -> None:
+        super().__init__(every_n_steps, first_n_steps, parameters, layers)
+        if not 0 <= decay < 1:
+            raise ValueError(f"UpdateVariance: decay must be in [0, 1), got {decay!r}.")
+        if probe_every_n_steps is not None and probe_every_n_steps < 1:
+            raise ValueError(
+                f"UpdateVariance: probe_every_n_steps must be None or at least 1, got {probe_every_n_steps!r}."
+            )
+        if source not in _SOURCES:
+            raise ValueError(f"UpdateVariance: source must be one of {', '.join(_SOURCES)}, got {source!r}.")
+        if batches < 2:
+            raise ValueError(f"UpdateVariance: batches must be at least 2 to have a variance, got {batches!r}.")
+        self.decay = decay
+        self.probe_every_n_steps = probe_every_n_steps
+        self.source = source
+        self.batches = batches
+        self.seed = seed
+        self._source: _Source | None = None
+        self._updates: list[list[Tensor]] = []
+
+    # --- which steps --------------------------------------------------------------------------------------------
+
+    def probes(self, index: int) -> bool:
+        """Whether there is a probe at the step with that number, from 1."""
+        return self.probe_every_n_steps is not None and index % self.probe_every_n_steps == 0
+
+    def measures(self, index: int) -> bool:
+        return super().measures(index) or self.probes(index)
+
+    def charts_of(self, trainer: pl.Trainer) -> Mapping[str, tuple[str, list[str]]]:
+        probed = self.probe_every_n_steps is not None
+        return {title: chart for title, chart in self.charts.items() if probed or "mini-batches" not in title}
+
+    # --- values -------------------------------------------------------------------------------------------------
+
+    def before_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step) -> bool:
+        self._updates = []
+        if self._source is not None and self.probes(step.index):
+            updates = self._source.collect(step)
+            self._updates = [[_sampled(update[w.parameter]) for w in step.watched] for update in updates]
+            if self.source == "ranks":
+                self._updates = _gathered(self._updates[0])
+        return True
+
+    def sums(self, step: Step) -> dict[str, Tensor]:
+        updates = [sample(u) for u in step.change.updates]
+        of_all = step.change.numel / step.change.numel.new_tensor([max(1, u.numel()) for u in updates])
+        means = self.remembered(step, "mean", updates)
+        moments = self.remembered(step, "moments", [u.new_zeros(3) for u in updates])
+        running = [running_moments(*of_one, self.decay) for of_one in zip(updates, means, moments)]
+        means, moments = [list(x) for x in zip(*running)]
+        self.remember(step, "mean", means)
+        self.remember(step, "moments", moments)
+        sums = {f"online_{name}": x * of_all for name, x in online_sums(means, moments).items()}
+        if len(self._updates) > 1:
+            sums |= {f"probe_{name}": x * of_all for name, x in conditional_sums(self._updates).items()}
+        return sums
+
+    def results(self, step: Step, sums: dict[str, Tensor]) -> Results:
+        online, probe = _of("online_", sums), _of("probe_", sums)
+        together, each = _statistics(online, probe, lambda x: x.sum()), {}
+        if self.layers:
+            each = layers_of(step, _statistics(online, probe, lambda x: x))
+        values = {name: float(x) for name, x in together.items()}
+        return Results(values | ({"batches": float(len(self._updates))} if probe else {}), each)
+
+    # --- hooks --------------------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if self.probe_every_n_steps is None:
+            return
+        if not pl_module.automatic_optimization:
+            raise MisconfigurationException(
+                f"UpdateVariance: a probe repeats what automatic optimization does, which {type(pl_module).__name__} "
+                "does not use; leave probe_every_n_steps out."
+            )
+        self._source = _SOURCES[self.source](self, trainer, pl_module)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if self._source is not None and self.probes(self._counts.get("", 0) + 1):
+            self._source.batch_start()
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._source is not None and self.probes(self._counts.get("", 0) + 1):
+            with StepRecorder.of(trainer).clock, torch.no_grad():
+                self._source.after_backward()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._forget()
+        super().teardown(trainer, pl_module, stage)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._forget()
+        super().on_exception(trainer, pl_module, exception)
+
+    def _forget(self) -> None:
+        if self._source is not None:
+            self._source.close()
+        self._source, self._updates = None, []
+
+
+def _statistics(
+    online: dict[str, Tensor], probe: dict[str, Tensor], of: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor]:
+    variance, mean_sq = of(online["variance"]), of(online["mean_sq"])
+    values = {"online": variance, "online_ratio": noise_to_signal(variance, mean_sq)}
+    return values | (conditional_variance(**{name: of(x) for name, x in probe.items()}) if probe else {})
+
+
+def _of(prefix: str, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): x for name, x in sums.items() if name.startswith(prefix)}
+
+
+def _sampled(update: Tensor) -> Tensor:
+    return sample(local(update)).clone()
+
+
+def _gathered(updates: list[Tensor]) -> list[list[Tensor]]:
+    """The updates of all processes."""
+    flat = torch.cat(updates)
+    of_all = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
+    dist.all_gather(of_all, flat)
+    return [list(x.split([u.numel() for u in updates])) for x in of_all]
+
+
+# --- where mini-batches come from -------------------------------------------------------------------------------
+
+
+class _Source:
+    """Makes the updates of mini-batches. In a batch whose step is probed, its methods are called in this order."""
+
+    def __init__(self, monitor: UpdateVariance, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.monitor, self.trainer, self.module = monitor, trainer, module
+
+    def batch_start(self) -> None:
+        """Called before the forward pass."""
+
+    def after_backward(self) -> None:
+        """Called after the backward pass, of every micro-batch."""
+
+    def collect(self, step: Step) -> list[dict[Tensor, Tensor]]:
+        """Called before the optimizer's step. The update of each mini-batch, by parameters."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Called at the end of training."""
+
+    @property
+    def loss_scale(self) -> float:
+        """What the loss is multiplied by in mixed precision."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        return 1.0 if scaler is None else scaler.get_scale()
+
+    def update(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        """What the optimizer would do with gradients, which may still be multiplied by the loss scale."""
+        scale = self.loss_scale
+        gradients = gradients if scale == 1 else {p: g / scale for p, g in gradients.items()}
+        return VirtualOptimizer(self.trainer.optimizers[0], clipping(self.trainer)).step(gradients)
+
+
+class _Accumulation(_Source):
+    def __init__(self, monitor: UpdateVariance, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        super().__init__(monitor, trainer, module)
+        if trainer.world_size > 1:
+            raise MisconfigurationException(
+                "UpdateVariance(source='accumulation') works on one process, since the last micro-batch's gradient is "
+                "added up with those of other processes; use source='ranks'."
+            )
+        if trainer.accumulate_grad_batches < 2:
+            raise MisconfigurationException(
+                "UpdateVariance(source='accumulation') needs Trainer(accumulate_grad_batches=N) with N of at least 2; "
+                "use source='batches'."
+            )
+        self._before: dict[Tensor, Tensor] = {}
+        self._updates: list[dict[Tensor, Tensor]] = []
+
+    def after_backward(self) -> None:
+        now = gradients_of(self.trainer.optimizers[0])
+        # Lightning divides the loss by that number.
+        n = self.trainer.accumulate_grad_batches
+        gradients = {p: (g - self._before[p] if p in self._before else g) * n for p, g in now.items()}
+        self._updates.append({p: _sampled(u) for p, u in self.update(gradients).items()})
+        self._before = {p: g.clone() for p, g in now.items()}
+
+    def collect(self, step: Step) -> list[dict[Tensor, Tensor]]:
+        updates = self._updates
+        self._before, self._updates = {}, []
+        return updates
+
+
+class _Ranks(_Source):
+    def __init__(self, monitor: UpdateVariance, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        super().__init__(monitor, trainer, module)
+        if not isinstance(trainer.strategy, DDPStrategy) or trainer.world_size < 2:
+            raise MisconfigurationException(
+                "UpdateVariance(source='ranks') needs at least two processes with strategy='ddp', got "
+                f"{type(trainer.strategy).__name__} and {trainer.world_size}; use source='batches'."
+            )
+        self._gradients: dict[Tensor, Tensor] = {}
+        self._handles: list[Any] = []
+
+    def batch_start(self) -> None:
+        # DDP averages a gradient after these hooks. With accumulation, the last call sees it complete.
+        if not self._handles:
+            parameters = parameters_of(self.trainer.optimizers[0])
+            self._handles = [p.register_post_accumulate_grad_hook(self._keep) for p in parameters if p.requires_grad]
+
+    def _keep(self, p: Tensor) -> None:
+        self._gradients[p] = p.grad.clone()  # type: ignore[union-attr]
+
+    def collect(self, step: Step) -> list[dict[Tensor, Tensor]]:
+        gradients = self._gradients
+        self.close()
+        return [self.update(gradients)]
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._gradients = [], {}
+
+
+class _Batches(_Source):
+    def __init__(self, monitor: UpdateVariance, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        super().__init__(monitor, trainer, module)
+        loader = trainer.train_dataloader
+        what = type(loader).__name__
+        if isinstance(loader, DataLoader):
+            if loader.batch_size is not None and not isinstance(loader.dataset, IterableDataset):
+                return
+            what = f"one over {type(loader.dataset).__name__} with batch_size={loader.batch_size}"
+        raise MisconfigurationException(
+            "UpdateVariance(source='batches') draws from a single DataLoader with a batch_size over a dataset with "
+            f"indices, got {what}; use source='accumulation' or 'ranks'."
+        )
+
+    def collect(self, step: Step) -> list[dict[Tensor, Tensor]]:
+        with isolate_rng(include_cuda=False), fork_rng(self.module.device), torch.enable_grad():
+            module = self._copy()
+            real = dict(zip(module.parameters(), self.module.parameters()))
+            updates = []
+            for number, batch in enumerate(self._draw(step.index)):
+                module.zero_grad()
+                self._backward(module, batch, number)
+                gradients = {p: copied.grad for copied, p in real.items() if copied.grad is not None}
+                updates.append({p: _sampled(u) for p, u in self.update(gradients).items()})
+        return updates
+
+    def _copy(self) -> pl.LightningModule:
+        try:
+            module = copy.deepcopy(self.module)
+        except Exception as error:
+            raise MisconfigurationException(
+                f"UpdateVariance(source='batches') needs a copy of {type(self.module).__name__}, which cannot be made: "
+                f"{error}. Use source='accumulation' or 'ranks'."
+            ) from error
+        module.trainer = self.trainer
+        for part in module.modules():
+            if isinstance(part, pl.LightningModule):  # What it logs is not that of the run.
+                part.log = part.log_dict = lambda *args, **kwargs: None  # type: ignore[method-assign, assignment]
+        return module
+
+    def _draw(self, index: int) -> Iterator[Any]:
+        loader: DataLoader[Any] = self.trainer.train_dataloader  # type: ignore[assignment]
+        draws = DataLoader(
+            loader.dataset,
+            batch_size=loader.batch_size,
+            shuffle=True,
+            collate_fn=loader.collate_fn,
+            drop_last=len(loader.dataset) >= loader.batch_size,  # type: ignore[arg-type, operator]
+            generator=torch.Generator().manual_seed(self.monitor.seed + index),
+        )
+        remaining = self.monitor.batches
+        while remaining:
+            for _, batch in zip(range(remaining), draws):
+                remaining -= 1
+                yield batch
+
+    def _backward(self, module: pl.LightningModule, batch: Any, number: int) -> None:
+        # What Lightning does between the loader and the optimizer.
+        plugin = self.trainer.precision_plugin
+        batch = self.module._on_before_batch_transfer(plugin.convert_input(batch), dataloader_idx=0)
+        batch = self.trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+        numbered = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+        with plugin.train_step_context():
+            output = module.training_step(batch, number) if numbered else module.training_step(batch)
+        loss = output["loss"] if isinstance(output, dict) else output
+        if loss is not None:
+            (loss * self.loss_scale).backward()
+
+
+_SOURCES: dict[str, type[_Source]] = {"batches": _Batches, "accumulation": _Accumulation, "ranks": _Ranks}
+
+
+def clipping(trainer: pl.Trainer) -> Callable[[Optimizer], None] | None:
+    """What clips the gradients of an optimizer as the Trainer does, if it does."""
+    if not trainer.gradient_clip_val:
+        return None
+    algorithm = (
+        {} if trainer.gradient_clip_algorithm is None else {"gradient_clip_algorithm": trainer.gradient_clip_algorithm}
+    )
+    return partial(trainer.precision_plugin.clip_gradients, clip_val=trainer.gradient_clip_val, **algorithm)
