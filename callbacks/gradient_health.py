@@ -83,7 +83,7 @@ class GradientHealth(Monitor):
         empty = {"gradient noise scale": not self._has_noise_scale(trainer), "zero gradients": self.norms_only}
         return {title: chart for title, chart in self.charts.items() if not empty.get(title)}
 
-    def before_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step) -> bool:
+    def before_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step) -> None:
         self._small.complete = True
         gradients = step.gradients()
         self._before = sum_of_squares(gradients)
@@ -92,7 +92,6 @@ class GradientHealth(Monitor):
             self._nonfinite = self._nonfinite + torch.stack([torch.count_nonzero(~g.isfinite()) for g in gradients])
         self._skipped = StepRecorder.of(trainer).scaler_skips + getattr(step.optimizer, "skipped_steps", 0)
         self._loss_scale = _loss_scale(trainer)
-        return True
 
     def sums(self, step: Step) -> dict[str, Tensor]:
         sums = {
@@ -204,7 +203,7 @@ class _SmallBatches:
         # fewer.
         whole = (self._micro_batches / parts) ** 2
         if self._processes > 1:
-            small_sq, small, factor = torch.stack(self._squares).sum(), sum(self.sizes), whole
+            small_sq, small, factor = torch.stack(self._squares).sum(), float(sum(self.sizes)), whole
             dist.all_reduce(small_sq)
             small_sq /= self._processes
         else:

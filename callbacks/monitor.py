@@ -102,13 +102,13 @@ class Monitor(pl.Callback):
 
     # --- for subclasses -----------------------------------------------------------------------------------------
 
-    def before_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step) -> bool:
+    def before_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step) -> bool | None:
         """Called before a step that is measured: gradients are there, complete and not clipped.
 
         Returns:
-            Whether to go on and measure what the step does. If not, parameters need not be copied for this monitor.
+            ``False`` to leave it at that: for this monitor, parameters need not be copied nor the step measured.
         """
-        return True
+        return None
 
     def sums(self, step: Step) -> dict[str, Tensor]:
         """Called after the step. What this process knows, to be added up over the processes that shards are spread on.

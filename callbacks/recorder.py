@@ -308,7 +308,7 @@ class StepRecorder:
         # what is watched must be the same everywhere.)
         for step in views.values():
             step.watched = [w for w in step.watched if shards.flat or w.parameter.grad is not None]
-        opened.steps = [(m, step) for m, step in opened.steps if m.before_step(trainer, module, step)]
+        opened.steps = [(m, step) for m, step in opened.steps if m.before_step(trainer, module, step) is not False]
         updated = {w.parameter for monitor, step in opened.steps if monitor.needs_updates for w in step.watched}
         opened.changes.update({p: local(p.detach()).clone() for p in updated})
 

@@ -350,7 +350,7 @@ class _Batches(_Source):
     def collect(self, step: Step) -> list[dict[Tensor, Tensor]]:
         with isolate_rng(include_cuda=False), fork_rng(self.module.device), torch.enable_grad():
             module = self._copy()
-            real = dict(zip(module.parameters(), self.module.parameters()))
+            real: dict[Tensor, Tensor] = dict(zip(module.parameters(), self.module.parameters()))
             updates = []
             for number, batch in enumerate(self._draw(step.index)):
                 module.zero_grad()
@@ -397,8 +397,8 @@ class _Batches(_Source):
         numbered = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
         with plugin.train_step_context():
             output = module.training_step(batch, number) if numbered else module.training_step(batch)
-        loss = output["loss"] if isinstance(output, dict) else output
-        if loss is not None:
+        loss = output["loss"] if isinstance(output, Mapping) else output
+        if isinstance(loss, Tensor):
             (loss * self.loss_scale).backward()
 
 
@@ -409,7 +409,7 @@ def clipping(trainer: pl.Trainer) -> Callable[[Optimizer], None] | None:
     """What clips the gradients of an optimizer as the Trainer does, if it does."""
     if not trainer.gradient_clip_val:
         return None
-    algorithm = (
+    algorithm: dict[str, Any] = (
         {} if trainer.gradient_clip_algorithm is None else {"gradient_clip_algorithm": trainer.gradient_clip_algorithm}
     )
     return partial(trainer.precision_plugin.clip_gradients, clip_val=trainer.gradient_clip_val, **algorithm)

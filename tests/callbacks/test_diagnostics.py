@@ -92,15 +92,16 @@ def test_tiers_and_their_mistakes():
 
 def test_every_chart_of_the_page_is_filled(tmp_path):
     logger = TensorBoardLogger(tmp_path, name="", version="")
-    trainer(logger=logger, callbacks=[Diagnostics("standard", every_n_steps=1)], accumulate_grad_batches=2).fit(Net())
+    # A spike is looked for from the 33rd gradient on.
+    options = {"max_steps": 40, "accumulate_grad_batches": 2, "logger": logger}
+    trainer(callbacks=[Diagnostics("standard", every_n_steps=1)], **options).fit(Net())
     events = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0, "tensors": 0}).Reload()
     content = events.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0]
     (page,) = layout_pb2.Layout.FromString(content).category
     assert page.title == "Diagnostics"
     (run,) = read_runs([tmp_path])
     for chart in page.chart:
-        for pattern in chart.multiline.tag:
-            assert run.tags(pattern), f"{chart.title}: nothing matches {pattern}"
+        assert any(run.tags(pattern) for pattern in chart.multiline.tag), f"{chart.title} is empty"
     assert "gradient noise scale" in {chart.title for chart in page.chart}
     global_tags = [tag for tag in run.scalars if tag != "epoch"]
     assert len(global_tags) <= 45
