@@ -2,11 +2,12 @@
 
     python -m benchmarks.diagnostics_overhead --json benchmarks/results/diagnostics-overhead.json
 
-Each pair trains the same model for the same steps twice, once with a callback and once without, in an order that
-alternates, in one process, with a TensorBoard logger. The ratio is the median over pairs. Beside our callbacks stands
-logging as Composer's OptimizerMonitor does it: norms of gradient, weight and update of every parameter, each number
-fetched and logged by itself. The JSON file holds ``{"machine": ..., "rows": [{"model", "callback", "interval",
-"ratio", "low", "high", "step_ms", ...}]}`` with the quartiles of the ratio.
+In each round the same model is trained for the same steps with every callback and without, in an order that is drawn
+anew, in one process, with a TensorBoard logger. A ratio is the median over rounds of the time with over the time
+without in the same round. Time is that of the process on the CPU, which other programs disturb less than time on the
+wall. Beside our callbacks stands logging as Composer's OptimizerMonitor does it: norms of gradient, weight and update of
+every parameter, each number fetched and logged by itself. The JSON file holds ``{"machine": ..., "rows": [{"model",
+"callback", "interval", "ratio", "low", "high", "step_ms", ...}]}`` with the smallest and largest ratio.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import random
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
 import lightning.pytorch as pl
@@ -118,62 +120,49 @@ class _Clock(pl.Callback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == self.skip:
-            self.start = time.perf_counter()
+            self.start = time.process_time()
 
     def on_train_batch_end(self, *args: Any) -> None:
-        self.seconds = time.perf_counter() - getattr(self, "start", 0.0)
+        self.seconds = time.process_time() - getattr(self, "start", 0.0)
 
 
 def main(args: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--callbacks", nargs="+", choices=list(contenders()), default=list(contenders()))
-    parser.add_argument("--intervals", nargs="+", type=int, default=[1, 10, 50])
+    parser.add_argument("--intervals", nargs="+", type=int, default=[1, 50])
     parser.add_argument("--optimizer", default="MVNGrad")
     parser.add_argument("--steps", type=int, default=50, help="steps of each run")
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(args)
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning").setLevel(logging.ERROR)
+    cells = [(name, interval) for name in options.callbacks for interval in options.intervals]
     rows: list[dict[str, Any]] = []
-    table = Table("model", "callback", *[f"every {interval}" for interval in options.intervals])
-    cells = [(m, c) for m in options.models for c in options.callbacks]
     with Progress(transient=True) as progress, tempfile.TemporaryDirectory() as folder:
-        task = progress.add_task("pairs", total=len(cells) * len(options.intervals) * options.pairs)
+        task = progress.add_task("rounds", total=len(options.models) * options.rounds * (len(cells) + 1))
         for model in options.models:
             train(model, options.optimizer, [], options.steps, folder)  # warms up
-        for model, name in cells:
-            shown = []
-            for interval in options.intervals:
-                ratios, without = [], []
-                for i in range(options.pairs):
-                    progress.update(task, description=f"{model} {name} every {interval}")
-                    both = [[], [contenders()[name](interval)]]
-                    seconds = {
-                        bool(a): train(model, options.optimizer, a, options.steps, folder)
-                        for a in both[:: 1 - 2 * (i % 2)]
-                    }
-                    ratios.append(seconds[True] / seconds[False])
-                    without.append(seconds[False])
+            seconds: dict[Any, list[float]] = {cell: [] for cell in [None, *cells]}
+            for i in range(options.rounds):
+                for cell in random.Random(i).sample(list(seconds), len(seconds)):
+                    attached = [contenders()[cell[0]](cell[1])] if cell else []
+                    seconds[cell].append(train(model, options.optimizer, attached, options.steps, folder))
                     progress.advance(task)
-                low, _, high = quantiles(ratios) if len(ratios) > 1 else ratios * 3
-                rows.append(
-                    {
-                        "model": model,
-                        "callback": name,
-                        "interval": interval,
-                        "ratio": round(median(ratios), 4),
-                        "low": round(low, 4),
-                        "high": round(high, 4),
-                        "step_ms": round(1e3 * median(without), 3),
-                        "pairs": options.pairs,
-                    }
-                )
-                shown.append(f"{median(ratios):.3f}")
-            table.add_row(model, name, *shown)
+            for name, interval in cells:
+                ratios = [x / y for x, y in zip(seconds[name, interval], seconds[None])]
+                row = {"model": model, "callback": name, "interval": interval, "rounds": options.rounds}
+                spread = {"ratio": median(ratios), "low": min(ratios), "high": max(ratios)}
+                row |= {key: round(x, 4) for key, x in spread.items()}
+                rows.append(row | {"step_ms": round(1e3 * median(seconds[None]), 2)})
+    table = Table("model", "callback", *[f"every {interval}" for interval in options.intervals])
+    for model in options.models:
+        for name in options.callbacks:
+            of_callback = [row for row in rows if (row["model"], row["callback"]) == (model, name)]
+            table.add_row(model, name, *[f"{row['ratio']:.3f}" for row in of_callback])
     Console().print(table)
     if options.json:
         settings = {"optimizer": options.optimizer, "steps": options.steps, "threads": options.threads}

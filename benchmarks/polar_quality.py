@@ -129,7 +129,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
-    rows = measure(*args.size, args.dtypes, args.device, args.repeats)
+    m, n = args.size
+    rows = measure(m, n, args.dtypes, args.device, args.repeats)
     Console().print(table(rows))
     name = torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.processor()
     machine = {

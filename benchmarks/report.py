@@ -142,8 +142,8 @@ def _overhead() -> str:
         parts.append(
             f"{machine['processor']}, {machine['threads']} of {machine['cores']} cores, load average "
             f"{machine['load_average']}; torch {machine['torch']}; {settings['optimizer']}, "
-            f"{content['rows'][0]['pairs']} pairs of {settings['steps']} steps. Time with over time without, median "
-            "(quartiles) of the pairs."
+            f"{content['rows'][0]['rounds']} rounds of {settings['steps']} steps. CPU time with over CPU time without, "
+            "median (smallest to largest) of the rounds."
         )
         for model, rows in _by(content["rows"], "model"):
             intervals = sorted({row["interval"] for row in rows})

@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 import lightning.pytorch as pl
@@ -98,6 +99,7 @@ class Monitor(pl.Callback):
         #: Tensors that are remembered from step to step, by name; saved in checkpoints.
         self.memory: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
+        self._selection: tuple[Sequence[Watched], list[Watched]] = ((), [])
         self._sharded = False
 
     # --- for subclasses -----------------------------------------------------------------------------------------
@@ -161,7 +163,10 @@ class Monitor(pl.Callback):
 
     def select(self, watched: Sequence[Watched]) -> list[Watched]:
         """Those of an optimizer's parameters that are measured."""
-        return [w for w in watched if matches(w.name, self.parameters) and (w.is_matrix or not self.needs_matrices)]
+        if self._selection[0] is not watched:  # which is the same list from step to step
+            of_kind = [w for w in watched if w.is_matrix or not self.needs_matrices]
+            self._selection = watched, [w for w in of_kind if matches(w.name, self.parameters)]
+        return list(self._selection[1])
 
     # --- values -------------------------------------------------------------------------------------------------
 
@@ -181,8 +186,8 @@ class Monitor(pl.Callback):
 
     # --- hooks --------------------------------------------------------------------------------------------------
 
-    @property
-    def state_key(self) -> str:
+    @cached_property  # Lightning asks for it at every hook.
+    def state_key(self) -> str:  # type: ignore[override]
         """Two callbacks of one class do not share their state if their settings differ."""
         plain = {name: value for name, value in vars(self).items() if isinstance(value, (int, float, str, tuple))}
         settings = {name: value for name, value in plain.items() if not name.startswith("_")}

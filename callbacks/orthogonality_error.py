@@ -17,9 +17,9 @@ from lightning_optim.diagnostics.change import Sums
 from lightning_optim.diagnostics.orthogonality import (
     factor_error,
     gram,
-    orthogonality,
     orthogonality_of_gram,
     polar_error,
+    scaled_gram,
 )
 from lightning_optim.optimizers.execution.tensors import block_shape, to_blocks
 
@@ -137,18 +137,20 @@ class OrthogonalityError(Monitor):
                 "OrthogonalityError: polar=True looks at factors that matrix optimizers of lightning_optim report, and "
                 f"{type(step.optimizer).__name__} reports none."
             )
-        sums = {}
+        sums: dict[str, Tensor] = {}
         for name in self._from_reports:
-            values = [self._reported.get((name, w.parameter)) for w in step.watched]
+            reported = [self._reported.get((name, w.parameter)) for w in step.watched]
             zeros = [u.new_zeros(_blocks(w)) for w, u in zip(step.watched, step.change.updates)]
-            sums[name] = _concatenated([zero if x is None else x.to(zero) for x, zero in zip(values, zeros)])
-            sums[f"{name}_count"] = _concatenated([zero + (x is not None) for x, zero in zip(values, zeros)])
+            sums[name] = _concatenated([zero if x is None else x.to(zero) for x, zero in zip(reported, zeros)])
+            sums[f"{name}_count"] = _concatenated([zero + (x is not None) for x, zero in zip(reported, zeros)])
         self._reported.clear()
         pairs = list(zip(step.watched, step.change.updates))
         if step.shards.groups:
             parts = [_part(w, u, step.shards) for w, u in pairs]
             return sums | {f"{_PART}{i}": part for i, part in enumerate(parts)}
-        return sums | _batched(orthogonality, [_matrices(w, u) for w, u in pairs])
+        grams, peaks = zip(*[scaled_gram(_matrices(w, u)) for w, u in pairs])
+        values = _batched(orthogonality_of_gram, grams)
+        return sums | values | {"spectral_norm": values["spectral_norm"] * _concatenated(peaks)}
 
     def condense(self, step: Step, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         parts = [x for name, x in sums.items() if name.startswith(_PART)]

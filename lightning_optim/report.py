@@ -158,6 +158,20 @@ CHECKS = (
         "1 for a sign vector, 0.64 for a Gaussian one",
     ),
     Check(
+        "orthogonality/factor_error", _typical, 0.0, 0.6,
+        "Orthogonalised momentum is as orthogonal as five steps of Newton-Schulz make it.",
+        "",
+        "Orthogonalised momentum is far from orthogonal: choose an orthogonalizer with more steps, as pe6 or pe8.",
+        "0.2 to 0.4 with kj5, whose singular values lie between 0.7 and 1.2",
+    ),
+    Check(
+        "spike/amplification", max, 0.0, 10.0,
+        "Updates after gradient spikes stayed within ten times their size.",
+        "",
+        "A gradient spike was followed by updates ten times as large or more: clip gradients, or look at that batch.",
+        _OURS,
+    ),
+    Check(
         "diagnostics/overhead_share", _typical, 0.0, 0.05,
         "Diagnostics cost little.",
         "",
