@@ -5,8 +5,8 @@
 In each round the same model is trained for the same steps with every callback and without, in an order that is drawn
 anew, in one process, with a TensorBoard logger. A ratio is the median over rounds of the time with over the time
 without in the same round. Time is that of the process on the CPU, which other programs disturb less than time on the
-wall. Beside our callbacks stands logging as Composer's OptimizerMonitor does it: norms of gradient, weight and update of
-every parameter, each number fetched and logged by itself. The JSON file holds ``{"machine": ..., "rows": [{"model",
+wall. Beside our callbacks stands logging as Composer's OptimizerMonitor does it: norms of gradient, weight and update
+of every parameter, each number fetched and logged by itself. The JSON file holds ``{"machine": ..., "rows": [{"model",
 "callback", "interval", "ratio", "low", "high", "step_ms", ...}]}`` with the smallest and largest ratio.
 """
 
