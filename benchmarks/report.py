@@ -156,9 +156,23 @@ def _overhead() -> str:
     return "\n\n".join(parts)
 
 
+def _polar_quality() -> str:
+    parts = []
+    for content in figures("polar_quality").values():
+        rows = [row for row in content["rows"] if row["dtype"] == "float32"]
+        spectra = list(dict.fromkeys(row["spectrum"] for row in rows))
+        lines = [_line(["preset", *spectra]), _line(["---"] * (len(spectra) + 1))]
+        for preset, measured in _by(rows, "method"):
+            errors = {row["spectrum"]: f"{row['error']:.3f}" for row in measured}
+            lines.append(_line([f"`{preset}`", *(errors[spectrum] for spectrum in spectra)]))
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
 #: What stands between the markers of each page.
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "performance.md": {"step-time": _step_times, "growth": _growths},
+    "optimizers.md": {"polar-quality": _polar_quality},
     "diagnostics.md": {"checks": _checks, "overhead": _overhead},
 }
 
