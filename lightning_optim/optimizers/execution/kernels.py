@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -23,6 +25,8 @@ Runner = Callable[[Tensor, "Tensor | None", "float | Tensor", Mapping[str, Tenso
 
 #: Length of the vectors a kernel is traced on: long enough for Inductor to share the loop among threads.
 _EXAMPLE = 2**16
+#: Older versions of Inductor do not take floating-point numbers by value.
+_BY_VALUE = torch.__version__ >= "2.11"
 
 
 @dataclass(frozen=True)
@@ -93,9 +97,15 @@ def runner(
             return call(function, p, gradient, factor, verdict, dict(zip(state, vectors)), given) or ()
 
         vectors = [p, *state.values(), *([] if g is None else [g])]
-        example = [torch.zeros(_EXAMPLE, dtype=x.dtype, device=x.device) for x in vectors]
-        example += [x for x in (gain, finite, *tensors.values()) if isinstance(x, Tensor)]
-        kernel = _kernels[key] = _compile(flat, example, values)
+        others = [x for x in (gain, finite, *tensors.values()) if isinstance(x, Tensor)]
+
+        def example(length: int) -> list[Tensor]:
+            return [torch.zeros(length, dtype=x.dtype, device=x.device) for x in vectors] + others
+
+        kernel = _compile_apart(flat, example(_EXAMPLE), values)
+        # One that cannot be launched, or is bound to the example's length, has to fail before it has updated anything.
+        kernel.run([*example(7), *kernel.prepare(values)])
+        _kernels[key] = kernel
     fixed = [*([] if finite is None else [finite]), *tensors.values(), *kernel.prepare(values)]
 
     def run(p: Tensor, g: Tensor | None, gain: float | Tensor, state: Mapping[str, Tensor]) -> Any:
@@ -111,10 +121,21 @@ def _on_host(x: Any) -> bool:
 
 @lru_cache(maxsize=64)
 def _as_tensors(numbers: tuple[float, ...]) -> tuple[Tensor, ...]:
-    return torch.tensor(numbers, dtype=torch.float64).unbind()
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu").unbind()
 
 
-def _compile(function: Callable[..., Any], example: list[Tensor], numbers: tuple[float, ...]) -> Kernel:
+def _compile_apart(function: Callable[..., Any], example: list[Tensor], numbers: tuple[float, ...]) -> Kernel:
+    """Compile in a thread of its own.
+
+    The caller's profiler (which reads shapes and so fixes the symbolic length), autocast, default device and other
+    modes would become part of the kernel.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(copy_context().run, _compile, function, example, numbers, torch.get_num_threads()).result()
+
+
+@torch.no_grad()
+def _compile(function: Callable[..., Any], example: list[Tensor], numbers: tuple[float, ...], threads: int) -> Kernel:
     # Imported here because they take seconds, which nobody should pay who does not compile.
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_inner
@@ -125,11 +146,11 @@ def _compile(function: Callable[..., Any], example: list[Tensor], numbers: tuple
         torch.func.functionalize(function), tracing_mode="symbolic", decomposition_table=select_decomp_table()
     )
     graph = trace(*example, *_as_tensors(numbers))
-    by_value = all(x.is_cpu and x.dtype != torch.float64 for x in example)
+    by_value = _BY_VALUE and all(x.is_cpu and x.dtype != torch.float64 for x in example)
     prepare = _hoist(graph, len(numbers)) if by_value else _as_tensors
     inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
     # Part of Inductor's own cache key, so that a process with other threads does not find this process's kernel.
-    with config.patch({"cpp.threads": torch.get_num_threads()}):
+    with config.patch({"cpp.threads": threads}), torch.accelerator.device_index(example[0].device.index):
         return Kernel(prepare, compile_fx_inner(graph, inputs))
 
 
@@ -150,7 +171,7 @@ def _hoist(module: fx.GraphModule, count: int) -> Callable[[tuple[float, ...]], 
     moved = {node: outside.placeholder(node.name) for node in numbers}
     for node in graph.nodes:
         operation = _ARITHMETIC.get(str(node.target))
-        if operation and all(x in moved or isinstance(x, (int, float)) for x in node.args):
+        if operation and not node.kwargs and all(x in moved or isinstance(x, (int, float)) for x in node.args):
             moved[node] = outside.call_function(operation, tuple(moved.get(x, x) for x in node.args))
     results = [node for node in moved if any(user not in moved for user in node.users)]
     outside.output([moved[node] for node in results])
