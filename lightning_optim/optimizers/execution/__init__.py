@@ -12,15 +12,27 @@ state in place. Rules stay free of everything that changes with the way of runni
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from ..rule import MatrixRule
 from . import flat, stacks
 from .stacks import ParameterObserver
-from .tensors import Batch, State, Task, accumulation_dtype, block_shape, compute_dtype, new_state
+from .tensors import (
+    Batch,
+    State,
+    Task,
+    accumulation_dtype,
+    block_shape,
+    compute_dtype,
+    new_state,
+    number_names,
+    to_blocks,
+)
 
 __all__ = [
     "BACKENDS",
@@ -33,7 +45,9 @@ __all__ = [
     "block_shape",
     "compute_dtype",
     "new_state",
+    "number_names",
     "run",
+    "to_blocks",
 ]
 
 Backend = Literal["auto", "plain", "chunked", "compiled"]
@@ -54,5 +68,16 @@ def run(
         finite: ``None``, or a 0-d boolean tensor: where it is ``False`` nothing may change.
         observer: Called as ``observer(p, name, value)`` with what matrix rules report.
     """
-    flat.run([batch for batch in batches if not isinstance(batch.rule, MatrixRule)], backend, finite)
-    stacks.run([batch for batch in batches if isinstance(batch.rule, MatrixRule)], backend, finite, observer)
+    with _without_autocast({task.p.device.type for batch in batches for task in batch.tasks}):
+        flat.run([batch for batch in batches if not isinstance(batch.rule, MatrixRule)], backend, finite)
+        stacks.run([batch for batch in batches if isinstance(batch.rule, MatrixRule)], backend, finite, observer)
+
+
+@contextmanager
+def _without_autocast(device_types: set[str]) -> Iterator[None]:
+    """Keep the precision of products when a step is made under ``torch.autocast``, as in manual optimization."""
+    with ExitStack() as stack:
+        for kind in device_types:
+            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
