@@ -486,7 +486,7 @@ def _own_skips(optimizer: Optimizer) -> int:
     """Steps that an optimizer of ours has skipped up to now; on an accelerator it has to be waited for."""
     if not isinstance(optimizer, RuleOptimizer):
         return 0
-    optimizer._settle()
+    optimizer.settle()
     return optimizer.skipped_steps
 
 

@@ -11,7 +11,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -93,7 +92,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         super().__init__(params, defaults)
 
     def __getstate__(self) -> dict[str, Any]:
-        self._settle()
+        self.settle()
         return super().__getstate__() | {
             "backend": self.backend,
             "skipped_steps": self.skipped_steps,
@@ -168,7 +167,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._settle()
+        self.settle()
         groups = [(g, [p for p in g["params"] if p.grad is not None and p.numel() > 0]) for g in self.param_groups]
         grads = [p.grad for _, params in groups for p in params]
         if not grads:
@@ -185,7 +184,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         execution.run(batches, self.backend, verdict.finite, self.observer)
         self._unsettled = verdict
         if verdict.finite is None:
-            self._settle()
+            self.settle()
         return loss
 
     def _check_gradients(self, grads: list[Tensor]) -> None:
@@ -229,10 +228,15 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
             g, gain = next(each)
             tasks.append(Task(tick.t, p, g, -gain if group["maximize"] else gain, state, tick.scalars))
         verdict.ticks.extend(known.values())
-        return Batch(rule, group, tasks)
+        idle = [self.state[p] for p in group["params"] if p.grad is None and self.state.get(p)]
+        return Batch(rule, group, tasks, idle)
 
-    def _settle(self) -> None:
-        """Advance the step counts of the last step, or count it as skipped."""
+    def settle(self) -> None:
+        """Advance the step counts of the last step, or count it as skipped.
+
+        The next step and :meth:`state_dict` do so themselves. Call it to read :attr:`skipped_steps` or step counts
+        right after a step on an accelerator, which it waits for.
+        """
         verdict, self._unsettled = self._unsettled, None
         if verdict is None:
             return
@@ -242,17 +246,21 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         for tick in verdict.ticks:
             for name, value in tick.clock.items():
                 targets = [state[name] for state in tick.states]
-                torch._foreach_copy_(targets, [torch.tensor(value, dtype=targets[0].dtype)] * len(targets))
+                torch._foreach_copy_(
+                    targets, [torch.tensor(value, dtype=targets[0].dtype, device="cpu")] * len(targets)
+                )
 
     # --- checkpoints --------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """State of the optimizer, of tensors and plain values only."""
-        self._settle()
+        self.settle()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state of an optimizer with the same rules for the same parameters.
+
+        State of the parameters' size takes the precision of the arithmetic on the parameters that are here now.
 
         Raises:
             ValueError: The checkpoint was written by another rule.
@@ -265,12 +273,13 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
                 )
         super().load_state_dict(state_dict)
         # torch casts state to the parameter's dtype; the saved values are what continues the run exactly.
-        ids = chain.from_iterable(g["params"] for g in state_dict["param_groups"])
-        params = chain.from_iterable(g["params"] for g in self.param_groups)
-        for key, p in zip(ids, params):
-            for name, value in state_dict["state"].get(key, {}).items():
-                if isinstance(value, Tensor):
-                    self.state[p][name] = value.to(self.state[p][name].device, copy=True)
+        for group, saved in zip(self.param_groups, state_dict["param_groups"]):
+            numbers = execution.number_names(self.rule(group))
+            for p, key in zip(group["params"], saved["params"]):
+                for name, value in state_dict["state"].get(key, {}).items():
+                    if isinstance(value, Tensor):
+                        dtype = value.dtype if name in numbers else execution.compute_dtype(p.dtype)
+                        self.state[p][name] = value.to(self.state[p][name].device, dtype, copy=True)
 
 
 def _holds(predicate: Callable[[Any], bool], value: Any) -> bool:
@@ -320,11 +329,11 @@ class _Verdict:
     def __init__(self, finite: Tensor | None) -> None:
         self.finite = finite
         self.ticks: list[Tick] = []
-        self._copy = None if finite is None else finite.to("cpu", non_blocking=True)
+        self._copy = None if finite is None else finite.to("cpu", non_blocking=finite.is_cuda)
         self._event = None
         if finite is not None and finite.device.type == "cuda":
             self._event = torch.cuda.Event()
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(finite.device))
 
     def read(self) -> bool:
         if self._event is not None:

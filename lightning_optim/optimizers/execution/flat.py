@@ -24,7 +24,7 @@ from torch import Tensor
 from ..rule import GroupRule, Rule
 from . import kernels
 from .call import call
-from .tensors import Batch, Task
+from .tensors import Batch, Task, number_names
 
 #: Tensors up to this many elements are joined: below it a copy of a tensor costs less than an operation on it.
 SMALL = 2**14
@@ -32,6 +32,8 @@ SMALL = 2**14
 CHUNK = 2**18
 #: ``auto`` compiles where a step updates this many elements or more; see :func:`run`.
 COMPILE_FROM = 2**23
+#: Longest vector of a compiled kernel, which may count with 32 bits on a GPU.
+LONGEST = 2**30
 
 _warned = False
 Item = TypeVar("Item")
@@ -55,7 +57,7 @@ def run(batches: Sequence[Batch], backend: str, finite: Tensor | None) -> None:
         backend = "compiled or chunked" if compilable and elements >= COMPILE_FROM else "chunked"
     for batch in batches:
         if isinstance(batch.rule, GroupRule):
-            _run_group(batch.rule, batch.tasks, backend, finite)
+            _run_group(batch.rule, batch, backend, finite)
         else:
             for tasks in _alike(batch.tasks):
                 names = _state_names(batch.rule, tasks)
@@ -63,8 +65,7 @@ def run(batches: Sequence[Batch], backend: str, finite: Tensor | None) -> None:
 
 
 def _state_names(rule: Rule, tasks: Sequence[Task]) -> list[str]:
-    other = {"step", *rule.host_state, *(rule.group_state if isinstance(rule, GroupRule) else ())}
-    return [name for name in tasks[0].state if name not in other]
+    return [name for name in tasks[0].state if name not in number_names(rule)]
 
 
 def _alike(tasks: Iterable[Task]) -> list[list[Task]]:
@@ -91,6 +92,7 @@ def _each(
 
     ``longest`` bounds the vectors of a compiled function, which otherwise takes tensors whole.
     """
+    finite = None if finite is None else finite.to(tasks[0].p.device)
     scalars = tasks[0].scalars | coefficients
     compiled = None
     if backend.startswith("compiled"):
@@ -99,7 +101,7 @@ def _each(
         go: kernels.Runner = lambda p, g, gain, state: call(function, p, g, gain, finite, state, scalars)  # noqa: E731
     else:
         go = compiled
-    limit = longest if compiled is not None else CHUNK
+    limit = CHUNK if compiled is None else longest or LONGEST
     works = _whole(tasks, names) if backend == "plain" else plan(tasks, names, limit)
     return [go(work.p, work.g if takes_gradient else None, work.gain, work.state) for work in works]
 
@@ -119,18 +121,21 @@ def _compile(
     make = partial(
         kernels.runner, function, task.p, task.g if takes_gradient else None, task.gain, finite, state, scalars
     )
-    if backend == "compiled":
-        return make()
-    if _warned:
+    if backend != "compiled" and _warned:
         return None
     try:
         return make()
     except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]:.200}"
+        if backend == "compiled":
+            raise RuntimeError(
+                f"backend='compiled': compiling the optimizer's step failed ({reason}). A C++ compiler (Triton for "
+                "GPUs) is needed; backend='chunked' does without, backend='auto' compiles where that works."
+            ) from error
         _warned = True
         warnings.warn(
-            f"Compiling the optimizer's step failed ({type(error).__name__}: {str(error).splitlines()[0]:.200}), so "
-            "it runs uncompiled, with the same results. A C++ compiler (Triton for GPUs) is needed; "
-            "backend='chunked' does without and turns this warning off.",
+            f"Compiling the optimizer's step failed ({reason}), so it runs uncompiled, with the same results. A C++ "
+            "compiler (Triton for GPUs) is needed; backend='chunked' does without and turns this warning off.",
             stacklevel=2,
         )
         return None
@@ -148,9 +153,8 @@ def _then_sum(update: Callable[..., None], sums: Callable[..., Any]) -> Callable
     return update_and_sum
 
 
-def _run_group(rule: GroupRule, tasks: Sequence[Task], backend: str, finite: Tensor | None) -> None:
-    if not tasks:
-        return
+def _run_group(rule: GroupRule, batch: Batch, backend: str, finite: Tensor | None) -> None:
+    tasks = batch.tasks
     names = _state_names(rule, tasks)
     alike = _alike(tasks)
     update = _then_sum(rule.update, rule.sums)
@@ -158,17 +162,19 @@ def _run_group(rule: GroupRule, tasks: Sequence[Task], backend: str, finite: Ten
     parts = [part for some in alike for part in _each(update, some, names, {}, backend, finite, longest=CHUNK)]
     device = tasks[0].p.device
     totals = [torch.stack([part.to(device) for part in column]).sum(0) for column in zip(*parts)]
-    # A parameter that gets its first gradient late joins the group's state, it does not reset it.
+    # A parameter that gets its first gradient late joins the group's state, it does not reset it. One that is without
+    # a gradient for a while is kept up to date.
     oldest = max(tasks, key=lambda task: task.t)
     old = {name: oldest.state[name].to(device) for name in rule.group_state}
     new, coefficients = rule.combine(*totals, **old, **oldest.scalars)
     for some in alike:
         local = {name: x.to(some[0].p.device) for name, x in coefficients.items()}
         _each(rule.finish, some, names, local, backend, finite, takes_gradient=False)
+    states = [*(task.state for task in tasks), *batch.idle]
     for name, value in new.items():
         if finite is not None:
-            value = torch.where(finite, value, old[name])
-        torch._foreach_copy_([task.state[name] for task in tasks], [value] * len(tasks))
+            value = torch.where(finite.to(device), value, old[name])
+        torch._foreach_copy_([state[name] for state in states], [value] * len(states))
 
 
 # --- planning ---------------------------------------------------------------------------------------------------
@@ -230,7 +236,7 @@ def _joined(tasks: Sequence[Task], names: Sequence[str]) -> Iterator[Work]:
     sizes = [task.p.numel() for task in tasks]
     if isinstance(gain, Tensor):
         gains = torch.cat([task.gain.expand(n) for task, n in zip(tasks, sizes)])  # type: ignore[union-attr]
-        g, gain = g * gains, torch.ones_like(gain)
+        g, gain = g.mul_(gains), torch.ones_like(gain)  # In place: a kernel is for the dtype of the gradients.
     yield Work(p, g, gain, dict(zip(names, state)))
     for xs, views, joined in zip(columns, vectors, (p, *state)):
         parts = joined.split(sizes)

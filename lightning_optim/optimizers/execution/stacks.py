@@ -87,6 +87,7 @@ def _waves(stacks: Iterable[Stack], limit: int) -> Iterator[list[Stack]]:
 def _update(stack: Stack, finite: Tensor | None, observer: ParameterObserver | None) -> Iterator[Request]:
     """Run the rule on a stack; yields what it wants orthogonalised and is sent the factor."""
     rule, group, tasks = stack.rule, stack.group, stack.tasks
+    finite = None if finite is None else finite.to(tasks[0].p.device)
     shapes = rule.state(block_shape(tasks[0].p.shape, group), group)
     work = {name: [task.state[name] for task in tasks] for name in shapes} | {"p": [task.p for task in tasks]}
 
@@ -101,6 +102,8 @@ def _update(stack: Stack, finite: Tensor | None, observer: ParameterObserver | N
     tensors = {name: load(name, work[name]) for name in shapes}
     p = _join([view(task.p.to(dtype)) for task in tasks])
     g = _gradient(stack, dtype, view)
+    if finite is not None:
+        g = torch.where(finite, g, 0.0)  # Decompositions refuse NaN before the host knows of it.
     before = [x.clone() for x in (p, *tensors.values())] if finite is not None else []
     kwargs = dict(tasks[0].scalars)
     if observer is not None:

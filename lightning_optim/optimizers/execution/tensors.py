@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -38,11 +38,19 @@ class Task:
 
 @dataclass
 class Batch:
-    """The parameters of one group that have a gradient."""
+    """The parameters of one group that have a gradient.
+
+    Args:
+        rule: Their rule.
+        group: Their parameter group.
+        tasks: What is to be done, for one parameter at least.
+        idle: States of the group's other parameters that have one.
+    """
 
     rule: Rule
     group: Mapping[str, Any]
     tasks: list[Task]
+    idle: list[State] = field(default_factory=list)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -59,6 +67,11 @@ def accumulation_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def number_names(rule: Rule) -> set[str]:
+    """Names of the state that is one number for each parameter, whatever its size."""
+    return {"step", *rule.host_state, *(rule.group_state if isinstance(rule, GroupRule) else ())}
+
+
 def new_state(rule: Rule, p: Tensor, group: Mapping[str, Any]) -> State:
     """Zero state for one parameter: its step count, the rule's host scalars and the rule's tensors.
 
@@ -66,9 +79,9 @@ def new_state(rule: Rule, p: Tensor, group: Mapping[str, Any]) -> State:
     """
     dtype = compute_dtype(p.dtype)
     shape = block_shape(p.shape, group) if isinstance(rule, MatrixRule) else tuple(p.shape)
-    state: State = {"step": torch.tensor(0.0)}
+    state: State = {"step": torch.tensor(0.0, device="cpu")}
     for name in rule.host_state:
-        state[name] = torch.tensor(0.0, dtype=torch.float64)
+        state[name] = torch.tensor(0.0, dtype=torch.float64, device="cpu")
     for name, tensor_shape in rule.state(shape, group).items():
         if tensor_shape is LIKE_PARAMETER:
             state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.contiguous_format)
