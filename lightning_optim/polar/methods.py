@@ -79,7 +79,8 @@ def iteration_dtype(x: Tensor) -> torch.dtype:
 
 
 def _cpu_has_bfloat16_units() -> bool:
-    return torch.cpu._is_amx_tile_supported()
+    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)  # torch has no public one.
+    return probe is not None and probe()
 
 
 def _stack_size(x: Tensor) -> int:
