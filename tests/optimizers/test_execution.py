@@ -178,6 +178,69 @@ def test_bad_steps_change_nothing_on_an_accelerator(name: str, backend: str, mon
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("tiny_chunks")
+@pytest.mark.parametrize("backend", ["chunked", compiled])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_factors_on_an_accelerator_at_any_precision(
+    dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_optim.optimizers.gradients._known_on_host", lambda grads: False)
+    params = [nn.Parameter(torch.ones(n, dtype=dtype)) for n in (3, 5, 60)]
+    copies = clone(params)
+    run(lo.MVNGrad(params, maximize=True, backend="plain"), params, range(1, 5))
+    run(lo.MVNGrad(copies, maximize=True, backend=backend), copies, range(1, 5))
+    for p, q in zip(params, copies):
+        torch.testing.assert_close(p, q, rtol=TOLERANCE[dtype], atol=0)
+
+
+# --- the caller's surroundings ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["LaProp", *MATRIX])
+def test_autocast_does_not_reach_the_step(name: str) -> None:
+    """Manual optimization steps inside the precision plugin's autocast."""
+    params = [nn.Parameter(torch.randn(s, generator=torch.Generator().manual_seed(1))) for s in ((4,), (6, 6), (5, 6))]
+    copies = clone(params)
+    run(build(name, params), params, range(1, 5))
+    optimizer = build(name, copies)
+    seen = []
+    for t in range(1, 5):
+        for p, g in zip(copies, gradients(copies, t)):
+            p.grad = g
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            optimizer.step(lambda: seen.append((copies[1] @ copies[1]).dtype))
+    assert all(torch.equal(p, q) for p, q in zip(params, copies))
+    assert set(seen) == {torch.bfloat16}  # The closure is the model's.
+
+
+@pytest.mark.parametrize("backend", ["chunked", compiled])
+@each_optimizer
+def test_the_default_device_does_not_reach_the_step(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_kernels", {})
+    kernels._as_tensors.cache_clear()
+    params = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3, 3))]
+    optimizer = build(name, params, backend=backend)
+    for p in params:
+        p.grad = torch.full_like(p, 0.5)
+    with torch.device("meta"):
+        optimizer.step()
+        optimizer.step()
+    assert all(optimizer.state[p]["step"] == 2 for p in params)
+
+
+@pytest.mark.slow
+def test_compiling_under_a_profiler_of_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reads the sizes of the vectors that are traced."""
+    monkeypatch.setattr(kernels, "_kernels", {})
+    params = [nn.Parameter(torch.ones(n)) for n in (3, 20_000)]
+    copies = clone(params)
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True, with_flops=True):
+        run(lo.AdaBelief(params, backend="compiled"), params, range(1, 3))
+    run(lo.AdaBelief(copies, backend="plain"), copies, range(1, 3))
+    for p, q in zip(params, copies):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)  # A few units in the last place.
+
+
 # --- the argument, checkpoints ----------------------------------------------------------------------------------
 
 
@@ -208,9 +271,12 @@ def test_checkpoints_cross_backends(name: str, written: str, read: str) -> None:
         assert torch.equal(x, y) if read == written else torch.allclose(x, y, rtol=1e-3, atol=1e-5)
 
 
-def test_auto_falls_back_with_one_warning(monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder) -> None:
+@pytest.mark.parametrize("message", ["no C++ compiler found", ""])
+def test_auto_falls_back_with_one_warning(
+    message: str, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
     def no_compiler(*args: Any) -> Any:
-        raise RuntimeError("no C++ compiler found")
+        raise AssertionError(message)
 
     monkeypatch.setattr(flat, "COMPILE_FROM", 1)
     monkeypatch.setattr(flat, "_warned", False)
@@ -222,10 +288,29 @@ def test_auto_falls_back_with_one_warning(monkeypatch: pytest.MonkeyPatch, recwa
     assert all(torch.equal(p, q) for p, q in zip(params, copies))
     messages = [str(w.message) for w in recwarn]
     assert len(messages) == 1
-    assert "no C++ compiler found" in messages[0]
+    assert f"AssertionError: {message}" in messages[0]
     assert "backend='chunked'" in messages[0]
-    with pytest.raises(RuntimeError, match="no C"):
+    with pytest.raises(RuntimeError, match=r"backend='compiled': compiling .* failed .*backend='chunked' does without"):
         run(lo.LaProp(params, backend="compiled"), params, range(1, 2))
+
+
+def test_a_kernel_that_does_not_run_is_found_out_before_anything_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    def bound_to_the_example(*args: Any) -> kernels.Kernel:
+        def run_kernel(vectors: list[Any]) -> None:
+            assert len(vectors[0]) == kernels._EXAMPLE, "expected size 65536"
+
+        return kernels.Kernel(kernels._as_tensors, run_kernel)
+
+    monkeypatch.setattr(flat, "COMPILE_FROM", 1)
+    monkeypatch.setattr(flat, "_warned", False)
+    monkeypatch.setattr(kernels, "_kernels", {})
+    monkeypatch.setattr(kernels, "_compile", bound_to_the_example)
+    params = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(300, 100))]
+    copies = clone(params)
+    with pytest.warns(UserWarning, match="expected size 65536"):
+        run(lo.LaProp(params), params, range(1, 4))
+    run(lo.LaProp(copies, backend="plain"), copies, range(1, 4))
+    assert all(torch.equal(p, q) for p, q in zip(params, copies))
 
 
 # --- what a step costs ------------------------------------------------------------------------------------------
