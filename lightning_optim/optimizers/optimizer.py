@@ -169,10 +169,11 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
                 loss = closure()
         self.settle()
         groups = [(g, [p for p in g["params"] if p.grad is not None and p.numel() > 0]) for g in self.param_groups]
-        grads = [p.grad for _, params in groups for p in params]
-        if not grads:
+        params = [p for _, params in groups for p in params]
+        if not params:
             return loss
-        self._check_gradients(grads)
+        self._check_gradients([p.grad for p in params])
+        grads = [_narrowed(p.grad, p) for p in params]
         finite, gains = inspect_gradients(grads)
         skip = self.defaults["skip_nonfinite"]
         if skip and finite is False:
@@ -280,6 +281,11 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
                     if isinstance(value, Tensor):
                         dtype = value.dtype if name in numbers else execution.compute_dtype(p.dtype)
                         self.state[p][name] = value.to(self.state[p][name].device, dtype, copy=True)
+
+
+def _narrowed(g: Tensor, p: Tensor) -> Tensor:
+    """A gradient of more precision than the arithmetic: what is beyond its range becomes infinite and is found."""
+    return g.to(execution.compute_dtype(p.dtype)) if g.dtype == torch.float64 else g
 
 
 def _holds(predicate: Callable[[Any], bool], value: Any) -> bool:

@@ -481,3 +481,19 @@ def test_state_takes_the_precision_of_the_parameters_it_is_loaded_for(
     run(b, others, range(4, 7))
     assert [x.dtype for x in snapshot(b, others)] == dtypes
     assert all(p.isfinite().all() for p in others)
+
+
+@pytest.mark.skipif(not hasattr(Tensor, "grad_dtype"), reason="torch without gradients of another dtype")
+@each_optimizer
+def test_gradients_of_more_precision_than_the_parameter(name: str) -> None:
+    """What the parameter's arithmetic cannot hold counts as infinite."""
+    params = parameters()
+    optimizer = build(name, params)
+    for t, scale in enumerate((1.0, 1e60, 1.0), start=1):
+        for p in params:
+            p.grad = None
+            p.grad_dtype = torch.float64
+            p.grad = torch.full(p.shape, 0.1 * t * scale, dtype=torch.float64)
+        optimizer.step()
+    assert optimizer.skipped_steps == 1
+    assert all(p.isfinite().all() for p in params)
