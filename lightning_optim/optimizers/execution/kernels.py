@@ -9,11 +9,12 @@ specialise on, dtypes, device and switches (booleans, strings, ``None``), is the
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -130,8 +131,14 @@ def _compile_apart(function: Callable[..., Any], example: list[Tensor], numbers:
     The caller's profiler (which reads shapes and so fixes the symbolic length), autocast, default device and other
     modes would become part of the kernel.
     """
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(copy_context().run, _compile, function, example, numbers, torch.get_num_threads()).result()
+    thread = _thread(os.getpid())
+    return thread.submit(copy_context().run, _compile, function, example, numbers, torch.get_num_threads()).result()
+
+
+@cache
+def _thread(process: int) -> ThreadPoolExecutor:
+    # Kept, since torch 2.11 crashes where the first thread that traced is gone; a forked process has none of it.
+    return ThreadPoolExecutor(1)
 
 
 @torch.no_grad()
