@@ -12,10 +12,12 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.data import extract_batch_size
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_optim.diagnostics.change import sum_of_squares
 from lightning_optim.diagnostics.noise_scale import NoiseScale
+from lightning_optim.diagnostics.virtual import gradients_of, parameters_of
 
 from .monitor import Monitor, Results, layers_of
 from .recorder import Step, StepRecorder
@@ -76,30 +78,32 @@ class GradientHealth(Monitor):
     ) -> None:
         super().__init__(every_n_steps, first_n_steps, parameters, layers)
         self.norms_only = norms_only
-        self._nonfinite: Tensor | float = 0.0
+        #: By label and name of the parameter.
+        self._nonfinite: dict[str, Tensor] = {}
         self._small = _SmallBatches()
 
     def charts_of(self, trainer: pl.Trainer) -> Mapping[str, tuple[str, list[str]]]:
         empty = {"gradient noise scale": not self._has_noise_scale(trainer), "zero gradients": self.norms_only}
         return {title: chart for title, chart in self.charts.items() if not empty.get(title)}
 
-    def before_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step) -> None:
-        self._small.complete = True
+    def before_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step) -> bool:
+        self._small.finish()
+        if not step.watched:
+            return False
         gradients = step.gradients()
         self._before = sum_of_squares(gradients)
         if not self._before.isfinite().all():
             # Such a step may be skipped and then has no results; the number waits for those of the next one.
-            self._nonfinite = self._nonfinite + torch.stack([torch.count_nonzero(~g.isfinite()) for g in gradients])
-        self._skipped = StepRecorder.of(trainer).scaler_skips + getattr(step.optimizer, "skipped_steps", 0)
+            for name, g in zip(self._keys(step), gradients):
+                self._nonfinite[name] = self._nonfinite.get(name, 0) + torch.count_nonzero(~g.isfinite())
+        self._skipped = self._skips.get(step.label, 0) + getattr(step.optimizer, "skipped_steps", 0)
         self._loss_scale = _loss_scale(trainer)
+        return True
 
     def sums(self, step: Step) -> dict[str, Tensor]:
-        sums = {
-            "before": self._before,
-            "after": step.change.gradient_sq,
-            "nonfinite": self._nonfinite + torch.zeros_like(self._before),
-        }
-        self._nonfinite = 0.0
+        none = self._before.new_zeros(())
+        nonfinite = [self._nonfinite.pop(name, none).to(none) for name in self._keys(step)]
+        sums = {"before": self._before, "after": step.change.gradient_sq, "nonfinite": torch.stack(nonfinite)}
         if not self.norms_only:
             sums |= {"driven": step.change.driven, "numel": step.change.numel}
         return sums if step.shards.groups else sums | self._small.take()
@@ -110,7 +114,7 @@ class GradientHealth(Monitor):
         values = {
             "norm": before,
             "norm_clipped": after,
-            "clipped_fraction": self._clipped_fraction(float(abs(after - before) > _CLIPPED * before)),
+            "clipped_fraction": self._clipped_fraction(step.label, float(abs(after - before) > _CLIPPED * before)),
             "nonfinite": float(sums["nonfinite"].sum()),
             "skipped_steps": float(self._skipped),
         }
@@ -123,10 +127,14 @@ class GradientHealth(Monitor):
         layers = {"norm": sums["before"].sqrt(), "norm_clipped": sums["after"].sqrt()}
         return Results(values, layers_of(step, layers) if self.layers else {})
 
-    def _clipped_fraction(self, clipped: float) -> float:
-        mean, weight = self.memory.get("clipped", torch.zeros(2, dtype=torch.float64)).tolist()
+    @staticmethod
+    def _keys(step: Step) -> list[str]:
+        return [f"{step.label}{name}" for name in step.names]
+
+    def _clipped_fraction(self, label: str, clipped: float) -> float:
+        mean, weight = self.memory.get(f"{label}clipped", torch.zeros(2, dtype=torch.float64)).tolist()
         mean, weight = _DECAY * mean + (1 - _DECAY) * clipped, _DECAY * weight + (1 - _DECAY)
-        self.memory["clipped"] = torch.tensor([mean, weight], dtype=torch.float64)
+        self.memory[f"{label}clipped"] = torch.tensor([mean, weight], dtype=torch.float64)
         return mean / weight
 
     def _noise_scale(self, big_sq: float, sums: dict[str, Tensor]) -> float:
@@ -137,8 +145,9 @@ class GradientHealth(Monitor):
         return estimate.value
 
     def _has_noise_scale(self, trainer: pl.Trainer) -> bool:
-        several = trainer.accumulate_grad_batches > 1 or _processes(trainer) > 1
-        return several and len(trainer.optimizers) == 1 and self.parameters == ("*",)
+        accumulated = trainer.world_size == 1 and trainer.accumulate_grad_batches > 1
+        known = trainer.lightning_module.automatic_optimization and self.parameters == ("*",)
+        return known and len(trainer.optimizers) == 1 and (accumulated or _processes(trainer) > 1)
 
     # --- hooks for the noise scale --------------------------------------------------------------------------------
 
@@ -149,11 +158,20 @@ class GradientHealth(Monitor):
         if self._small.complete:
             self._small = _SmallBatches()
         if self._has_noise_scale(trainer) and self.measures(self._counts.get("", 0) + 1):
-            self._small.batch_start(trainer, pl_module, batch)
+            self._small.batch_start(trainer, batch)
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._small.sizes:
-            self._small.after_backward(trainer, pl_module)
+            with StepRecorder.of(trainer).clock, torch.no_grad():
+                self._small.after_backward(trainer)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._small.finish()
+        super().teardown(trainer, pl_module, stage)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._small.finish()
+        super().on_exception(trainer, pl_module, exception)
 
 
 class _SmallBatches:
@@ -168,31 +186,45 @@ class _SmallBatches:
         self.complete = False
         self._processes = 1
         self._squares: list[Tensor] = []
-        self._last: list[Tensor] = []
+        self._last: dict[Tensor, Tensor] = {}
         self._handles: list[Any] = []
 
-    def batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> None:
-        self.sizes.append(extract_batch_size(batch))
+    def batch_start(self, trainer: pl.Trainer, batch: Any) -> None:
+        try:
+            self.sizes.append(extract_batch_size(batch))
+        except MisconfigurationException:  # A batch of unknown size: no noise scale.
+            self.sizes = []
+            return
         self._micro_batches = trainer.accumulate_grad_batches
         self._processes = _processes(trainer)
         if self._processes > 1 and not trainer.fit_loop._should_accumulate():
 
             def catch(p: Tensor) -> None:
-                self._squares.append(p.grad.square().sum())  # type: ignore[union-attr]
+                self._squares.append(sum_of_squares([p.grad]).sum())  # type: ignore[list-item]
 
-            parameters = [p for p in module.parameters() if p.requires_grad]
+            parameters = [p for p in parameters_of(trainer.optimizers[0]) if p.requires_grad]
             self._handles = [p.register_post_accumulate_grad_hook(catch) for p in parameters]
 
-    def after_backward(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def after_backward(self, trainer: pl.Trainer) -> None:
+        self._remove_hooks()
+        self._loss_scale = _loss_scale(trainer)
+        if self._processes == 1 and self._micro_batches > 1:
+            gradients = gradients_of(trainer.optimizers[0])
+            added = [g - self._last[p] if p in self._last else g for p, g in gradients.items()]
+            if added:
+                self._squares.append(sum_of_squares(added).sum())
+            self._last = {p: g.clone() for p, g in gradients.items()}
+
+    def finish(self) -> None:
+        """The gradient of the step is complete: keep nothing of its size."""
+        self.complete = True
+        self._remove_hooks()
+        self._last = {}
+
+    def _remove_hooks(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._loss_scale = _loss_scale(trainer)
-        if self._processes == 1 and self._micro_batches > 1:
-            gradients = [p.grad for p in module.parameters() if p.grad is not None]
-            last = self._last or [torch.zeros_like(g) for g in gradients]
-            self._squares.append(sum_of_squares([g - h for g, h in zip(gradients, last)]).sum())
-            self._last = [g.clone() for g in gradients]
 
     def take(self) -> dict[str, Tensor]:
         """Mean squared norm of the small gradients, sizes of small and whole batch, and correction of the latter."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
@@ -12,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -100,6 +102,7 @@ class Monitor(pl.Callback):
         self.memory: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._selection: tuple[Sequence[Watched], list[Watched]] = ((), [])
+        self._skips: dict[str, int] = {}
         self._sharded = False
 
     # --- for subclasses -----------------------------------------------------------------------------------------
@@ -137,12 +140,15 @@ class Monitor(pl.Callback):
     def remembered(self, step: Step, name: str, current: Sequence[Tensor]) -> list[Tensor]:
         """What was remembered under a name for each parameter of the step, like ``current``; zeros at first."""
         self._sharded = bool(step.shards.groups)
-        keys = [f"{name}/{parameter}" for parameter in step.names]
-        return [self.memory[k].to(x) if k in self.memory else torch.zeros_like(x) for k, x in zip(keys, current)]
+        known = [self.memory.get(f"{step.label}{name}/{parameter}") for parameter in step.names]
+        # What another number of processes has remembered may be of other elements.
+        return [
+            torch.zeros_like(x) if old is None or old.shape != x.shape else old.to(x) for old, x in zip(known, current)
+        ]
 
     def remember(self, step: Step, name: str, current: Sequence[Tensor]) -> None:
         """Remember a tensor for each parameter of the step."""
-        self.memory |= {f"{name}/{parameter}": x.clone() for parameter, x in zip(step.names, current)}
+        self.memory |= {f"{step.label}{name}/{parameter}": x.clone() for parameter, x in zip(step.names, current)}
 
     def charts_of(self, trainer: pl.Trainer) -> Mapping[str, tuple[str, list[str]]]:
         """Those of :attr:`charts` that a run of this Trainer fills."""
@@ -154,6 +160,10 @@ class Monitor(pl.Callback):
         """Count a step of the optimizer with that label; its number if it is to be measured, otherwise 0."""
         index = self._counts[label] = self._counts.get(label, 0) + 1
         return index if self.measures(index) else 0
+
+    def skip(self, label: str) -> None:
+        """Count a step of the optimizer with that label that the loss scaler has skipped."""
+        self._skips[label] = self._skips.get(label, 0) + 1
 
     def measures(self, index: int) -> bool:
         """Whether the step with that number, from 1, is measured."""
@@ -195,10 +205,12 @@ class Monitor(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         # Lightning saves the state of the first process. What the others remember of their shards is not in it.
-        return {"counts": dict(self._counts), "memory": {} if self._sharded else dict(self.memory)}
+        counts = {"counts": dict(self._counts), "skips": dict(self._skips)}
+        return counts | {"memory": {} if self._sharded else dict(self.memory)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._counts = dict(state_dict["counts"])
+        self._skips = dict(state_dict["skips"])
         self.memory = dict(state_dict["memory"])
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -209,7 +221,7 @@ class Monitor(pl.Callback):
         names = [clean_name(name) for name, _ in pl_module.named_parameters()]
         for argument, patterns in (("parameters", self.parameters), ("layers", self.layers)):
             for pattern in patterns:
-                if not any(matches(name, [pattern]) for name in names):
+                if pattern != "*" and not any(matches(name, [pattern]) for name in names):
                     raise MisconfigurationException(
                         f"{type(self).__name__}: {argument}: no parameter matches {pattern!r}. "
                         f"There are {', '.join(names[:5])}, ..."
@@ -241,6 +253,42 @@ class Monitor(pl.Callback):
         recorder = StepRecorder.of(trainer)
         if recorder.monitors and recorder.monitors[0] is self:
             getattr(recorder, method)(*args)
+
+
+class ProbingMonitor(Monitor):
+    """A monitor that every ``probe_every_n_steps`` steps also tries out what the optimizer would do."""
+
+    probe_every_n_steps: int | None = None
+    #: Whether a run that cannot be probed goes on without probes, after a warning, instead of failing.
+    probes_optional = False
+    _left_out = False
+
+    @property
+    def can_probe(self) -> bool:
+        """Whether there are probes in this run."""
+        return self.probe_every_n_steps is not None and not self._left_out
+
+    def probes(self, index: int) -> bool:
+        """Whether there is a probe at the step with that number, from 1."""
+        return self.can_probe and index % self.probe_every_n_steps == 0  # type: ignore[operator]
+
+    def measures(self, index: int) -> bool:
+        return super().measures(index) or self.probes(index)
+
+    @contextmanager
+    def probing(self) -> Iterator[None]:
+        """To be entered for whatever a run may not allow that cannot be probed."""
+        try:
+            yield
+        except (MisconfigurationException, RuntimeError) as error:
+            if not self.probes_optional:
+                raise
+            self._left_out = True
+            rank_zero_warn(f"{type(self).__name__} leaves probes out of this run: {error}")
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._left_out = False
+        super().on_train_start(trainer, pl_module)
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:

@@ -142,7 +142,10 @@ def local(x: Tensor) -> Tensor:
 
 
 def _gradient(p: Tensor) -> Tensor:
-    return torch.zeros_like(p) if p.grad is None else local(p.grad)
+    if p.grad is None:
+        return torch.zeros_like(p)
+    g = local(p.grad)
+    return g.to_dense() if g.is_sparse else g
 
 
 # --- sharded training -------------------------------------------------------------------------------------------
@@ -215,7 +218,6 @@ class StepRecorder:
 
     def __init__(self) -> None:
         self.monitors: list[Monitor] = []
-        self.scaler_skips = 0
         self._handles: WeakKeyDictionary[Optimizer, Any] = WeakKeyDictionary()
         self._watched: WeakKeyDictionary[Optimizer, list[Watched]] = WeakKeyDictionary()
         self._open: _OpenStep | None = None
@@ -250,7 +252,8 @@ class StepRecorder:
                 "ModelParallelStrategy (FSDP2)."
             )
         if not self.monitors:
-            self._layout_written, self.scaler_skips = False, 0
+            self._layout_written = False
+        self._clock.device = trainer.strategy.root_device
         if monitor not in self.monitors:
             self.monitors.append(monitor)
 
@@ -277,14 +280,16 @@ class StepRecorder:
     @torch.no_grad()
     def before(self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Optimizer) -> None:
         """Called in ``on_before_optimizer_step``."""
-        with self._clock:
-            self._settle()
-            if optimizer not in self._handles:
-                self._handles[optimizer] = optimizer.register_step_post_hook(self._after)
-            label = _label(trainer, optimizer)
-            due = [(monitor, index) for monitor in self.monitors if (index := monitor.count(label))]
-            self._open = _OpenStep(trainer, optimizer, label, due)
-            if due:
+        if self._open is not None and self._open.optimizer is optimizer and _scaler(trainer) is None:
+            return  # LBFGS calls its closure, and with it this, several times in a step.
+        self._settle()
+        if optimizer not in self._handles:
+            self._handles[optimizer] = optimizer.register_step_post_hook(self._after)
+        label = _label(trainer, optimizer)
+        due = [(monitor, index) for monitor in self.monitors if (index := monitor.count(label))]
+        self._open = _OpenStep(trainer, optimizer, label, due)
+        if due:
+            with self._clock:
                 self._begin(module, self._open)
 
     def _begin(self, module: pl.LightningModule, opened: _OpenStep) -> None:
@@ -317,15 +322,15 @@ class StepRecorder:
         opened = self._open
         if opened is None or opened.optimizer is not optimizer:
             return  # a step that Lightning did not announce
+        # Fused optimizers handle the loss scaler's verdict themselves and are called for skipped steps, too.
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and found_inf.item():
+            self._settle()
+            return
+        if not opened.steps or _own_skips(optimizer) > opened.own_skips:
+            self._discard()
+            return
         with self._clock, torch.no_grad():
-            # Fused optimizers handle the loss scaler's verdict themselves and are called for skipped steps, too.
-            found_inf = getattr(optimizer, "found_inf", None)
-            if found_inf is not None and found_inf.item():
-                self._settle()
-                return
-            if not opened.steps or _own_skips(optimizer) > opened.own_skips:
-                self._discard()
-                return
             _to_changes(opened.changes)
             self._measure(opened)
             self._discard()
@@ -352,7 +357,8 @@ class StepRecorder:
     def _settle(self) -> None:
         """A step that was announced and did not come was skipped by the loss scaler."""
         if self._open is not None:
-            self.scaler_skips += 1
+            for monitor in self.monitors:
+                monitor.skip(self._open.label)
             self._discard()
 
     def _discard(self) -> None:
@@ -403,9 +409,12 @@ class StepRecorder:
         self._layout_written = True
         routes = [w.route for watched in self._watched.values() for w in watched if w.route is not None]
         charts = {
-            title: list(chart) for monitor in self.monitors for title, chart in monitor.charts_of(trainer).items()
+            # TensorBoard matches from the beginning of a tag, where labels of several optimizers are.
+            title: [kind, [f"(.*/)?{tag}" for tag in tags]]
+            for monitor in self.monitors
+            for title, (kind, tags) in monitor.charts_of(trainer).items()
         }
-        charts["overhead"] = ["Multiline", [r"^diagnostics/overhead_share$"]]
+        charts["overhead"] = ["Multiline", [r"diagnostics/overhead_share$"]]
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_custom_scalars({PAGE: charts})
@@ -431,15 +440,23 @@ class _Clock(AbstractContextManager[None]):
     """How long the diagnostics take, and what share of training that is."""
 
     def __init__(self) -> None:
+        self.device = torch.device("cpu")
         self._own = self._training = 0.0
         self._batch_start: float | None = None
         self._read = (0.0, 0.0)
 
     def __enter__(self) -> None:
+        self._wait()
         self._start = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
+        self._wait()
         self._own += time.perf_counter() - self._start
+
+    def _wait(self) -> None:
+        """Until an accelerator is done: what it has yet to do for training is no work of the diagnostics."""
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
 
     def batch_start(self) -> None:
         self._batch_start = time.perf_counter()
@@ -502,9 +519,13 @@ def _as_grouped(r: Route | None, optimizer: Optimizer, group: Mapping[str, Any])
     return replace(r, role=group["role"], blocks=group.get("blocks", 1), transposed=group.get("transposed", False))
 
 
+def _scaler(trainer: pl.Trainer) -> Any:
+    return getattr(trainer.precision_plugin, "scaler", None)
+
+
 def _loss_scale(trainer: pl.Trainer, optimizer: Optimizer) -> float:
     """Lightning unscales gradients before the hook, unless the optimizer does so itself."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    scaler = _scaler(trainer)
     if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
         return 1.0
     return scaler.get_scale()

@@ -40,7 +40,7 @@ def still(params):
 def fit(module, health, **kwargs):
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = pl.Trainer(
-        max_epochs=1, accelerator="cpu", callbacks=[health], enable_model_summary=False, **(quiet | kwargs)
+        max_epochs=1, accelerator="cpu", enable_model_summary=False, **({"callbacks": [health]} | quiet | kwargs)
     )
     trainer.fit(module)
     return {tag: [value for _, value in series] for tag, series in health.history.items()}
@@ -128,3 +128,121 @@ def test_steps_that_the_loss_scaler_skips(fused):
     values = fit(module, GradientHealth(1), plugins=[scaler(init_scale=1024.0)])
     assert values["gradient/skipped_steps"] == [0, 1, 1, 1]
     assert values["gradient/loss_scale"] == [1024, 512, 512, 512]
+
+
+class Two(pl.LightningModule):
+    """Two optimizers of different numbers of parameters."""
+
+    def __init__(self, x):
+        super().__init__()
+        self.automatic_optimization = False
+        self.nets, self.x = nn.ModuleList([nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), nn.Linear(3, 2)]), x
+
+    def training_step(self, batch):
+        for net, optimizer in zip(self.nets, self.optimizers()):
+            optimizer.zero_grad()
+            self.manual_backward(net(batch).square().sum())
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(net.parameters(), lr=1e-3) for net in self.nets]
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(self.x, batch_size=4)
+
+
+def test_optimizers_have_numbers_of_their_own():
+    x = torch.ones(20, 3)
+    x[4] = float("inf")
+    health = GradientHealth(1)
+    values = fit(Two(x), health, plugins=[scaler(init_scale=64.0)])
+    for label in ("SGD0", "SGD1"):
+        assert values[f"{label}/gradient/skipped_steps"] == [0, 1, 1, 1]
+        assert values[f"{label}/gradient/nonfinite"][1] > 0
+        assert values[f"{label}/gradient/nonfinite"][2] == 0
+    assert values["SGD1/gradient/nonfinite"][1] <= 8  # its elements
+    assert health.state_dict()["skips"] == {"SGD0/": 1, "SGD1/": 1}
+
+
+def test_clipping_of_one_optimizer_is_not_told_of_another():
+    class ClipsFirst(pl.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            if optimizer is trainer.optimizers[0]:
+                nn.utils.clip_grad_norm_(pl_module.nets[0].parameters(), 1e-3)
+
+    health = GradientHealth(1)
+    values = fit(Two(torch.ones(20, 3)), health, callbacks=[health, ClipsFirst()])
+    assert values["SGD0/gradient/clipped_fraction"] == [1.0] * 5
+    assert values["SGD1/gradient/clipped_fraction"] == [0.0] * 5
+
+
+class Box:
+    def __init__(self, xs):
+        self.x = torch.stack(xs)
+
+
+def test_batches_of_unknown_size_have_no_noise_scale():
+    module = Quadratic(still, batches=4)
+    module.train_dataloader = lambda: torch.utils.data.DataLoader(module.x, batch_size=8, collate_fn=Box)
+    step = module.training_step
+    module.training_step = lambda batch: step(batch.x)
+    values = fit(module, GradientHealth(1), accumulate_grad_batches=2)
+    assert len(values["gradient/norm"]) == 2
+    assert "gradient/noise_scale" not in values
+
+
+class Alternating(Quadratic):
+    """Micro-batches have gradients of different parameters, some of none of the optimizer's."""
+
+    def __init__(self):
+        super().__init__(lambda params: torch.optim.SGD(params, lr=0.0), std=0.0, batches=8)
+        self.other, self.frozen = nn.Parameter(torch.zeros(7)), nn.Parameter(torch.zeros(3))
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch) + 5 * self.frozen.sum()
+        return loss + self.other.sum() if batch_idx % 2 else loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([self.other, self.w], lr=0.0)
+
+
+def test_noise_scale_is_of_the_parameters_of_the_optimizer():
+    values = fit(Alternating(), GradientHealth(1), accumulate_grad_batches=2)
+    # Gradients of norm^2 1000 and 1007, their mean 1000 + 7/4: noise = (1003.5 - 1001.75) * 16, signal = 1000.
+    assert values["gradient/noise_scale"] == pytest.approx([28 / 1000] * 4, rel=1e-2)  # float32 differences
+
+
+def test_gradients_are_not_kept():
+    health = GradientHealth(1)
+    fit(Quadratic(still, batches=4), health, accumulate_grad_batches=2)
+    assert not health._small._last
+
+
+class Silent(Quadratic):
+    def training_step(self, batch, batch_idx):
+        return None if batch_idx == 1 else super().training_step(batch)
+
+
+def test_a_step_without_a_loss_has_no_values():
+    assert len(fit(Silent(still, batches=3), GradientHealth(1))["gradient/norm"]) == 2
+
+
+class Sparse(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Embedding(10, 4, sparse=True)
+
+    def training_step(self, batch):
+        return self.net(batch).sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(torch.tensor([3, 5]), batch_size=1)
+
+
+def test_sparse_gradients_are_measured():
+    values = fit(Sparse(), GradientHealth(1))
+    assert values["gradient/norm"] == [2.0, 2.0]
+    assert values["gradient/zeros"] == pytest.approx([0.9, 0.9])

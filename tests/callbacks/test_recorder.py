@@ -143,8 +143,8 @@ def test_the_change_is_that_of_the_step(precision: str, accumulate: int) -> None
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_step_that_the_scaler_skips_is_counted_and_not_measured(fused: bool) -> None:
     probe = Probe(1)
-    trainer = fit(Model(fused=fused, spoil=float("inf")), probe, **half())
-    assert StepRecorder.of(trainer).scaler_skips == 1
+    fit(Model(fused=fused, spoil=float("inf")), probe, **half())
+    assert probe.state_dict()["skips"] == {"": 1}
     assert probe.steps == [1, 3, 4, 5]
     assert [step for step, _ in probe.history["probe/index"]] == [0, 2, 3, 4]
 
@@ -200,6 +200,40 @@ def test_autocast_and_reduced_precision_do_not_reach_the_statistics(monkeypatch:
     fit(Manual(), OrthogonalityError(1), max_steps=3, precision="bf16-mixed")
     assert precisions
     assert all(precisions)
+
+
+def test_a_step_that_calls_its_closure_several_times_is_one() -> None:
+    model, size = Model(torch.optim.LBFGS, max_iter=4), UpdateSize(1)
+    start = [p.detach().clone() for p in model.parameters()]
+    trainer = fit(model, size, max_steps=1)
+    change = [p.detach() - before for p, before in zip(model.parameters(), start)]
+    assert trainer.optimizers[0].state_dict()["state"][0]["func_evals"] > 1
+    assert size.state_dict()["counts"] == {"": 1}
+    assert size.state_dict()["skips"] == {}
+    [(_, rms)] = size.history["update/rms"]
+    # Float32 sums of a hundred elements.
+    assert rms == pytest.approx(float(torch.cat([c.flatten() for c in change]).square().mean().sqrt()), rel=1e-5)
+
+
+class TwoOfTheSame(Manual):
+    """Two optimizers of one parameter."""
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD([self.net[0].weight], 0.1), torch.optim.AdamW([self.net[0].weight], 1e-3)]
+
+
+def test_what_is_remembered_of_one_optimizer_is_not_told_of_another() -> None:
+    size = UpdateSize(1)
+    fit(TwoOfTheSame(), size, max_steps=3)  # SGD, AdamW, AdamW
+    assert "SGD0/update/cosine_to_previous" not in size.history
+    assert len(size.history["AdamW1/update/cosine_to_previous"]) == 1
+
+
+def test_what_was_remembered_of_other_shards_is_forgotten() -> None:
+    size = UpdateSize(1)
+    size.load_state_dict({"counts": {}, "skips": {}, "memory": {"update/net.0.weight": torch.ones(3)}})
+    fit(Model(), size, max_steps=2)
+    assert [step for step, _ in size.history["update/cosine_to_previous"]] == [1]
 
 
 class Odd(Model):
@@ -281,7 +315,7 @@ def test_two_instances_do_not_mix() -> None:
 def test_monitors_that_count_differently_see_their_own_steps() -> None:
     """As where one was added to a run that is resumed."""
     old, new = Probe(1), Probe(1, layers=["*"])
-    old.load_state_dict({"counts": {"": 10}, "memory": {}})
+    old.load_state_dict({"counts": {"": 10}, "skips": {}, "memory": {}})
     fit(Odd(), old, new, max_steps=2)
     assert (old.steps, new.steps) == ([11, 12], [1, 2])
 
