@@ -33,7 +33,6 @@ class SignCollapse(Monitor):
 
     def results(self, step: Step, sums: dict[str, Tensor]) -> Results:
         index = sign_collapse(**sums)["index"]
-        moved = sums["update_sq"] > 0
-        numel = sums["numel"] * moved
+        numel = sums["numel"] * index.isfinite()
         mean = (index.nan_to_num() * numel).sum() / numel.sum()
         return Results({"index": float(mean)}, layers_of(step, {"index": index}) if self.layers else {})

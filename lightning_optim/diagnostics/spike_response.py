@@ -231,7 +231,7 @@ def robust_zscore(x: float, values: Sequence[float]) -> float:
     """
     middle, deviation = _median_and_deviation(values)
     deviation = max(deviation, 0.01 * middle)
-    return (x - middle) / deviation if deviation else math.inf * (x > middle)
+    return (x - middle) / deviation if deviation else (math.inf if x > middle else 0.0)
 
 
 def _median_and_deviation(values: Sequence[float]) -> tuple[float, float]:
