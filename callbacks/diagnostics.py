@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .gradient_health import GradientHealth
-from .monitor import Monitor
+from .monitor import Monitor, ProbingMonitor
 from .optimizer_internals import OptimizerInternals
 from .orthogonality_error import OrthogonalityError
 from .sign_collapse import SignCollapse
@@ -33,7 +33,8 @@ class Diagnostics(pl.Callback):
     ``standard`` all of these, :class:`.UpdateVariance` (online), :class:`.OrthogonalityError`, :class:`.SignCollapse`,
                  :class:`.OptimizerInternals`, and :class:`.SpikeResponse`, which looks at the norm of every gradient
     ``full``     the same, with the values of every layer, and probes of update variance and spike response at every
-                 20th measured step, which cost several training steps each
+                 20th measured step, which cost several training steps each; a run that cannot be probed (manual
+                 optimization, a data set without indices, ...) goes on without, after a warning
     ============ ===================================================================================================
 
     Works with any torch optimizer and never changes training. Values go to every logger of the Trainer, to
@@ -85,6 +86,10 @@ class Diagnostics(pl.Callback):
                 OptimizerInternals(**common),
                 SpikeResponse(**probes),
             ]
+        for monitor in self.monitors:
+            if isinstance(monitor, ProbingMonitor):
+                monitor.probes_optional = True
+        self._settings = {"tier": tier} | common
 
     # --- every hook that a monitor uses -------------------------------------------------------------------------
 
@@ -129,6 +134,10 @@ class Diagnostics(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         for monitor in self.monitors:
             monitor.on_exception(trainer, pl_module, exception)
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(**self._settings)
 
     def state_dict(self) -> dict[str, Any]:
         return {monitor.state_key: monitor.state_dict() for monitor in self.monitors}

@@ -20,12 +20,12 @@ from lightning_optim.diagnostics.spike_response import (
 )
 from lightning_optim.diagnostics.virtual import gradients_of
 
-from .monitor import Monitor, Results
+from .monitor import ProbingMonitor, Results
 from .recorder import Step, local
 from .update_variance import clipping
 
 
-class SpikeResponse(Monitor):
+class SpikeResponse(ProbingMonitor):
     r"""Gradient spikes, and how the updates after them differ from what they were.
 
     ===================================== ===========================================================================
@@ -128,18 +128,8 @@ class SpikeResponse(Monitor):
         self._watches: dict[str, SpikeWatch] = {}
         self._probe: dict[str, Tensor] = {}
 
-    # --- which steps --------------------------------------------------------------------------------------------
-
-    def probes(self, index: int) -> bool:
-        """Whether there is a probe at the step with that number, from 1."""
-        return self.probe_every_n_steps is not None and index % self.probe_every_n_steps == 0
-
-    def measures(self, index: int) -> bool:
-        return super().measures(index) or self.probes(index)
-
     def charts_of(self, trainer: pl.Trainer) -> Mapping[str, tuple[str, list[str]]]:
-        probed = self.probe_every_n_steps is not None
-        return {title: chart for title, chart in self.charts.items() if probed or "virtual" not in title}
+        return {title: chart for title, chart in self.charts.items() if self.can_probe or "virtual" not in title}
 
     # --- values -------------------------------------------------------------------------------------------------
 
@@ -150,7 +140,8 @@ class SpikeResponse(Monitor):
         gradient_sq, numel = self._whole(step)
         wanted = self._watch(step.label).see(float(gradient_sq.sum().sqrt()))
         if self.probes(step.index):
-            self._probe = self._respond(trainer, step, (gradient_sq / numel.clamp(min=1)).sqrt())
+            with self.probing():
+                self._probe = self._respond(trainer, step, (gradient_sq / numel.clamp(min=1)).sqrt())
         return wanted or bool(self._probe)
 
     def sums(self, step: Step) -> dict[str, Tensor]:
@@ -183,7 +174,7 @@ class SpikeResponse(Monitor):
         gradients = gradients_of(step.optimizer, step.loss_scale)
         spike = {}
         for w, size in zip(step.watched, rms.tolist()):
-            spike[w.parameter] = torch.empty_like(gradients[w.parameter])
+            spike[w.parameter] = torch.empty_like(w.parameter)
             signs = local(spike[w.parameter])
             generator = torch.Generator(signs.device).manual_seed(self.seed + step.index)
             signs.bernoulli_(0.5, generator=generator).mul_(2 * size).sub_(size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -11,6 +12,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.compile import to_uncompiled
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
@@ -28,11 +30,11 @@ from lightning_optim.diagnostics.update_variance import (
 )
 from lightning_optim.diagnostics.virtual import VirtualOptimizer, fork_rng, gradients_of, parameters_of
 
-from .monitor import Monitor, Results, layers_of
+from .monitor import ProbingMonitor, Results, layers_of
 from .recorder import Step, StepRecorder, local
 
 
-class UpdateVariance(Monitor):
+class UpdateVariance(ProbingMonitor):
     r"""Variance of the updates, :math:`V = \mathbb{E}\,\|d - \mathbb{E} d\|^2`, and its ratio to
     :math:`\|\mathbb{E} d\|^2`.
 
@@ -128,29 +130,20 @@ class UpdateVariance(Monitor):
         self._source: _Source | None = None
         self._updates: list[list[Tensor]] = []
 
-    # --- which steps --------------------------------------------------------------------------------------------
-
-    def probes(self, index: int) -> bool:
-        """Whether there is a probe at the step with that number, from 1."""
-        return self.probe_every_n_steps is not None and index % self.probe_every_n_steps == 0
-
-    def measures(self, index: int) -> bool:
-        return super().measures(index) or self.probes(index)
-
     def charts_of(self, trainer: pl.Trainer) -> Mapping[str, tuple[str, list[str]]]:
-        probed = self.probe_every_n_steps is not None
-        return {title: chart for title, chart in self.charts.items() if probed or "mini-batches" not in title}
+        return {title: chart for title, chart in self.charts.items() if self.can_probe or "mini-batches" not in title}
 
     # --- values -------------------------------------------------------------------------------------------------
 
     def before_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step) -> bool:
         self._updates = []
         if self._source is not None and self.probes(step.index):
-            updates = self._source.collect(step)
-            self._updates = [[_sampled(update[w.parameter]) for w in step.watched] for update in updates]
-            if self.source == "ranks":
+            with self.probing():
+                updates = self._source.collect(step)
+                self._updates = [[_sampled(update[w.parameter]) for w in step.watched] for update in updates]
+            if self.source == "ranks" and step.watched:
                 self._updates = _gathered(self._updates[0])
-        return True
+        return bool(step.watched)
 
     def sums(self, step: Step) -> dict[str, Tensor]:
         updates = [sample(u) for u in step.change.updates]
@@ -180,12 +173,13 @@ class UpdateVariance(Monitor):
         super().on_train_start(trainer, pl_module)
         if self.probe_every_n_steps is None:
             return
-        if not pl_module.automatic_optimization:
-            raise MisconfigurationException(
-                f"UpdateVariance: a probe repeats what automatic optimization does, which {type(pl_module).__name__} "
-                "does not use; leave probe_every_n_steps out."
-            )
-        self._source = _SOURCES[self.source](self, trainer, pl_module)
+        with self.probing():
+            if not pl_module.automatic_optimization:
+                raise MisconfigurationException(
+                    "UpdateVariance: a probe repeats what automatic optimization does, which "
+                    f"{type(pl_module).__name__} does not use; leave probe_every_n_steps out."
+                )
+            self._source = _SOURCES[self.source](self, trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -196,7 +190,7 @@ class UpdateVariance(Monitor):
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._source is not None and self.probes(self._counts.get("", 0) + 1):
-            with StepRecorder.of(trainer).clock, torch.no_grad():
+            with StepRecorder.of(trainer).clock, torch.no_grad(), self.probing():
                 self._source.after_backward()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -348,14 +342,18 @@ class _Batches(_Source):
         )
 
     def collect(self, step: Step) -> list[dict[Tensor, Tensor]]:
+        optimizer = self.trainer.optimizers[0]
         with isolate_rng(include_cuda=False), fork_rng(self.module.device), torch.enable_grad():
             module = self._copy()
             real: dict[Tensor, Tensor] = dict(zip(module.parameters(), self.module.parameters()))
             updates = []
             for number, batch in enumerate(self._draw(step.index)):
                 module.zero_grad()
-                self._backward(module, batch, number)
-                gradients = {p: copied.grad for copied, p in real.items() if copied.grad is not None}
+                # The copy may still reach what is not part of the module.
+                with _without_gradients(parameters_of(optimizer)):
+                    self._backward(module, batch, number)
+                    outside = gradients_of(optimizer)
+                gradients = outside | {p: copied.grad for copied, p in real.items() if copied.grad is not None}
                 updates.append({p: _sampled(u) for p, u in self.update(gradients).items()})
         return updates
 
@@ -367,6 +365,8 @@ class _Batches(_Source):
                 f"UpdateVariance(source='batches') needs a copy of {type(self.module).__name__}, which cannot be made: "
                 f"{error}. Use source='accumulation' or 'ranks'."
             ) from error
+        if module._compiler_ctx is not None:  # Its compiled steps are still those of the real module.
+            to_uncompiled(module)
         module.trainer = self.trainer
         for part in module.modules():
             if isinstance(part, pl.LightningModule):  # What it logs is not that of the run.
@@ -400,6 +400,19 @@ class _Batches(_Source):
         loss = output["loss"] if isinstance(output, Mapping) else output
         if isinstance(loss, Tensor):
             (loss * self.loss_scale).backward()
+
+
+@contextmanager
+def _without_gradients(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Parameters have no gradients for the time being, and the same as before afterwards."""
+    gradients = [p.grad for p in parameters]
+    try:
+        for p in parameters:
+            p.grad = None
+        yield
+    finally:
+        for p, g in zip(parameters, gradients):
+            p.grad = g
 
 
 _SOURCES: dict[str, type[_Source]] = {"batches": _Batches, "accumulation": _Accumulation, "ranks": _Ranks}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -18,6 +20,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from torch import nn
 
 from lightning_optim.callbacks import Diagnostics
+from lightning_optim.callbacks.monitor import ProbingMonitor
 from lightning_optim.report import plot, read_runs
 
 PROJECT = Path(__file__).parents[1] / "other_project" / "train.py"
@@ -88,6 +91,96 @@ def test_tiers_and_their_mistakes():
         Diagnostics(every_n_steps=0)
     with pytest.raises(MisconfigurationException, match=r"layers: no parameter matches 'decoder\.\*'"):
         trainer(callbacks=[Diagnostics(layers=["decoder.*"])]).fit(Net())
+
+
+class Manual(Net):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx)["loss"])
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.AdamW(self.layer[i].parameters(), lr=1e-2) for i in (0, 1)]
+
+
+class Streamed(Net):
+    def train_dataloader(self):
+        class Stream(torch.utils.data.IterableDataset):
+            def __iter__(self):
+                yield from torch.ones(64, 32)
+
+        return torch.utils.data.DataLoader(Stream(), batch_size=4)
+
+
+class WithLBFGS(Net):
+    def configure_optimizers(self):
+        return torch.optim.LBFGS(self.parameters(), lr=0.01, max_iter=2)
+
+
+@pytest.mark.parametrize(
+    ("module", "left_out"),
+    [
+        (Manual, {"UpdateVariance": "automatic optimization"}),
+        (Streamed, {"UpdateVariance": "over Stream"}),
+        (WithLBFGS, dict.fromkeys(("UpdateVariance", "SpikeResponse"), "LBFGS makes no steps on a copy")),
+    ],
+)
+def test_a_run_that_cannot_be_probed_goes_on_without(module, left_out):
+    diagnostics = Diagnostics("full", every_n_steps=1)
+    for monitor in diagnostics.monitors:
+        if isinstance(monitor, ProbingMonitor):
+            monitor.probe_every_n_steps = 2
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(callbacks=[diagnostics], max_steps=20).fit(module(dropout=0) if module is not Manual else module())
+    messages = [str(w.message) for w in caught if "leaves probes out of this run" in str(w.message)]
+    assert len(messages) == len(left_out)
+    for name, reason in left_out.items():
+        assert any(m.startswith(name) and reason in m for m in messages)
+    tags = {tag for monitor in diagnostics.monitors for tag in monitor.history}
+    assert any(tag.endswith("update_variance/online") for tag in tags)
+    assert not any("conditional" in tag for tag in tags)
+    assert any("probe_amplification" in tag for tag in tags) == ("SpikeResponse" not in left_out)
+
+
+def test_two_sets_with_different_settings_side_by_side():
+    light, standard = Diagnostics("light", every_n_steps=1), Diagnostics("standard", every_n_steps=3)
+    trainer(callbacks=[light, standard]).fit(Net())
+    assert len(light.monitors[1].history["update/rms"]) == 6
+    assert len(standard.monitors[1].history["update/rms"]) == 2
+
+
+def test_parameters_outside_of_the_module_are_measured():
+    class Outside(Net):
+        def __init__(self):
+            super().__init__()
+            self.outside, self.layer = [self.layer], None  # a list is no module
+
+        def forward(self, x):
+            return self.outside[0](x)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.outside[0].parameters(), lr=0.1)
+
+    diagnostics = Diagnostics("standard", every_n_steps=1)
+    trainer(callbacks=[diagnostics], limit_val_batches=0).fit(Outside())
+    assert len(diagnostics.monitors[1].history["update/rms"]) == 6
+
+
+def test_charts_of_several_optimizers_are_filled(tmp_path):
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    trainer(callbacks=[Diagnostics("light", every_n_steps=1)], max_steps=8, logger=logger).fit(Manual())
+    events = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0}).Reload()
+    content = events.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0]
+    tags = events.Tags()["scalars"]
+    for chart in layout_pb2.Layout.FromString(content).category[0].chart:
+        # As TensorBoard does.
+        assert any(re.match(pattern, tag) for pattern in chart.multiline.tag for tag in tags), chart.title
 
 
 def test_every_chart_of_the_page_is_filled(tmp_path):

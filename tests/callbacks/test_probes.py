@@ -99,6 +99,51 @@ def test_a_run_is_the_same_with_probes_of_accumulation_and_clipping() -> None:
     assert len(callbacks[0].history["update_variance/conditional"]) == 3
 
 
+@pytest.mark.parametrize("part", [lambda m: m, lambda m: m.net], ids=["module", "part"])
+def test_a_compiled_run_is_the_same_with_probes(part: Any) -> None:
+    """Compiled steps of a copied module are still those of the real one."""
+    states = []
+    for callbacks in ([], probing("batches")):
+        module = Everything("AdamW")
+        if part(module) is module.net:
+            module.net = torch.compile(module.net, backend="eager")  # type: ignore[assignment]
+        pl.seed_everything(1, verbose=False)
+        compiled = torch.compile(module, backend="eager") if part(module) is module else module
+        fit(compiled, callbacks, steps=6)  # type: ignore[arg-type]
+        states.append(module.state_dict())
+    assert all(torch.equal(x, states[1][name]) for name, x in states[0].items())
+    assert all(value > 0 for _, value in callbacks[0].history["update_variance/conditional"])
+
+
+shared = nn.Linear(3, 1)
+
+
+class Outside(pl.LightningModule):
+    """Some of its weights belong to no module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(6, 3)
+
+    def training_step(self, batch: list[Tensor]) -> Tensor:
+        return shared(self.net(batch[0])).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD([*self.parameters(), *shared.parameters()], lr=0.1, momentum=0.9)
+
+    train_dataloader = Everything.train_dataloader
+
+
+def test_a_run_is_the_same_where_parameters_belong_to_no_module() -> None:
+    states = []
+    for callbacks in ([], probing("batches")):
+        pl.seed_everything(1, verbose=False)
+        shared.reset_parameters()
+        fit(module := Outside(), callbacks, steps=6)
+        states.append([p.detach().clone() for p in (*module.parameters(), *shared.parameters())])
+    assert all(torch.equal(x, y) for x, y in zip(*states))
+
+
 class Uncopyable(torch.optim.SGD):
     def __deepcopy__(self, memo: Any) -> Any:
         raise TypeError("no")
