@@ -253,7 +253,6 @@ class StepRecorder:
             )
         if not self.monitors:
             self._layout_written = False
-        self._clock.device = trainer.strategy.root_device
         if monitor not in self.monitors:
             self.monitors.append(monitor)
 
@@ -289,6 +288,7 @@ class StepRecorder:
         due = [(monitor, index) for monitor in self.monitors if (index := monitor.count(label))]
         self._open = _OpenStep(trainer, optimizer, label, due)
         if due:
+            self._clock.device = module.device
             with self._clock:
                 self._begin(module, self._open)
 

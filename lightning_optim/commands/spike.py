@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import nn
 from torch.optim import Optimizer
 
-from ..diagnostics.spike_response import SpikeResult, spike_response
+from ..diagnostics.spike_response import SpikeResult, scale_name, spike_response
 from ..optimizers.hybrid import MatrixOptimizer
 from ..optimizers.registry import OptimizerInfo, get
 
@@ -102,7 +102,7 @@ def _table(results: Sequence[Result], options: argparse.Namespace) -> Table:
     for name, scale, r in results:
         steps = [f">{options.after}" if x is None else str(x) for x in (r.recovery_steps, r.crossing_steps)]
         figures = [f"{x:.3g}" for x in (r.amplification, r.suppression, r.extra_displacement)]
-        table.add_row(name if name != last else "", f"{scale:.0e}", *figures, *steps)
+        table.add_row(name if name != last else "", scale_name(scale), *figures, *steps)
         last = name
     return table
 
@@ -128,7 +128,7 @@ def _plot(results: Sequence[Result], path: Path) -> None:
     for axes, scale in zip(figure.subplots(1, len(scales), squeeze=False, sharey=True)[0], scales):
         for i, (name, r) in enumerate((name, r) for name, x, r in results if x == scale):
             axes.plot(range(-r.spike_at, len(r.rms) - r.spike_at), r.rms / r.baseline, label=name, color=f"C{i}")
-        axes.set(title=f"gradient x {scale:.0e}", xlabel="steps after the spike", yscale="log")
+        axes.set(title=f"gradient x {scale_name(scale)}", xlabel="steps after the spike", yscale="log")
         axes.axhspan(0.9, 1.1, color="0.9", zorder=0)
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("update RMS / before the spike")

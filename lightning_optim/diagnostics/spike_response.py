@@ -180,14 +180,24 @@ def spike_probe_sums(
     for scale in scales:
         spiked = {p: g + scale * spike[p] if p in spike else g for p, g in gradients.items()}
         for t, updates in enumerate(follow(spiked)):
-            sums[f"spiked_{scale:.0e}_{t}"] = sum_of_squares(updates) * of_all
+            sums[f"spiked_{scale_name(scale)}_{t}"] = sum_of_squares(updates) * of_all
             extra = [x - y for x, y in zip(updates, calm[t])]
-            sums[f"extra_{scale:.0e}_{t}"] = sum_of_squares(extra) * of_all
+            sums[f"extra_{scale_name(scale)}_{t}"] = sum_of_squares(extra) * of_all
     return sums
 
 
 def _local(x: Tensor) -> Tensor:
     return x.to_local() if isinstance(x, DTensor) else x
+
+
+def scale_name(scale: float) -> str:
+    """What a scale is called in tags and tables.
+
+    >>> scale_name(1e3), scale_name(1500)
+    ('1e+03', '1500')
+    """
+    short = f"{scale:.0e}"
+    return short if float(short) == scale else f"{scale:g}"
 
 
 def spike_probe(sums: Mapping[str, Tensor], scales: Sequence[float]) -> dict[str, float]:
@@ -207,7 +217,7 @@ def spike_probe(sums: Mapping[str, Tensor], scales: Sequence[float]) -> dict[str
     roots = {name: float(x.sum().sqrt()) for name, x in sums.items()}
     steps = sum(name.startswith("calm_") for name in roots)
     calm = [roots[f"calm_{t}"] for t in range(steps)]
-    for name in (f"{scale:.0e}" for scale in scales):
+    for name in map(scale_name, scales):
         ratios = [roots[f"spiked_{name}_{t}"] / c if (c := calm[t]) else math.nan for t in range(steps)]
         extra = sum(roots[f"extra_{name}_{t}"] for t in range(steps))
         values[f"amplification/{name}"] = max(ratios)

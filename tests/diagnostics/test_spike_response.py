@@ -192,6 +192,13 @@ def test_sums_of_large_parameters_are_scaled_up() -> None:
     assert sums["extra_2e+00_0"].tolist() == pytest.approx([4 * 15000.0])
 
 
+def test_scales_of_several_digits_are_told_apart() -> None:
+    w = nn.Parameter(torch.zeros(4))
+    sums = spike_probe_sums(torch.optim.SGD([w], lr=1.0), {w: torch.ones(4)}, {w: torch.ones(4)}, [11.0, 14.0], 1)
+    values = spike_probe(sums, [11.0, 14.0])
+    assert (values["amplification/11"], values["amplification/14"]) == pytest.approx((12, 15))
+
+
 # --- online -----------------------------------------------------------------------------------------------------------
 
 
