@@ -243,10 +243,14 @@ class Monitor(pl.Callback):
         self._lead(trainer, "batch_end")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        StepRecorder.of(trainer).detach(self)
+        self._detach(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._detach(trainer)
+
+    def _detach(self, trainer: pl.Trainer) -> None:
         StepRecorder.of(trainer).detach(self)
+        self._selection = ((), [])  # A callback outlives the module.
 
     def _lead(self, trainer: pl.Trainer, method: str, *args: Any) -> None:
         """Lightning calls every monitor; the first speaks to the recorder for all."""

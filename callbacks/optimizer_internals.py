@@ -84,6 +84,7 @@ class OptimizerInternals(Monitor):
             parts = [sums[f"{name}/{i}"] for i in range(_width(internal))]
             values[name] = float(internal.value(*(x.sum() for x in parts)))
             layers[name] = dict(zip(step.names, internal.value(*parts).tolist()))
+        self._internals = {}  # A callback outlives the module.
         return Results(values, layers)
 
     def _declared(self) -> dict[str, Internal]:

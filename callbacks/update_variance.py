@@ -57,7 +57,8 @@ class UpdateVariance(ProbingMonitor):
     (:class:`lightning_optim.diagnostics.VirtualOptimizer`). The mini-batches are, by ``source``,
 
     - ``"batches"``: additional ones, drawn uniformly from the training data with a generator of their own, of the
-      loader's batch size, run through a copy of the LightningModule. Costs that many forward and backward passes;
+      loader's batch size, run through a copy of the LightningModule. Costs that many forward and backward passes.
+      Global random numbers are put back; a data set that draws from a generator of its own sees the reads;
     - ``"accumulation"``: those of ``accumulate_grad_batches``, on one process;
     - ``"ranks"``: those of the processes under DDP, before their gradients are averaged. All processes gather the
       sampled elements of all updates: one more collective per probe.
