@@ -101,7 +101,8 @@ def train(model: str, optimizer: str, attached: list[pl.Callback], steps: int, f
         enable_model_summary=False,
     )
     # One batch, again and again, so that data costs nothing.
-    trainer.fit(module, torch.utils.data.DataLoader([batch] * (steps + 10), batch_size=1, collate_fn=_only))
+    repeated: Any = [batch] * (steps + 10)
+    trainer.fit(module, torch.utils.data.DataLoader(repeated, batch_size=1, collate_fn=_only))
     return clock.seconds / steps
 
 
