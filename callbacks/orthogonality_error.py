@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -16,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from lightning_optim.diagnostics.change import Sums
 from lightning_optim.diagnostics.orthogonality import (
     factor_error,
+    full_precision,
     gram,
     orthogonality_of_gram,
     polar_error,
@@ -23,7 +26,7 @@ from lightning_optim.diagnostics.orthogonality import (
 )
 from lightning_optim.optimizers.execution import block_shape, to_blocks
 
-from .monitor import Monitor, Results
+from .monitor import Monitor, Results, matches
 from .recorder import Shards, Step, Watched, cut_axes, position
 
 #: Equal matrices are measured together up to this many elements (64 MiB in float32).
@@ -32,6 +35,7 @@ _MOST_AT_ONCE = 1 << 24
 _STATISTICS = ("error", "stable_rank", "spectral_norm")
 #: From the reports of our matrix optimizers; the second only if asked for.
 _REPORTED = ("factor_error", "polar_error")
+_SPECTRUM = "spectrum/"
 
 
 class OrthogonalityError(Monitor):
@@ -71,6 +75,9 @@ class OrthogonalityError(Monitor):
         layers: As in :class:`.Monitor`.
         polar: Compare factors with the polar factors of the same matrices by float64 singular value decompositions,
             which take long: for a look, not for every run. Only with our matrix optimizers.
+        spectra: Send the singular values of each matrix's update to TensorBoard, as histograms
+            (``orthogonality_spectrum/PARAMETER``) and, with matplotlib, as one figure (``orthogonality/spectra``); of
+            the parameters in ``layers``, or of all if that is empty. Other loggers get nothing.
 
     Example:
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
@@ -104,9 +111,12 @@ class OrthogonalityError(Monitor):
         parameters: Sequence[str] = ("*",),
         layers: Sequence[str] = (),
         polar: bool = False,
+        spectra: bool = False,
     ) -> None:
         super().__init__(every_n_steps, first_n_steps, parameters, layers)
         self.polar = polar
+        self.spectra = spectra
+        self._boards: list[Any] = []
         self._from_reports = _REPORTED if polar else _REPORTED[:1]
         self._reported: dict[tuple[str, Tensor], Tensor] = {}
         self._orthogonalized: dict[Tensor, Tensor] = {}
@@ -117,6 +127,9 @@ class OrthogonalityError(Monitor):
     def before_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step) -> bool:
         self._reported.clear()
         self._orthogonalized.clear()
+        if self.spectra and trainer.is_global_zero:
+            self._boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+            self._x = trainer.fit_loop.epoch_loop._batches_that_stepped
         return bool(step.watched)
 
     def observe(self, parameter: Tensor, name: str, value: Tensor) -> None:
@@ -150,7 +163,8 @@ class OrthogonalityError(Monitor):
             return sums | {f"{_PART}{i}": part for i, part in enumerate(parts)}
         grams, peaks = zip(*[scaled_gram(_matrices(w, u)) for w, u in pairs])
         values = _batched(orthogonality_of_gram, grams)
-        return sums | values | {"spectral_norm": values["spectral_norm"] * _concatenated(peaks)}
+        spectra = self._singular_values([g * peak[:, None, None] ** 2 for g, peak in zip(grams, peaks)])
+        return sums | spectra | values | {"spectral_norm": values["spectral_norm"] * _concatenated(peaks)}
 
     def condense(self, step: Step, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         parts = [x for name, x in sums.items() if name.startswith(_PART)]
@@ -158,7 +172,7 @@ class OrthogonalityError(Monitor):
             return sums
         grams = [x if _has_gram(w) else gram(x) for w, x in zip(step.watched, parts)]
         small = {name: x for name, x in sums.items() if not name.startswith(_PART)}
-        return small | _batched(orthogonality_of_gram, grams)
+        return small | self._singular_values(grams) | _batched(orthogonality_of_gram, grams)
 
     def results(self, step: Step, sums: dict[str, Tensor]) -> Results:
         each = {name: sums[name] for name in _STATISTICS}
@@ -168,7 +182,42 @@ class OrthogonalityError(Monitor):
         for name in set(each) & {"error", *_REPORTED}:
             values[f"{name}_worst"] = max([v for v in each[name].tolist() if v == v], default=math.nan)
         matrices = [name for w in step.watched for name in _names(w)]
+        spectra = [row for name, x in sums.items() if name.startswith(_SPECTRUM) for row in x]
+        self._show(step.label, dict(zip(matrices, spectra)))
         return Results(values, {name: dict(zip(matrices, x.tolist())) for name, x in each.items()})
+
+    # --- spectra ------------------------------------------------------------------------------------------------
+
+    def _singular_values(self, grams: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Of each matrix, largest first, from the Gram matrices of each parameter; nothing where nobody looks."""
+        if not self._boards:
+            return {}
+        with full_precision(grams[0]):
+            values = [torch.linalg.eigvalsh(g.nan_to_num()).clamp(min=0).sqrt().flip(-1) for g in grams]
+        return {f"{_SPECTRUM}{i}": x for i, x in enumerate(values)}
+
+    def _show(self, label: str, spectra: dict[str, Tensor]) -> None:
+        shown = {name: x for name, x in spectra.items() if not self.layers or matches(name, self.layers)}
+        for board in self._boards:
+            for name, values in shown.items():
+                board.experiment.add_histogram(f"{label}orthogonality_spectrum/{name}", values.numpy(), self._x)
+            if shown and find_spec("matplotlib"):
+                board.experiment.add_figure(f"{label}orthogonality/spectra", _drawn(shown), self._x)
+
+
+def _drawn(spectra: dict[str, Tensor]) -> Any:
+    """Singular values of each matrix over their mean, on one axis: a flat line at 1 is an orthogonal matrix."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="rank / number of singular values", ylabel="singular value / mean", yscale="log")
+    for name, values in spectra.items():
+        axes.plot(
+            torch.linspace(0, 1, len(values)).tolist(), (values / values.mean()).tolist(), label=name, linewidth=1
+        )
+    if len(spectra) <= 12:
+        axes.legend(fontsize=6)
+    return figure
 
 
 # --- matrices in parameters ---------------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -166,3 +168,25 @@ def test_nonfinite_updates_do_no_harm() -> None:
     monitor = OrthogonalityError(1)
     fit(Broken(), monitor)
     assert not last(monitor)
+
+
+@pytest.mark.parametrize("layers", [(), ("qkv.*",)])
+def test_spectra_go_to_tensorboard(tmp_path: Any, layers: tuple[str, ...]) -> None:
+    model, updates = Model(), Updates()
+    monitor = OrthogonalityError(every_n_steps=1, layers=layers, spectra=True)
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    pl.Trainer(
+        accelerator="cpu", max_steps=1, callbacks=[monitor, updates], logger=logger, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    ).fit(model)  # fmt: skip
+    events = EventAccumulator(str(tmp_path), size_guidance={"histograms": 0, "images": 0}).Reload()
+    tags = {tag.removeprefix("orthogonality_spectrum/") for tag in events.Tags()["histograms"]}
+    packed = {f"qkv.weight/{i}" for i in range(3)}
+    assert tags == (packed if layers else packed | {"linear.weight", "conv.weight", "transposed.weight"})
+    (histogram,) = events.Histograms("orthogonality_spectrum/qkv.weight/1")
+    true = torch.linalg.svdvals(updates.updates["qkv.weight"][6:12].double())
+    assert histogram.histogram_value.num == 6
+    # From a float32 Gram matrix: squares of singular values to 1e-6 of the largest one.
+    assert histogram.histogram_value.sum == pytest.approx(float(true.sum()), rel=5e-3)
+    assert histogram.histogram_value.max == pytest.approx(float(true.max()), rel=1e-5)
+    assert events.Tags()["images"] == ["orthogonality/spectra"]
