@@ -57,6 +57,10 @@ class SpikeResponse(ProbingMonitor):
     ``(len(probe_scales) + 1) * (probe_steps + 1)`` optimizer steps and a copy of parameters and state.
 
     Args:
+        every_n_steps: Look at the gradient norm every so many optimizer steps, or where a function of the step is
+            true. Spikes in between go unnoticed.
+        first_n_steps: Look at each of the first so many steps, too.
+        parameters: Shell-style patterns of the names of parameters to measure.
         threshold: z-score from which a gradient norm is a spike; 6 as in OLMo-core's SpikeScore.
         window: Number of gradient norms that one is compared with; 128 as there.
         follow_steps: Steps after which a spike counts as not recovered.
@@ -64,10 +68,6 @@ class SpikeResponse(ProbingMonitor):
         probe_scales: Sizes of the spikes.
         probe_steps: Steps after the spike.
         seed: Seed of the signs.
-        every_n_steps: Look at the gradient norm every so many optimizer steps, or where a function of the step is
-            true. Spikes in between go unnoticed.
-        first_n_steps: Look at each of the first so many steps, too.
-        parameters: Shell-style patterns of the names of parameters to measure.
 
     Raises:
         ValueError: An argument is out of range.
@@ -94,6 +94,9 @@ class SpikeResponse(ProbingMonitor):
 
     def __init__(
         self,
+        every_n_steps: int | Callable[[int], bool] = 1,
+        first_n_steps: int = 0,
+        parameters: Sequence[str] = ("*",),
         threshold: float = THRESHOLD,
         window: int = WINDOW,
         follow_steps: int = 100,
@@ -101,9 +104,6 @@ class SpikeResponse(ProbingMonitor):
         probe_scales: Sequence[float] = (1e1, 1e3, 1e9),
         probe_steps: int = 30,
         seed: int = 0,
-        every_n_steps: int | Callable[[int], bool] = 1,
-        first_n_steps: int = 0,
-        parameters: Sequence[str] = ("*",),
     ) -> None:
         super().__init__(every_n_steps, first_n_steps, parameters)
         for argument, value, least in (

@@ -69,15 +69,15 @@ class UpdateVariance(ProbingMonitor):
     positive, as where noise hides the mean, is not logged.
 
     Args:
+        every_n_steps: Measure *online* every so many optimizer steps, or where a function of the step is true.
+        first_n_steps: Measure each of the first so many steps, too.
+        parameters: Shell-style patterns of the names of parameters to measure.
+        layers: Shell-style patterns of the names of parameters whose own values are logged, too.
         decay: Weight of a measured step relative to the next in *online*; 0.9 remembers about ten.
         probe_every_n_steps: Probe every so many optimizer steps; ``None`` for never.
         source: Where the mini-batches of a probe come from.
         batches: How many ``"batches"`` a probe draws.
         seed: Seed of these.
-        every_n_steps: Measure *online* every so many optimizer steps, or where a function of the step is true.
-        first_n_steps: Measure each of the first so many steps, too.
-        parameters: Shell-style patterns of the names of parameters to measure.
-        layers: Shell-style patterns of the names of parameters whose own values are logged, too.
 
     Raises:
         ValueError: An argument is out of range.
@@ -102,15 +102,15 @@ class UpdateVariance(ProbingMonitor):
 
     def __init__(
         self,
+        every_n_steps: int | Callable[[int], bool] = 50,
+        first_n_steps: int = 0,
+        parameters: Sequence[str] = ("*",),
+        layers: Sequence[str] = (),
         decay: float = 0.9,
         probe_every_n_steps: int | None = None,
         source: Literal["batches", "accumulation", "ranks"] = "batches",
         batches: int = 8,
         seed: int = 0,
-        every_n_steps: int | Callable[[int], bool] = 50,
-        first_n_steps: int = 0,
-        parameters: Sequence[str] = ("*",),
-        layers: Sequence[str] = (),
     ) -> None:
         super().__init__(every_n_steps, first_n_steps, parameters, layers)
         if not 0 <= decay < 1:

@@ -215,7 +215,7 @@ def test_runs_carry_diagnostics_unless_told_not_to(flags: list[str]) -> None:
 
 
 def test_diagnostic_callbacks_by_flags() -> None:
-    callback = ["--trainer.callbacks+=SignCollapse", "--trainer.callbacks.every_n_steps=1"]
+    callback = ["--trainer.callbacks+=lightning_optim.callbacks.SignCollapse", "--trainer.callbacks.every_n_steps=1"]
     main(["fit", *SHORT, "--diagnostics.tier", "off", *callback])
     tags = EventAccumulator("runs/digits/version_0").Reload().Tags()["scalars"]
     assert "sign_collapse/index" in tags
