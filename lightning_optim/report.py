@@ -215,6 +215,10 @@ def examine(run: Run) -> list[Finding]:
     return findings
 
 
+#: A horizontal line in a chart, from the check of the same value.
+_GUIDES = {"update to weight": 1e-3}
+
+
 # --- charts ----------------------------------------------------------------------------------------------------
 
 
@@ -269,6 +273,8 @@ def plot(runs: Sequence[Run]) -> Any:
                         steps, values, styles[j % 4], color=f"C{k % 10}", linewidth=1.3, marker="." * (len(steps) < 3)
                     )
                     positive += values
+        if title in _GUIDES:
+            axes.axhline(_GUIDES[title], color="grey", linewidth=0.8, linestyle="--")
         # Series that span orders of magnitude are unreadable on a linear axis.
         if min(positive) > 0 and max(positive) > 20 * min(positive):
             axes.set_yscale("log")

@@ -75,7 +75,8 @@ def test_charts_hold_what_runs_have(folder):
     figure = plot(read_runs([folder]))
     by_title = {axes.get_title(): axes for axes in figure.axes}
     assert set(by_title) == {"gradient norm", "clipped steps", "update to weight"}
-    assert len(by_title["update to weight"].lines) == 2
+    assert len(by_title["update to weight"].lines) == 3  # two runs and the guide
+    assert len(by_title["clipped steps"].lines) == 1
     assert by_title["update to weight"].get_yscale() == "log"
     assert set(by_title) <= set(charts())
     with pytest.raises(ValueError, match="nothing to plot"):
