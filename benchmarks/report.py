@@ -139,11 +139,12 @@ def _overhead() -> str:
     parts = []
     for content in figures("diagnostics-overhead").values():
         machine, settings = content["machine"], content["settings"]
+        rounds = sorted({row["rounds"] for row in content["rows"]})
         parts.append(
             f"{machine['processor']}, {machine['threads']} of {machine['cores']} cores, load average "
-            f"{machine['load_average']}; torch {machine['torch']}; {settings['optimizer']}, "
-            f"{content['rows'][0]['rounds']} rounds of {settings['steps']} steps. CPU time with over CPU time without, "
-            "median (smallest to largest) of the rounds."
+            f"{machine['load_average']}; torch {machine['torch']}; {settings['optimizer']}, {settings['steps']} steps, "
+            f"{' or '.join(map(str, rounds))} rounds. CPU time with over CPU time without, median (smallest to "
+            "largest) of the rounds."
         )
         for model, rows in _by(content["rows"], "model"):
             intervals = sorted({row["interval"] for row in rows})
