@@ -7,7 +7,9 @@ anew, in one process, with a TensorBoard logger. A ratio is the median over roun
 without in the same round. Time is that of the process on the CPU, which other programs disturb less than time on the
 wall. Beside our callbacks stands logging as Composer's OptimizerMonitor does it: norms of gradient, weight and update
 of every parameter, each number fetched and logged by itself. The JSON file holds ``{"machine": ..., "rows": [{"model",
-"callback", "interval", "ratio", "low", "high", "step_ms", ...}]}`` with the smallest and largest ratio.
+"callback", "interval", "ratio", "low", "high", "own", "step_ms", ...}]}`` with the smallest and largest ratio, and
+``own``, the time that our callbacks take by their own clock over that of everything else: it leaves out what they do to
+caches, and resolves what is lost in the noise of the ratio.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from lightning_optim import callbacks
+from lightning_optim.callbacks.recorder import StepRecorder
 from lightning_optim.models import LanguageModel, VisionClassifier
 
 from .machine import describe
@@ -85,8 +88,8 @@ def _tier(tier: Any) -> Callable[[int], pl.Callback]:
     return lambda interval: callbacks.Diagnostics(tier, every_n_steps=interval)
 
 
-def train(model: str, optimizer: str, attached: list[pl.Callback], steps: int, folder: str) -> float:
-    """Seconds per step, the first ten steps left out."""
+def train(model: str, optimizer: str, attached: list[pl.Callback], steps: int, folder: str) -> tuple[float, float]:
+    """Seconds per step, the first ten steps left out, and the share that diagnostics say they take."""
     clock = _Clock(skip=10)
     pl.seed_everything(0, verbose=False)
     module, batch = MODELS[model]()
@@ -103,7 +106,7 @@ def train(model: str, optimizer: str, attached: list[pl.Callback], steps: int, f
     # One batch, again and again, so that data costs nothing.
     repeated: Any = [batch] * (steps + 10)
     trainer.fit(module, torch.utils.data.DataLoader(repeated, batch_size=1, collate_fn=_only))
-    return clock.seconds / steps
+    return clock.seconds / steps, StepRecorder.of(trainer).clock.share
 
 
 def _only(batches: Any) -> Any:
@@ -143,15 +146,19 @@ def main(args: Sequence[str] | None = None) -> None:
         for model in options.models:
             train(model, options.optimizer, [], options.steps, folder)  # warms up
             seconds: dict[Any, list[float]] = {cell: [] for cell in [None, *cells]}
+            own: dict[Any, list[float]] = {cell: [] for cell in seconds}
             for i in range(options.rounds):
                 for cell in random.Random(i).sample(list(seconds), len(seconds)):
                     attached = [contenders()[cell[0]](cell[1])] if cell else []
-                    seconds[cell].append(train(model, options.optimizer, attached, options.steps, folder))
+                    measured = train(model, options.optimizer, attached, options.steps, folder)
+                    seconds[cell].append(measured[0])
+                    own[cell].append(measured[1])
                     progress.advance(task)
             for name, interval in cells:
                 ratios = [x / y for x, y in zip(seconds[name, interval], seconds[None])]
                 row = {"model": model, "callback": name, "interval": interval, "rounds": options.rounds}
                 spread = {"ratio": median(ratios), "low": min(ratios), "high": max(ratios)}
+                spread["own"] = median(own[name, interval])
                 row |= {key: round(x, 4) for key, x in spread.items()}
                 rows.append(row | {"step_ms": round(1e3 * median(seconds[None]), 2)})
     table = Table("model", "callback", *[f"every {interval}" for interval in options.intervals])

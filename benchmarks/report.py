@@ -144,17 +144,22 @@ def _overhead() -> str:
             f"{machine['processor']}, {machine['threads']} of {machine['cores']} cores, load average "
             f"{machine['load_average']}; torch {machine['torch']}; {settings['optimizer']}, {settings['steps']} steps, "
             f"{' or '.join(map(str, rounds))} rounds. CPU time with over CPU time without, median (smallest to "
-            "largest) of the rounds."
+            "largest) of the rounds; *own* is the time that callbacks take by their own clock over that of the rest."
         )
         for model, rows in _by(content["rows"], "model"):
             intervals = sorted({row["interval"] for row in rows})
             head = [f"{model}, {rows[0]['step_ms']:.3g} ms a step", *(f"every {i}" for i in intervals)]
             lines = [_line(head), _line(["---"] * len(head))]
             for callback, measured in _by(rows, "callback"):
-                shown = {r["interval"]: f"{r['ratio']:.3f} ({r['low']:.2f}-{r['high']:.2f})" for r in measured}
+                shown = {r["interval"]: _ratio(r) for r in measured}
                 lines.append(_line([f"`{callback}`", *(shown.get(i, "") for i in intervals)]))
             parts.append("\n".join(lines))
     return "\n\n".join(parts)
+
+
+def _ratio(row: Row) -> str:
+    own = f", own {row['own']:.2%}" if row.get("own") else ""
+    return f"{row['ratio']:.3f} ({row['low']:.2f}-{row['high']:.2f}){own}"
 
 
 def _polar_quality() -> str:
