@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import timm
+import timm.optim
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
