@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from .execution import compute_dtype
-from .execution.flat import SMALL, packs, vector
 
 
 def inspect_gradients(grads: list[Tensor]) -> tuple[bool | Tensor, list[float] | list[Tensor]]:
@@ -56,15 +55,8 @@ def _bound(dtype: torch.dtype) -> float:
 
 def _largest_norm(grads: list[Tensor]) -> float:
     """The largest Euclidean norm; infinite or NaN if any entry is, or if squares overflow."""
-    vectors, small, narrow = [], [], []
-    for g in grads:
-        if g.dtype not in (torch.float32, torch.float64):
-            narrow.append(g)
-        elif g.numel() <= SMALL:
-            small.append(vector(g))
-        else:
-            vectors.append(vector(g))
-    vectors += [torch.cat(pack) for pack in packs(small, [g.numel() for g in small])]
-    norms = [torch.dot(x, x).sqrt_() for x in vectors]
-    norms += torch._foreach_norm(narrow, dtype=torch.float32) if narrow else []
+    wide = [g for g in grads if g.dtype in (torch.float32, torch.float64)]
+    narrow = [g for g in grads if g.dtype not in (torch.float32, torch.float64)]
+    norms = torch._foreach_norm(wide) if wide else ()
+    norms += torch._foreach_norm(narrow, dtype=torch.float32) if narrow else ()
     return float(torch.stack(norms).max())
