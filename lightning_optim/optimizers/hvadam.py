@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .constraints import number
 from .execution import Backend, accumulation_dtype
 from .optimizer import Params, RuleOptimizer
 from .rule import (
@@ -132,7 +133,7 @@ HVADAM = GroupRule(
     sums=_sums,
     combine=_combine,
     finish=_finish,
-    constraints={"gamma": (lambda x: 0 <= x < float("inf"), "a finite number >= 0")},
+    constraints={"gamma": number()},
     internals={
         "alignment": Internal("smoothed cosine of hidden vector and momentum; below 0.1 it is restarted", _alignment),
         "lr_factor": Internal("factor 10^(6 d - 3) of the hidden vector's learning rate", _lr_factor),
