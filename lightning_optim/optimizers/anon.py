@@ -91,6 +91,7 @@ ANON = ElementwiseRule(
         "beta3": fraction(),
         "refresh": one_of(*_REFRESHES),
     },
+    fixed=("refresh",),  # The number of gradients that s averages follows from it.
     internals={
         "refreshes": Internal("number of refreshes of the scale so far", _refreshes),
         "steps_since_refresh": Internal("steps since the last refresh of the scale", _steps_since_refresh),

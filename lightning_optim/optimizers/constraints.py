@@ -13,7 +13,7 @@ Constraint: TypeAlias = tuple[Callable[[Any], bool], str]
 
 #: Products of a few numbers up to the first stay finite in float32, and so do quotients by numbers down to the second,
 #: also of gradients so small that their squares vanish.
-LARGEST, SMALLEST = 1e10, 1e-20
+LARGEST, SMALLEST = 1e10, 1e-18
 
 
 def number(least: float = 0.0, most: float = LARGEST) -> Constraint:

@@ -26,6 +26,7 @@ from .rule import (
     weight_decay,
 )
 
+_LARGEST = 1e38  # What may be averaged in float32 without ever becoming infinite.
 _RESTART_BELOW = 0.1  # The smoothed cosine below which the hidden vector starts anew.
 
 
@@ -52,7 +53,7 @@ def _update(
     from_momentum = squared_difference(g, m)
     # from_hidden^2 / (...), in the order that cannot overflow where the result does not.
     target = from_hidden / (from_momentum + gamma * from_hidden).add_(eps) * from_hidden
-    ema_(s, target, b2).add_(eps)
+    ema_(s, target.clamp_(max=_LARGEST), b2).add_(eps)
 
 
 def _sums(m: Tensor, s: Tensor, v: Tensor, **_: Any) -> tuple[Tensor, ...]:

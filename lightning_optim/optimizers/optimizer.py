@@ -151,7 +151,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
                     f"{type(self).__name__} does not take complex parameters (shape {tuple(p.shape)}); "
                     "optimize torch.view_as_real(parameter) instead."
                 )
-            if any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape)):
+            if p.numel() and any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape)):
                 raise ValueError(
                     f"{type(self).__name__} does not take expanded parameters (shape {tuple(p.shape)}, strides "
                     f"{p.stride()}), whose entries share memory; optimize parameter.contiguous() instead."
@@ -171,23 +171,27 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
                     raise ValueError(
                         f"{type(self).__name__}: parameter group {i} has lost {name}={seen[name]!r}; put it back."
                     )
-            changed = [name for name in bounds if name in group and not _same(group[name], seen.get(name))]
+            changed = [name for name in bounds if name in group and not (name in seen and _same(group[name], seen[name]))]
             if changed or not seen:
                 self._check_hyperparameters(group, changed)
-                if not seen or not constraints.NUMBERS.keys() >= set(changed):
+                if not constraints.NUMBERS.keys() >= set(changed):
                     self._check_parameters(group)
-                    self._check_state(group, seen or group, changed)
+                    if seen:
+                        self._check_state(group, seen, changed)
                 self._seen[i] = group.copy()
 
-    def _check_state(self, group: Mapping[str, Any], before: Mapping[str, Any], changed: Iterable[str]) -> None:
+    def _check_state(self, group: Mapping[str, Any], before: Mapping[str, Any], changed: list[str]) -> None:
         """Refuse hyperparameters that need other state than there is."""
         rule = self.rule(group)
+        fixed = any(name in rule.fixed for name in changed)
         for p in group["params"]:
-            if self.state.get(p) and execution.state_shapes(rule, p, group) != execution.state_shapes(rule, p, before):
+            if not self.state.get(p):
+                continue
+            if fixed or execution.state_shapes(rule, p, group) != execution.state_shapes(rule, p, before):
                 edits = ", ".join(f"{name}={group[name]!r} (was {before.get(name)!r})" for name in changed)
                 raise ValueError(
-                    f"{type(self).__name__}: {edits} needs other state than the parameter of shape {tuple(p.shape)} "
-                    "has; change it back, or build a new optimizer."
+                    f"{type(self).__name__}: {edits} does not go with the state that the parameter of shape "
+                    f"{tuple(p.shape)} has; change it back, or build a new optimizer."
                 )
 
     # --- the step -----------------------------------------------------------------------------------------------

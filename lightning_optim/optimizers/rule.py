@@ -113,6 +113,7 @@ class Rule:
         update: ``(p, g, **state, **scalars)``, in place on ``p`` and the state; ``g`` is read only.
         host_state: Names of scalar state that ``scalars`` reads and writes in its ``host`` dictionary.
         constraints: What hyperparameters must be that are this rule's alone; see :mod:`.constraints`.
+        fixed: Hyperparameters, beside those that decide on the state, that cannot change after the first step.
         internals: Scalars of its own that are worth watching, by name.
     """
 
@@ -122,6 +123,7 @@ class Rule:
     update: Callable[..., Any]
     host_state: tuple[str, ...] = ()
     constraints: Mapping[str, Constraint] = field(default_factory=dict)
+    fixed: tuple[str, ...] = ()
     internals: Mapping[str, Internal] = field(default_factory=dict)
 
     kind = "abstract"

@@ -108,11 +108,11 @@ def follow(rule: Rule, params: Sequence[Tensor], states: Sequence[State], group:
         ValueError: A parameter was replaced by one of another shape.
     """
     shapes = state_shapes(rule, params[0], group)
-    name = next((name for name, shape in shapes.items() if shape is LIKE_PARAMETER), None)
-    if name is None:
+    alike = next((name for name, shape in shapes.items() if shape is LIKE_PARAMETER), None)
+    if alike is None:
         return
     for p, state in zip(params, states):
-        x, dtype = state[name], compute_dtype(p.dtype)
+        x, dtype = state[alike], compute_dtype(p.dtype)
         if x.shape != p.shape:
             raise ValueError(
                 f"A parameter of shape {tuple(x.shape)} was replaced by one of shape {tuple(p.shape)}, which its state "
