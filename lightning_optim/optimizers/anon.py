@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .constraints import fraction, number, one_of
 from .execution import Backend
 from .optimizer import Params, RuleOptimizer
 from .rule import (
@@ -86,10 +87,11 @@ ANON = ElementwiseRule(
     scalars=_scalars,
     update=_update,
     constraints={
-        "gamma": (lambda x: -10 <= x <= 10, "a number in [-10, 10]"),
-        "beta3": (lambda x: 0 <= x < 1, "a number in [0, 1)"),
-        "refresh": (lambda x: x in _REFRESHES, f"one of {_REFRESHES}"),
+        "gamma": number(-10, 10),
+        "beta3": fraction(),
+        "refresh": one_of(*_REFRESHES),
     },
+    fixed=("refresh",),  # The number of gradients that s averages follows from it.
     internals={
         "refreshes": Internal("number of refreshes of the scale so far", _refreshes),
         "steps_since_refresh": Internal("steps since the last refresh of the scale", _steps_since_refresh),

@@ -7,14 +7,13 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from .constraints import EIGENBASIS, ORTHOGONALIZER, one_of
 from .eigenbasis import BASIS_ERROR, Eigenbasis, axis_state, permute_, phases, refreshes
 from .execution import Backend
 from .hybrid import Fallback, MatrixOptimizer
 from .optimizer import Params
 from .rule import (
-    EIGENBASIS,
     LIKE_PARAMETER,
-    ORTHOGONALIZER,
     Hyperparameters,
     Internal,
     MatrixRule,
@@ -124,7 +123,7 @@ DEVA_RULE = MatrixRule(
     state=_state,
     scalars=_scalars,
     update=_update,
-    constraints={"form": (lambda x: x in _FORMS, f"one of {_FORMS}"), **EIGENBASIS, **ORTHOGONALIZER},
+    constraints={"form": one_of(*_FORMS), **EIGENBASIS, **ORTHOGONALIZER},
     phases=phases,
     internals={
         "variance_adaptation": mean_of("variance_adaptation", "mean of the variance adaptation Gamma"),

@@ -48,7 +48,7 @@ class Eigenbasis:
                 columns = g.flatten(1, -2)
                 rows = columns.mT
             else:
-                rows = g.movedim(axis + 1, 1).flatten(2)
+                rows = g.movedim(axis + 1, 1).reshape(len(g), g.shape[axis + 1], -1)
                 columns = rows.mT
             self.state[f"gram{axis}"].baddbmm_(rows, columns, beta=beta, alpha=1 - beta)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .constraints import number
 from .execution import Backend, accumulation_dtype
 from .optimizer import Params, RuleOptimizer
 from .rule import (
@@ -25,6 +26,7 @@ from .rule import (
     weight_decay,
 )
 
+_LARGEST = 1e38  # What may be averaged in float32 without ever becoming infinite.
 _RESTART_BELOW = 0.1  # The smoothed cosine below which the hidden vector starts anew.
 
 
@@ -51,7 +53,7 @@ def _update(
     from_momentum = squared_difference(g, m)
     # from_hidden^2 / (...), in the order that cannot overflow where the result does not.
     target = from_hidden / (from_momentum + gamma * from_hidden).add_(eps) * from_hidden
-    ema_(s, target, b2).add_(eps)
+    ema_(s, target.clamp_(max=_LARGEST), b2).add_(eps)
 
 
 def _sums(m: Tensor, s: Tensor, v: Tensor, **_: Any) -> tuple[Tensor, ...]:
@@ -132,7 +134,7 @@ HVADAM = GroupRule(
     sums=_sums,
     combine=_combine,
     finish=_finish,
-    constraints={"gamma": (lambda x: 0 <= x < float("inf"), "a finite number >= 0")},
+    constraints={"gamma": number()},
     internals={
         "alignment": Internal("smoothed cosine of hidden vector and momentum; below 0.1 it is restarted", _alignment),
         "lr_factor": Internal("factor 10^(6 d - 3) of the hidden vector's learning rate", _lr_factor),

@@ -91,7 +91,14 @@ class MatrixOptimizer(RuleOptimizer):
         return super().__getstate__() | {"_fallback": self._fallback, "_warned": self._warned}
 
     def rule(self, group: Mapping[str, Any]) -> Rule:
-        return self.rules[0] if group["role"] == "matrix" else FALLBACKS[group["rule"]][0]
+        matrix = group["role"] == "matrix"
+        name = self.rules[0].name if matrix else self._fallback["rule"]
+        if group["rule"] != name:
+            raise ValueError(
+                f"{type(self).__name__} runs {name!r} on parameter groups of role {group['role']!r}, got "
+                f"rule={group['rule']!r}; role and rule of a group cannot be changed."
+            )
+        return self.rules[0] if matrix else FALLBACKS[name][0]
 
     def group_defaults(self, group: Mapping[str, Any]) -> dict[str, Any]:
         if group["role"] == "matrix":
@@ -116,20 +123,20 @@ class MatrixOptimizer(RuleOptimizer):
             if part:
                 super().add_param_group(param_group | {"params": part, "role": role})
 
-    def _check(self, group: dict[str, Any]) -> None:
-        super()._check(group)
+    def _check_parameters(self, group: Mapping[str, Any]) -> None:
+        super()._check_parameters(group)
         if group["role"] == "fallback":
             return
-        rule = self.rule(group)
-        least = 2 if isinstance(rule, MatrixRule) and rule.flatten else 1
+        rule, blocks = self.rule(group), group["blocks"]
+        least = 2 if isinstance(rule, MatrixRule) and (rule.flatten or group["transposed"]) else 1
         for p in group["params"]:
             if p.ndim < least:
                 raise ValueError(
                     f"{rule.name} takes parameters of at least {least} axes, got shape {tuple(p.shape)}; "
                     "give the group role='fallback'."
                 )
-            if p.shape[0] % group["blocks"]:
-                raise ValueError(f"blocks={group['blocks']} does not divide the first axis of {tuple(p.shape)}.")
+            if p.shape[0] % blocks:
+                raise ValueError(f"blocks={blocks} does not divide the first axis of {tuple(p.shape)}.")
 
     def _warn_nameless(self, matrices: int, total: int) -> None:
         if self._warned:

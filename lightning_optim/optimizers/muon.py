@@ -7,11 +7,11 @@ from typing import Literal
 
 from torch import Tensor
 
+from .constraints import ORTHOGONALIZER, one_of
 from .execution import Backend
 from .hybrid import Fallback, MatrixOptimizer
 from .optimizer import Params
 from .rule import (
-    ORTHOGONALIZER,
     Hyperparameters,
     MatrixRule,
     Observer,
@@ -59,7 +59,7 @@ MUON = MatrixRule(
     state=like("m"),
     scalars=_scalars,
     update=_update,
-    constraints={"scale": (lambda x: x in _SCALES, f"one of {_SCALES}"), **ORTHOGONALIZER},
+    constraints={"scale": one_of(*_SCALES), **ORTHOGONALIZER},
 )
 
 

@@ -6,6 +6,7 @@ from math import sqrt
 
 from torch import Tensor
 
+from .constraints import number
 from .execution import Backend
 from .optimizer import Params, RuleOptimizer
 from .rule import (
@@ -65,7 +66,7 @@ MVN_GRAD = ElementwiseRule(
     state=like("m", "v", "u"),
     scalars=_scalars,
     update=_update,
-    constraints={"eps_s": (lambda x: 0 <= x < float("inf"), "a finite number >= 0")},
+    constraints={"eps_s": number()},
     internals={"gradient_to_variance": gradient_to_variance("v", "variance around the running mean")},
 )
 

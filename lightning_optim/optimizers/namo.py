@@ -7,12 +7,12 @@ from math import sqrt
 import torch
 from torch import Tensor
 
+from .constraints import ORTHOGONALIZER, SMALLEST, number, optional
 from .execution import Backend
 from .hybrid import Fallback, MatrixOptimizer
 from .optimizer import Params
 from .rule import (
     LIKE_PARAMETER,
-    ORTHOGONALIZER,
     Hyperparameters,
     MatrixRule,
     Observer,
@@ -21,7 +21,6 @@ from .rule import (
     Shape,
     ema_,
     ignore,
-    is_positive_or_none,
     mean_of,
     mix,
     squared_norm,
@@ -87,9 +86,9 @@ def _namo_d(
 
 
 _CONSTRAINTS = {
-    "scale": (is_positive_or_none, "None or a number > 0"),
-    "max_step": (is_positive_or_none, "None or a number > 0"),
-    "clamp": (lambda x: x is None or 0 < x <= 1, "None or a number in (0, 1]"),
+    "scale": optional(number(SMALLEST)),
+    "max_step": optional(number(SMALLEST)),
+    "clamp": optional(number(SMALLEST, 1)),
     **ORTHOGONALIZER,
 }
 

@@ -7,7 +7,6 @@ checkpoints. :class:`~.hybrid.MatrixOptimizer` builds on it.
 from __future__ import annotations
 
 import inspect
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,26 +15,12 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import Tensor
 
-from . import execution
+from . import constraints, execution
 from .execution import BACKENDS, Backend, Batch, ParameterObserver, State, Task
 from .gradients import inspect_gradients
 from .rule import MatrixRule, Rule, Scalars
 
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
-
-
-def _number(x: Any) -> bool:
-    return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
-
-
-#: What hyperparameters that several rules share must be. A rule's own stand in its ``constraints``.
-CONSTRAINTS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "lr": (lambda x: isinstance(x, Tensor) or (_number(x) and x >= 0), "a finite number >= 0"),
-    "betas": (lambda x: all(_number(b) and 0 <= b < 1 for b in x), "numbers in [0, 1)"),
-    "momentum": (lambda x: _number(x) and 0 <= x < 1, "a number in [0, 1)"),
-    "eps": (lambda x: _number(x) and x >= 0, "a finite number >= 0"),
-    "weight_decay": (lambda x: _number(x) and x >= 0, "a finite number >= 0"),
-}
 
 
 class RuleOptimizer(torch.optim.Optimizer, ABC):
@@ -88,6 +73,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         self.skipped_steps = 0
         self.observer: ParameterObserver | None = None
         self._unsettled: _Verdict | None = None
+        self._seen: list[dict[str, Any]] = []
         defaults = hyperparameters | {"maximize": maximize, "skip_nonfinite": skip_nonfinite}
         super().__init__(params, defaults)
 
@@ -99,6 +85,10 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
             "observer": None,
             "_unsettled": None,
         }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._seen = []  # Whoever brings other groups, a checkpoint or a copy, has them checked as a whole.
 
     @classmethod
     def default_hyperparameters(cls) -> dict[str, Any]:
@@ -115,7 +105,11 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
 
     def rule(self, group: Mapping[str, Any]) -> Rule:
         """The rule that runs on a parameter group."""
-        return next(rule for rule in self.rules if rule.name == group["rule"])
+        for rule in self.rules:
+            if rule.name == group["rule"]:
+                return rule
+        names = " or ".join(repr(rule.name) for rule in self.rules)
+        raise ValueError(f"{type(self).__name__} runs {names}, got a parameter group with rule={group['rule']!r}.")
 
     def group_defaults(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """Hyperparameters of a new group that does not set them itself."""
@@ -137,15 +131,67 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
             raise
 
     def _check(self, group: dict[str, Any]) -> None:
-        rule = self.rule(group)
-        for name, (holds, what) in (CONSTRAINTS | dict(rule.constraints)).items():
-            if name in group and not _holds(holds, group[name]):
+        bounds = constraints.SHARED | dict(self.rule(group).constraints)
+        self._check_hyperparameters(group, [name for name in bounds if name in group])
+        self._check_parameters(group)
+
+    def _check_hyperparameters(self, group: Mapping[str, Any], names: Iterable[str]) -> None:
+        bounds = constraints.SHARED | dict(self.rule(group).constraints)
+        for name in names:
+            if not constraints.satisfies(bounds[name], group[name]):
+                what = bounds[name][1]
                 raise ValueError(f"{type(self).__name__}: {name} must be {what}, got {name}={group[name]!r}.")
+
+    def _check_parameters(self, group: Mapping[str, Any]) -> None:
+        if len(set(group["params"])) < len(group["params"]):
+            raise ValueError(f"{type(self).__name__}: a parameter is twice in one parameter group; list it once.")
         for p in group["params"]:
             if p.is_complex():
                 raise ValueError(
                     f"{type(self).__name__} does not take complex parameters (shape {tuple(p.shape)}); "
                     "optimize torch.view_as_real(parameter) instead."
+                )
+            if p.numel() and any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape)):
+                raise ValueError(
+                    f"{type(self).__name__} does not take expanded parameters (shape {tuple(p.shape)}, strides "
+                    f"{p.stride()}), whose entries share memory; optimize parameter.contiguous() instead."
+                )
+
+    def _check_edits(self) -> None:
+        """Validate what was changed in the parameter groups since the last step."""
+        for i, group in enumerate(self.param_groups):
+            if i == len(self._seen):
+                self._seen.append({})
+            seen = self._seen[i]
+            if seen.get("params") is not group["params"]:
+                seen = {}  # Another group than the last time.
+            bounds = constraints.SHARED | dict(self.rule(group).constraints)
+            for name in bounds:
+                if name in seen and name not in group:
+                    raise ValueError(
+                        f"{type(self).__name__}: parameter group {i} has lost {name}={seen[name]!r}; put it back."
+                    )
+            changed = [name for name in bounds if name in group and not (name in seen and _same(group[name], seen[name]))]
+            if changed or not seen:
+                self._check_hyperparameters(group, changed)
+                if not constraints.NUMBERS.keys() >= set(changed):
+                    self._check_parameters(group)
+                    if seen:
+                        self._check_state(group, seen, changed)
+                self._seen[i] = group.copy()
+
+    def _check_state(self, group: Mapping[str, Any], before: Mapping[str, Any], changed: list[str]) -> None:
+        """Refuse hyperparameters that need other state than there is."""
+        rule = self.rule(group)
+        fixed = any(name in rule.fixed for name in changed)
+        for p in group["params"]:
+            if not self.state.get(p):
+                continue
+            if fixed or execution.state_shapes(rule, p, group) != execution.state_shapes(rule, p, before):
+                edits = ", ".join(f"{name}={group[name]!r} (was {before.get(name)!r})" for name in changed)
+                raise ValueError(
+                    f"{type(self).__name__}: {edits} does not go with the state that the parameter of shape "
+                    f"{tuple(p.shape)} has; change it back, or build a new optimizer."
                 )
 
     # --- the step -----------------------------------------------------------------------------------------------
@@ -161,18 +207,20 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
             What ``closure`` returned, or ``None``.
 
         Raises:
-            ValueError: A gradient is sparse.
+            ValueError: A gradient is sparse or of another shape than its parameter, or a parameter group was changed
+                to something that it must not be; nothing has been updated then.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self.settle()
+        self._check_edits()
         groups = [(g, [p for p in g["params"] if p.grad is not None and p.numel() > 0]) for g in self.param_groups]
         params = [p for _, params in groups for p in params]
         if not params:
             return loss
-        self._check_gradients([p.grad for p in params])
+        self._check_gradients(params)
         grads = [_narrowed(p.grad, p) for p in params]
         finite, gains = inspect_gradients(grads)
         skip = self.defaults["skip_nonfinite"]
@@ -188,12 +236,19 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
             self.settle()
         return loss
 
-    def _check_gradients(self, grads: list[Tensor]) -> None:
-        for g in grads:
+    def _check_gradients(self, params: list[Tensor]) -> None:
+        for p in params:
+            g = p.grad
+            assert g is not None
             if g.layout is not torch.strided:
                 raise ValueError(
                     f"{type(self).__name__} does not take sparse gradients (parameter of shape {tuple(g.shape)}); "
                     "use sparse=False in the embedding, or torch.optim.SparseAdam for it."
+                )
+            if g.shape != p.shape:
+                raise ValueError(
+                    f"{type(self).__name__}: a gradient of shape {tuple(g.shape)} cannot be that of a parameter of "
+                    f"shape {tuple(p.shape)}; set parameter.grad to None when the parameter is replaced."
                 )
 
     def _batch(
@@ -205,8 +260,9 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         for p, state in zip(params, states):
             if not state:
                 state.update(execution.new_state(rule, p, group))
+        execution.follow(rule, params, states, group)
         clocks = _read_clocks(states, ("step", *rule.host_state))
-        hyperparameters = group | {"lr": float(group["lr"])}
+        hyperparameters = _hyperparameters(group)
         matrix = isinstance(rule, MatrixRule)
         phases = rule.phases(group) if isinstance(rule, MatrixRule) and rule.phases is not None else 0
         positions = {p: i % phases for i, p in enumerate(group["params"])} if phases else {}
@@ -283,16 +339,22 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
                         self.state[p][name] = value.to(self.state[p][name].device, dtype, copy=True)
 
 
+def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
+    values = dict(group) | {"lr": float(group["lr"])}
+    if "momentum" in group and "betas" in group:
+        # A schedule that cycles the momentum of Muon sets it in the groups of the fallback rule, too.
+        values["betas"] = (group["momentum"], group["betas"][1])
+    return values
+
+
 def _narrowed(g: Tensor, p: Tensor) -> Tensor:
     """A gradient of more precision than the arithmetic: what is beyond its range becomes infinite and is found."""
     return g.to(execution.compute_dtype(p.dtype)) if g.dtype == torch.float64 else g
 
 
-def _holds(predicate: Callable[[Any], bool], value: Any) -> bool:
-    try:
-        return predicate(value)
-    except TypeError:
-        return False
+def _same(a: Any, b: Any) -> bool:
+    """Whether a hyperparameter is what it was; of a tensor, which may have been changed in place, nobody knows."""
+    return type(a) is type(b) and not isinstance(a, Tensor) and bool(a == b)
 
 
 def _read_clocks(states: list[State], names: tuple[str, ...]) -> list[tuple[float, ...]]:

@@ -26,7 +26,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..polar import METHODS, find
+from .constraints import Constraint
 
 Shape = tuple[int, ...]
 Hyperparameters = Mapping[str, Any]
@@ -112,7 +112,8 @@ class Rule:
             Matrix rules also get ``shape=``; rules with ``host_state`` also get ``host=``.
         update: ``(p, g, **state, **scalars)``, in place on ``p`` and the state; ``g`` is read only.
         host_state: Names of scalar state that ``scalars`` reads and writes in its ``host`` dictionary.
-        constraints: Bounds of hyperparameters that are this rule's alone, ``{name: (predicate, "what it must be")}``.
+        constraints: What hyperparameters must be that are this rule's alone; see :mod:`.constraints`.
+        fixed: Hyperparameters, beside those that decide on the state, that cannot change after the first step.
         internals: Scalars of its own that are worth watching, by name.
     """
 
@@ -121,7 +122,8 @@ class Rule:
     scalars: Callable[..., Scalars]
     update: Callable[..., Any]
     host_state: tuple[str, ...] = ()
-    constraints: Mapping[str, tuple[Callable[[Any], bool], str]] = field(default_factory=dict)
+    constraints: Mapping[str, Constraint] = field(default_factory=dict)
+    fixed: tuple[str, ...] = ()
     internals: Mapping[str, Internal] = field(default_factory=dict)
 
     kind = "abstract"
@@ -255,32 +257,3 @@ def squared_difference(x: Tensor, y: Tensor) -> Tensor:
 def squared_norm(x: Tensor, axes: tuple[int, ...] = (-2, -1)) -> Tensor:
     """Sum of squares over ``axes``, which are kept with size 1."""
     return x.square().sum(axes, keepdim=True)
-
-
-# --- constraints that several rules share ----------------------------------------------------------------------------
-
-
-def is_positive_or_none(x: Any) -> bool:
-    """Whether ``x`` is ``None`` or a number above zero."""
-    return x is None or (isinstance(x, (int, float)) and 0 < x < float("inf"))
-
-
-def _is_orthogonalizer(x: Any) -> bool:
-    try:
-        return x == "exact" or bool(find(x))
-    except ValueError:
-        return False
-
-
-ORTHOGONALIZER = {"orthogonalizer": (_is_orthogonalizer, f"one of {('exact', *METHODS)} or 'kjN' for N steps")}
-
-
-def _is_count(x: Any) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool) and x >= 1
-
-
-EIGENBASIS = {
-    "shampoo_beta": (lambda x: x is None or 0 <= x < 1, "None or a number in [0, 1)"),
-    "precondition_frequency": (_is_count, "a whole number >= 1"),
-    "max_precondition_dim": (_is_count, "a whole number >= 1"),
-}

@@ -6,12 +6,12 @@ from math import sqrt
 
 from torch import Tensor
 
+from .constraints import EIGENBASIS
 from .eigenbasis import BASIS_ERROR, Eigenbasis, axis_state, permute_, phases, refreshes
 from .execution import Backend
 from .hybrid import Fallback, MatrixOptimizer
 from .optimizer import Params
 from .rule import (
-    EIGENBASIS,
     LIKE_PARAMETER,
     Hyperparameters,
     MatrixRule,

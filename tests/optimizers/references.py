@@ -24,6 +24,8 @@ Orthogonalizer = Literal["exact", "kj5"]
 
 # Linear algebra
 
+NORM_FLOOR = 1e-7  #: As released; what is added to the norm of a matrix.
+
 
 def polar_factor(x: Array) -> Array:
     """U V^T of the SVD, without the directions that are zero up to rounding; a zero matrix gives zero."""
@@ -40,7 +42,7 @@ def newton_schulz(x: Array, steps: int = 5, extra_normalisation: bool = False) -
     """
     if x.shape[0] > x.shape[1]:
         return newton_schulz(x.T, steps, extra_normalisation).T
-    x = x / (np.linalg.norm(x) + 1e-7)
+    x = x / (np.linalg.norm(x) + NORM_FLOOR)
     for i in range(steps):
         if extra_normalisation and i == 0:
             x = x / (np.sum((x @ x.T @ x @ x.T) ** 2) + 1e-20) ** 0.125
@@ -207,6 +209,7 @@ class AdaBeliefReference(Reference):
         p, g = decay(p, g, lr, self.weight_decay, self.decoupled)
         s["m"] = b1 * s["m"] + (1 - b1) * g
         s["s"] = b2 * s["s"] + (1 - b2) * (g - s["m"]) ** 2 + self.eps
+        s["max"] = np.maximum(s["max"], s["s"])
         step = lr / (1 - b1**t) * s["m"]
         if self.rectify:
             # RAdam (arXiv 1908.03265); the release does not use the amsgrad maximum here.
@@ -216,7 +219,6 @@ class AdaBeliefReference(Reference):
                 return p - step
             r = math.sqrt((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho))
             return p - r * math.sqrt(1 - b2**t) * step / (np.sqrt(s["s"]) + self.eps)
-        s["max"] = np.maximum(s["max"], s["s"])
         variance = s["max"] if self.amsgrad else s["s"]
         return p - step / (np.sqrt(variance) / math.sqrt(1 - b2**t) + self.eps)
 
@@ -234,14 +236,15 @@ class LaPropReference(Reference):
     def update(self, p: Array, g: Array, s: State, lr: float) -> Array:
         (b1, b2), t = self.betas, self.t
         s["v"] = b2 * s["v"] + (1 - b2) * g**2
+        s["weight"] = b2 * s["weight"] + (1 - b2)
         s["mean"] = b2 * s["mean"] + (1 - b2) * g
         variance = s["v"] - s["mean"] ** 2 if self.centered and t > 10 else s["v"]
-        normalised = g / (np.sqrt(variance / (1 - b2**t)) + self.eps)
+        normalised = g / (np.sqrt(np.maximum(variance, 0) / s["weight"]) + self.eps)
         s["m"] = b1 * s["m"] + (1 - b1) * lr * normalised
         s["lr"] = b1 * s["lr"] + (1 - b1) * lr
         if lr > 0:  # the limit lr -> 0 makes no step; the release would leave the momentum uncorrected there
-            p = p - lr / s["lr"] * s["m"]
-        return p - self.weight_decay * p
+            p = (1 - self.weight_decay) * (p - lr / s["lr"] * s["m"])
+        return p
 
 
 # HVAdam: inner products over the whole group

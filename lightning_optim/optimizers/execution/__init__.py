@@ -29,8 +29,10 @@ from .tensors import (
     accumulation_dtype,
     block_shape,
     compute_dtype,
+    follow,
     new_state,
     number_names,
+    state_shapes,
     to_blocks,
 )
 
@@ -44,9 +46,11 @@ __all__ = [
     "accumulation_dtype",
     "block_shape",
     "compute_dtype",
+    "follow",
     "new_state",
     "number_names",
     "run",
+    "state_shapes",
     "to_blocks",
 ]
 

@@ -72,25 +72,57 @@ def number_names(rule: Rule) -> set[str]:
     return {"step", *rule.host_state, *(rule.group_state if isinstance(rule, GroupRule) else ())}
 
 
+def state_shapes(rule: Rule, p: Tensor, group: Mapping[str, Any]) -> dict[str, Shape | None]:
+    """The rule's state tensors for a parameter, ``None`` for the parameter's own shape."""
+    shape = block_shape(p.shape, group) if isinstance(rule, MatrixRule) else tuple(p.shape)
+    return {
+        name: LIKE_PARAMETER if shape is LIKE_PARAMETER else (group["blocks"], *shape)
+        for name, shape in rule.state(shape, group).items()
+    }
+
+
 def new_state(rule: Rule, p: Tensor, group: Mapping[str, Any]) -> State:
     """Zero state for one parameter: its step count, the rule's host scalars and the rule's tensors.
 
     Counts and host scalars live on the CPU whatever the device, since the host computes with them.
     """
     dtype = compute_dtype(p.dtype)
-    shape = block_shape(p.shape, group) if isinstance(rule, MatrixRule) else tuple(p.shape)
     state: State = {"step": torch.tensor(0.0, device="cpu")}
     for name in rule.host_state:
         state[name] = torch.tensor(0.0, dtype=torch.float64, device="cpu")
-    for name, tensor_shape in rule.state(shape, group).items():
-        if tensor_shape is LIKE_PARAMETER:
+    for name, shape in state_shapes(rule, p, group).items():
+        if shape is LIKE_PARAMETER:
             state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.contiguous_format)
         else:
-            state[name] = p.new_zeros((group["blocks"], *tensor_shape), dtype=dtype)
+            state[name] = p.new_zeros(shape, dtype=dtype)
     if isinstance(rule, GroupRule):
         for name, value in rule.group_state.items():
             state[name] = torch.tensor(value, dtype=accumulation_dtype(p.device), device=p.device)
     return state
+
+
+def follow(rule: Rule, params: Sequence[Tensor], states: Sequence[State], group: Mapping[str, Any]) -> None:
+    """Bring state to the precision and device of parameters that were cast or moved.
+
+    Raises:
+        ValueError: A parameter was replaced by one of another shape.
+    """
+    shapes = state_shapes(rule, params[0], group)
+    alike = next((name for name, shape in shapes.items() if shape is LIKE_PARAMETER), None)
+    if alike is None:
+        return
+    for p, state in zip(params, states):
+        x, dtype = state[alike], compute_dtype(p.dtype)
+        if x.shape != p.shape:
+            raise ValueError(
+                f"A parameter of shape {tuple(x.shape)} was replaced by one of shape {tuple(p.shape)}, which its state "
+                "does not fit: delete optimizer.state[parameter] to start it anew, or build a new optimizer."
+            )
+        if x.dtype != dtype or x.device != p.device:
+            for name in shapes:
+                state[name] = state[name].to(p.device, dtype)
+            for name in rule.group_state if isinstance(rule, GroupRule) else ():
+                state[name] = state[name].to(p.device, accumulation_dtype(p.device))
 
 
 # --- matrices inside parameters ---------------------------------------------------------------------------------

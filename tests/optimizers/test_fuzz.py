@@ -1,0 +1,552 @@
+"""Whatever is done to an optimizer: a right step or a clear error, never a silent wrong number.
+
+Every example is a short run over tensors of any shape, precision and strides, with gradients from none to NaN, whose
+parameter groups are edited, added and refused, and whose parameters are cast and replaced on the way. Each step is
+compared with the float64 references, which share no code with the engine.
+
+``FUZZ_EXAMPLES`` sets how many examples there are in all; any number but the default draws other ones in each run.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from lightning_optim.optimizers.registry import OPTIMIZERS
+
+from . import references
+from .references import REFERENCES, Array, Reference
+from .rows import OURS
+
+DEFAULT_EXAMPLES = 2200
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", DEFAULT_EXAMPLES))
+
+fuzzed = settings(
+    max_examples=math.ceil(EXAMPLES / len(OURS)),
+    deadline=None,
+    database=None,
+    phases=(Phase.generate, Phase.shrink),
+    derandomize=EXAMPLES == DEFAULT_EXAMPLES,
+    suppress_health_check=list(HealthCheck),
+)
+
+# --- what is drawn ------------------------------------------------------------------------------------------------
+
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+
+SHAPES = [(4, 4), (3, 5), (6, 2), (4, 2, 3, 3), (4, 1, 3), (1, 6), (6, 1), (1, 1), (2, 4, 2), (0, 3), (3, 0)]
+VECTORS = [(), (1,), (5,), (0,), (33,)]
+LAYOUTS = ["contiguous", "contiguous", "transposed", "sliced", "offset", "channels_last"]
+KINDS = [
+    *["normal"] * 8,
+    *["none", "zero", "tiny", "subnormal", "huge", "largest", "one huge entry", "sparse", "constant", "large"],
+]
+BAD_KINDS = ["nan", "inf", "-inf"]
+
+betas = st.tuples(st.sampled_from([0.0, 0.5, 0.9, 0.999]), st.sampled_from([0.0, 0.5, 0.99, 0.999, 0.9999999]))
+nonnegative = st.sampled_from([0.0, 1e-18, 1e-3, 0.1, 1.0])
+switch = st.booleans()
+
+#: Values of each hyperparameter, at its bounds too.
+GOOD: dict[str, st.SearchStrategy[Any]] = {
+    "lr": st.sampled_from([0.0, 1e-18, 1e-3, 0.1, 1.0, torch.tensor(0.01)]),
+    "betas": betas,
+    "momentum": st.sampled_from([0.0, 0.5, 0.95, 0.9999999]),
+    "eps": st.sampled_from([1e-18, 1e-16, 1e-8, 1e-3, 1.0]),
+    "eps_s": st.sampled_from([0.0, 1e-18, 1e-12, 1e-3]),
+    "weight_decay": nonnegative,
+    "gamma": st.sampled_from([0.0, 0.5, 1.0]),
+    "beta3": st.sampled_from([0.0, 0.5, 0.99]),
+    "shampoo_beta": st.sampled_from([None, 0.0, 0.5, 0.99]),
+    "precondition_frequency": st.integers(1, 3),
+    "clamp": st.sampled_from([1e-18, 0.1, 0.75, 1.0]),
+    "orthogonalizer": st.sampled_from(["exact", "kj5"]),
+    **dict.fromkeys(("nesterov", "decoupled", "rectify", "correct_bias", "maximize"), switch),
+}
+#: Those that decide on the state, and so may be drawn at the start only.
+STRUCTURE: dict[str, st.SearchStrategy[Any]] = {
+    **dict.fromkeys(("amsgrad", "centered", "merge_dims", "precondition_1d"), switch),
+    "refresh": st.sampled_from(["powers_of_two", "every_step"]),
+    "max_precondition_dim": st.sampled_from([4, 10000]),
+    "form": st.sampled_from(["momentum", "instantaneous"]),
+    "scale": st.just(None),
+}
+#: What they must not be.
+BAD: dict[str, list[Any]] = {
+    "lr": [-1e-9, float("nan"), float("inf"), 1e30, "0.1", None, True, torch.tensor(float("nan")), torch.ones(2)],
+    "betas": [(1.0, 0.9), (0.9, -0.1), (0.9, float("nan")), (0.9,), (0.9, 0.9, 0.9), 0.9, "ab", None],
+    "momentum": [-0.1, 1.0, float("nan"), None],
+    "eps": [0, 0.0, -1e-8, 1e-30, float("nan"), float("inf"), None, "1e-8"],
+    "eps_s": [-1.0, float("nan"), float("inf")],
+    "weight_decay": [-0.1, float("inf"), float("nan"), 1e20, None, False],
+    "gamma": [float("nan"), 1e20, "1", None],
+    "beta3": [1.0, -0.1, None],
+    "shampoo_beta": [1.0, -0.1, float("nan"), "x"],
+    "precondition_frequency": [0, -1, 1.5, True, None],
+    "max_precondition_dim": [0, 2.5, None],
+    "clamp": [0.0, 1.5, float("nan"), "x"],
+    "scale": [-1.0, 0.0, float("nan"), "large"],
+    "max_step": [0.0, -1.0, float("nan")],
+    "refresh": ["sometimes", None],
+    "form": ["matrix", 1],
+    "orthogonalizer": ["kj0", "svd", None, 5, ["exact"]],
+    "nesterov": ["no", 1, None],
+    "decoupled": ["False", 0],
+    "rectify": ["yes", None],
+    "amsgrad": [1],
+    "centered": ["x"],
+    "maximize": [None, 1],
+    "blocks": [0, -1, 1.5, "2", True],
+    "transposed": ["no", 1],
+    "role": ["hidden", None],
+    "rule": ["Adam", None],
+}
+
+
+@dataclass
+class Plan:
+    """One example, in values that a failure can print."""
+
+    arguments: dict[str, Any]
+    backend: str
+    specs: list[tuple[tuple[int, ...], torch.dtype, str, float, int]]
+    structure: dict[str, Any]
+    steps: list[tuple[list[str], list[str], tuple[Any, ...] | None]]
+    seed: int
+
+
+@st.composite
+def plans(draw: Any, name: str) -> Plan:
+    info = OPTIMIZERS[name]
+    known = [key for key in info.defaults if key in GOOD or key in STRUCTURE]
+    chosen = draw(st.lists(st.sampled_from(known), max_size=4, unique=True))
+    arguments = {key: draw({**GOOD, **STRUCTURE}[key]) for key in chosen}
+    matrix = info.kind == "matrix"
+    dtypes = draw(st.sampled_from([[F64], [F32], [F32], [F32, F64], [F32, BF16], [F16, BF16, F32, F64]]))
+    spec = st.tuples(
+        st.sampled_from(SHAPES + VECTORS),
+        st.sampled_from(dtypes),
+        st.sampled_from(LAYOUTS),
+        st.sampled_from([1.0, 1.0, 0.0, 1e-3, 1e3, 1e20]),
+        st.integers(0, 1),  # The group.
+    )
+    specs = draw(st.lists(spec, min_size=1, max_size=4))
+    structure = {}
+    if matrix:
+        structure = draw(st.sampled_from([{}, {}, {"blocks": 2}, {"transposed": True}, {"blocks": 2, "transposed": True}]))
+    editable = [key for key in [*info.defaults, "maximize"] if key in GOOD]
+    breakable = [key for key in [*info.defaults, "maximize", *(("role", "rule", "blocks") if matrix else ())] if key in BAD]
+
+    def events() -> st.SearchStrategy[Any]:
+        index = st.integers(0, 3)
+        return st.one_of(
+            st.none(),
+            st.none(),
+            st.sampled_from(editable).flatmap(lambda key: st.tuples(st.just("edit"), index, st.just(key), GOOD[key])),
+            st.sampled_from(breakable).flatmap(
+                lambda key: st.tuples(st.just("break"), index, st.just(key), st.sampled_from(BAD[key]))
+            ),
+            st.tuples(st.just("cast"), index, st.sampled_from(dtypes)),
+            st.tuples(st.just("replace"), index),
+            st.tuples(st.just("reshape"), index),
+            st.tuples(st.just("add"), spec),
+            st.tuples(st.just("refuse"), st.sampled_from(["lr", "duplicate", "complex", "expanded", "twice"])),
+        )
+
+    kinds = st.lists(st.sampled_from(KINDS), min_size=6, max_size=6)
+    if draw(st.integers(0, 3)) == 0:
+        kinds = st.lists(st.sampled_from(KINDS + BAD_KINDS), min_size=6, max_size=6)
+    layouts = st.lists(st.sampled_from([*LAYOUTS, "expanded"]), min_size=6, max_size=6)
+    steps = draw(st.lists(st.tuples(kinds, layouts, events()), min_size=1, max_size=5))
+    backend = draw(st.sampled_from(["plain", "chunked"]))
+    return Plan(arguments, backend, specs, structure, steps, draw(st.integers(0, 2**16)))
+
+
+# --- tensors --------------------------------------------------------------------------------------------------------
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    return F64 if dtype == F64 else F32
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """The same values with other strides."""
+    if layout == "transposed" and x.ndim >= 2:
+        return x.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == "sliced" and x.ndim >= 1:
+        y = x.new_full((*x.shape[:-1], 2 * x.shape[-1]), float("nan"))[..., ::2]
+        return y.copy_(x)
+    if layout == "offset":
+        return x.new_full((x.numel() + 3,), float("nan"))[3:].view(x.shape).copy_(x)
+    if layout == "channels_last" and x.ndim == 4:
+        return x.contiguous(memory_format=torch.channels_last)
+    if layout == "expanded" and x.ndim >= 1 and x.shape[0] > 0:
+        return x[:1].contiguous().expand(x.shape)
+    return x.contiguous()
+
+
+def gradient(p: Tensor, kind: str, rng: np.random.Generator) -> Tensor:
+    """A gradient of the parameter's dtype."""
+    x = rng.normal(size=tuple(p.shape)) + 0.3
+    info = torch.finfo(p.dtype)
+    if kind in ("zero", "none"):
+        x = np.zeros_like(x)
+    elif kind == "tiny":
+        x = x * max(1e-25, info.smallest_normal)
+    elif kind == "subnormal":
+        x = x * info.smallest_normal * 0.01
+    elif kind == "large":
+        x = x * 1e4 if p.dtype == F16 else x * 1e10
+    elif kind == "huge":
+        x = np.sign(x) * min(1e30, info.max / 2)
+    elif kind == "largest":
+        x = np.sign(x) * info.max
+    elif kind == "one huge entry" and x.size:
+        x.reshape(-1)[-1] = min(1e30, info.max / 2)
+    elif kind == "sparse":
+        x = np.where(rng.random(x.shape) < 0.7, 0.0, x)
+    elif kind == "constant":
+        x = np.ones_like(x)
+    elif kind in BAD_KINDS and x.size:
+        x.reshape(-1)[-1] = float(kind)
+    return torch.from_numpy(np.asarray(x)).to(p.dtype)
+
+
+def bounded(g: Tensor) -> Array:
+    """The gradient in float64, scaled down as the engine documents it."""
+    x = g.detach().double().numpy()
+    bound = torch.finfo(wide(g.dtype)).max ** 0.4
+    largest = np.abs(x).max(initial=0.0)
+    return x * (bound / largest) if largest > bound else x
+
+
+# --- the reference --------------------------------------------------------------------------------------------------
+
+
+def blocks(x: Array, group: dict[str, Any]) -> list[Array]:
+    """The matrices that a parameter holds."""
+    n = group.get("blocks", 1)
+    parts = np.split(x, n) if n > 1 else [x]
+    if n > 1 and parts[0].shape[0] == 1 and parts[0].ndim > 2:
+        parts = [part[0] for part in parts]
+    return [np.swapaxes(part, 0, 1) for part in parts] if group.get("transposed") else parts
+
+
+def joined(parts: list[Array], shape: tuple[int, ...], group: dict[str, Any]) -> Array:
+    if group.get("transposed"):
+        parts = [np.swapaxes(part, 0, 1) for part in parts]
+    return (np.concatenate([part.reshape(-1) for part in parts])).reshape(shape)
+
+
+class Oracle:
+    """The references of one optimizer: per parameter, or, for a rule over groups, per group.
+
+    Three of each: fed the gradients as they are, and twice with relative noise of ``noise``. How far these come apart
+    says how much rounding matters here, which may be beyond all bounds (the polar factor of a singular matrix).
+    """
+
+    def __init__(self, noise: float, seed: int) -> None:
+        self.noise = noise
+        self.rng = np.random.default_rng(seed)
+        self.references: dict[Any, list[Reference]] = {}
+        self.unknown: set[Any] = set()
+
+    def step(self, group: dict[str, Any], params: list[Tensor], olds: list[Array], grads: list[Array]) -> list[Any]:
+        """Pairs (new value, spread) for the parameters of a group that have a gradient; ``None`` for an unknown one."""
+        together = group["rule"] == "HVAdam"
+        results: list[Any] = []
+        for some in [range(len(params))] if together else [[i] for i in range(len(params))]:
+            key = tuple(id(params[i]) for i in some) if not together else id(group["params"])
+            old = [part for i in some for part in blocks(olds[i], group)]
+            grad = [part for i in some for part in blocks(grads[i], group)]
+            if key not in self.references:
+                self.references[key] = [self._new(group, old) for _ in range(3)]
+                if group["rule"] in ("SOAP", "DeVA") and any(_is_degenerate(g) for g in grad):
+                    self.unknown.add(key)  # Bases of a null space are arbitrary.
+            if any(g.size and not 1e-70 < np.abs(g).max() < 1e70 and g.any() for g in grad):
+                self.unknown.add(key)  # The reference's own fourth powers leave the range.
+            news = []
+            for j, reference in enumerate(self.references[key]):
+                for field in fields(reference):
+                    if field.name in group and field.name not in ("params", "lr", "orthogonalizer"):
+                        setattr(reference, field.name, group[field.name])
+                if "orthogonalizer" in group and hasattr(reference, "orthogonalizer"):
+                    reference.orthogonalizer = "exact" if group["orthogonalizer"] == "exact" else "kj5"
+                reference.params = [x.copy() for x in old]
+                noise = self.noise if j else 0.0
+                reference.step([g * (1 + noise * self.rng.normal(size=g.shape)) for g in grad], lr=float(group["lr"]))
+                news.append(self._per_parameter(reference.params, [olds[i].shape for i in some], group))
+            for new, one, two in zip(*news):
+                spread = np.maximum(np.abs(one - new), np.abs(two - new))
+                results.append(None if key in self.unknown else (new, spread))
+        return results
+
+    def forget(self, p: Tensor) -> None:
+        self.references.pop((id(p),), None)
+
+    def _new(self, group: dict[str, Any], old: list[Array]) -> Reference:
+        return REFERENCES[group["rule"]](old)
+
+    def _per_parameter(self, parts: list[Array], shapes: list[tuple[int, ...]], group: dict[str, Any]) -> list[Array]:
+        n = group.get("blocks", 1)
+        return [joined(parts[i * n : (i + 1) * n], shape, group) for i, shape in enumerate(shapes)]
+
+
+def _is_degenerate(g: Array) -> bool:
+    """Whether the outer products of some axis have a null space or equal eigenvalues, up to rounding."""
+    for axis in range(g.ndim):
+        unfolded = np.moveaxis(g, axis, 0).reshape(g.shape[axis], -1)
+        sigma = np.linalg.svd(unfolded, compute_uv=False)
+        if len(sigma) < g.shape[axis] or sigma.min() <= 1e-3 * sigma.max():
+            return True
+        if len(sigma) > 1 and (np.diff(sigma[::-1]) <= 1e-2 * sigma.max()).any():
+            return True
+    return False
+
+
+# --- the property -----------------------------------------------------------------------------------------------------
+
+
+class Overflow(Exception):
+    """The true result is beyond the parameter's range."""
+
+
+class Example:
+    """One run."""
+
+    def __init__(self, name: str, plan: Plan) -> None:
+        self.name, self.plan = name, plan
+        self.rng = np.random.default_rng(plan.seed)
+        self.matrix = OPTIMIZERS[name].kind == "matrix"
+        dtypes = {spec[1] for spec in plan.specs}
+        # Gradients are rounded nowhere, but everything made of them is: some roundings of float32 or float64.
+        self.double = dtypes == {F64} and all(
+            step[2] is None or step[2][0] not in ("cast", "add") for step in plan.steps
+        )
+        self.oracle = Oracle(1e-13 if self.double else 1e-6, plan.seed + 1)
+        params = [self.parameter(spec) for spec in plan.specs]
+        groups = []
+        for index in (0, 1):
+            mine = [p for p, spec in zip(params, plan.specs) if spec[4] == index]
+            for role in ("matrix", "fallback") if self.matrix else (None,):
+                some = [p for p in mine if role is None or self.is_matrix(p) == (role == "matrix")]
+                if some:
+                    extra = dict(plan.structure) if role == "matrix" else {}
+                    groups.append({"params": some, **({"role": role} if role else {}), **extra})
+        arguments = dict(plan.arguments)
+        if name == "Muon":
+            arguments.pop("scale", None)
+        elif "scale" in arguments:  # The published algorithm; the reference has the release or this.
+            arguments["max_step"] = None
+        maximize = arguments.pop("maximize", False)
+        if name == "DeVA":
+            arguments["orthogonalizer"] = {"kj5": "kj5-schatten"}.get(
+                arguments.get("orthogonalizer", "kj5"), arguments.get("orthogonalizer", "kj5-schatten")
+            )
+        cls: Any = OPTIMIZERS[name].cls
+        self.optimizer = cls(groups, backend=plan.backend, maximize=maximize, **arguments)
+        self.skipped = 0
+
+    def parameter(self, spec: tuple[Any, ...]) -> nn.Parameter:
+        shape, dtype, layout, magnitude, _ = spec
+        magnitude = min(magnitude, 1e3) if dtype == F16 else magnitude
+        values = torch.from_numpy(np.asarray(self.rng.normal(size=shape) * magnitude)).to(dtype)
+        p = nn.Parameter(laid_out(values, layout))
+        return p
+
+    def is_matrix(self, p: Tensor) -> bool:
+        return p.ndim >= 2 and p.shape[0] % self.plan.structure.get("blocks", 1) == 0
+
+    @property
+    def params(self) -> list[Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def snapshot(self) -> list[Tensor]:
+        state = [x for p in self.params for x in self.optimizer.state.get(p, {}).values()]
+        return [x.detach().clone() for x in (*self.params, *state)]
+
+    def unchanged(self, before: list[Tensor]) -> None:
+        for x, y in zip(self.snapshot(), before):
+            assert torch.equal(x, y) or bool((x.isnan() & y.isnan()).any())
+
+    def run(self) -> None:
+        for kinds, layouts, event in self.plan.steps:
+            if event is not None:
+                getattr(self, event[0])(*event[1:])
+            self.step(kinds, layouts)
+
+    def refused(self, *words: str) -> None:
+        """The step is refused with these words, and nothing has happened."""
+        before = self.snapshot()
+        with pytest.raises(ValueError) as error:
+            self.optimizer.step()
+        for word in words:
+            assert word in str(error.value)
+        self.unchanged(before)
+
+    # Events
+
+    def group(self, index: int) -> dict[str, Any]:
+        return self.optimizer.param_groups[index % len(self.optimizer.param_groups)]
+
+    def edit(self, index: int, key: str, value: Any) -> None:
+        group = self.group(index)
+        if key in group:
+            if key == "orthogonalizer" and self.name == "DeVA" and value == "kj5":
+                value = "kj5-schatten"
+            group[key] = value
+
+    def break_(self, index: int, key: str, value: Any) -> None:
+        group = self.group(index)
+        if key not in group or (key == "shampoo_beta" and value is None):
+            return
+        if key == "role" and group[key] == "fallback":
+            return  # Every role but "matrix" is the other.
+        for p in self.params:
+            p.grad = torch.ones_like(p)
+        old = group[key]
+        group[key] = value
+        self.refused(key, repr(value) if key != "role" else "role")
+        group[key] = old
+
+    def cast(self, index: int, dtype: torch.dtype) -> None:
+        p = self.params[index % len(self.params)]
+        if p.isfinite().all() and p.to(dtype).isfinite().all():
+            p.grad = None
+            p.data = p.data.to(dtype)
+
+    def replace(self, index: int) -> None:
+        p = self.params[index % len(self.params)]
+        p.data = laid_out(torch.ones_like(p.data) * 0.5, "transposed")
+
+    def reshape(self, index: int) -> None:
+        """Another shape in the place of a parameter: its gradient does not fit, nor its state."""
+        p = self.params[index % len(self.params)]
+        if p.numel() == 0 or p not in self.optimizer.state:
+            return
+        old = p.data
+        p.grad = torch.ones_like(p)
+        p.data = torch.ones(*p.shape, 2, dtype=p.dtype)
+        self.refused("gradient", str(tuple(p.shape)))
+        p.grad = torch.ones_like(p)
+        self.refused("replaced", str(tuple(p.shape)))
+        p.grad = None
+        p.data = old
+
+    def add(self, spec: tuple[Any, ...]) -> None:
+        if len(self.params) >= 6:
+            return
+        p = self.parameter(spec)
+        role = {"role": "matrix" if p.ndim >= 2 else "fallback"} if self.matrix else {}
+        self.optimizer.add_param_group({"params": [p], "lr": 0.05, **role})
+
+    def refuse(self, what: str) -> None:
+        before, groups = self.snapshot(), len(self.optimizer.param_groups)
+        p = nn.Parameter(torch.ones(3, 4))
+        role = {"role": "matrix"} if self.matrix else {}
+        group, word = {
+            "lr": ({"params": [p], "lr": -1.0}, "lr=-1.0"),
+            "duplicate": ({"params": [p, p]}, "twice"),
+            "complex": ({"params": [nn.Parameter(torch.ones(2, 2, dtype=torch.complex64))]}, "complex"),
+            "expanded": ({"params": [nn.Parameter(torch.ones(1, 4).expand(3, 4))]}, "expanded"),
+            "twice": ({"params": [self.params[0]]}, "more than one parameter group"),
+        }[what]
+        if what == "twice" and self.matrix:
+            role = {"role": "fallback"}
+        with pytest.raises(ValueError, match=word):
+            self.optimizer.add_param_group(group | role)
+        assert len(self.optimizer.param_groups) == groups
+        self.unchanged(before)
+
+    # The step
+
+    def step(self, kinds: list[str], layouts: list[str]) -> None:
+        hidden = [group for group in self.optimizer.param_groups if group["rule"] == "HVAdam"]
+        together = {id(p) for group in hidden for p in group["params"]}  # Their reference has one clock for all.
+        for p, kind, layout in zip(self.params, kinds, layouts):
+            if kind == "none" and id(p) not in together:
+                p.grad = None
+            else:
+                p.grad = laid_out(gradient(p, kind, self.rng), layout)
+        moving = [
+            (group, [p for p in group["params"] if p.grad is not None and p.numel()])
+            for group in self.optimizer.param_groups
+        ]
+        finite = all(p.grad.isfinite().all() for _, params in moving for p in params)
+        before = self.snapshot()
+        grads = {id(p): p.grad.clone() for _, params in moving for p in params}
+        olds = {id(p): p.detach().double().numpy().copy() for _, params in moving for p in params}
+        self.optimizer.step()
+        for _, params in moving:
+            for p in params:
+                assert torch.equal(p.grad, grads[id(p)]) or not finite, "the gradient was written to"
+        if not finite:
+            self.skipped += 1
+            assert self.optimizer.skipped_steps == self.skipped
+            self.unchanged(before)
+            return
+        for group, params in moving:
+            if not params:
+                continue
+            signs = -1.0 if group["maximize"] else 1.0
+            with np.errstate(all="ignore"), mock.patch.object(references, "NORM_FLOOR", 1e-300):
+                expected = self.oracle.step(
+                    group, params, [olds[id(p)] for p in params], [signs * bounded(p.grad) for p in params]
+                )
+            for p, result in zip(params, expected):
+                self.compare(group, p, olds[id(p)], result)
+
+    def compare(self, group: dict[str, Any], p: Tensor, old: Array, result: tuple[Array, Array] | None) -> None:
+        new = p.detach().double().numpy()
+        assert not np.isnan(new).any(), f"NaN from finite input: {group['rule']}"
+        if result is None:
+            assert np.isfinite(new).all()
+            return
+        expected, spread = result
+        info = torch.finfo(p.dtype)
+        if not (np.abs(expected) < 0.9 * info.max).all():
+            raise Overflow
+        if OPTIMIZERS.get(group["rule"]) is None or OPTIMIZERS[group["rule"]].kind != "element-wise":
+            spread = np.full_like(spread, spread.max(initial=0.0))
+        # Squares of gradients vanish below a root of the smallest number, beside eps.
+        beta2 = group.get("betas", (0, 0))[1]
+        vanishing = math.sqrt(torch.finfo(wide(p.dtype)).smallest_normal) * math.sqrt(p.numel())
+        floor = float(group["lr"]) * vanishing / group.get("eps", 1.0) / math.sqrt(1 - beta2)
+        # Rounding of the parameter, twice (decay and step, or arithmetic and storage); of the update, which sums and
+        # powers amplify; and what the noise, tens of roundings large, tells of the rest.
+        relative = 1e-10 if self.double else 1e-5
+        tolerance = 2 * info.eps * np.maximum(np.abs(old), np.abs(expected)) + info.smallest_normal * 2
+        tolerance += floor + relative * np.abs(expected - old) + 100 * spread
+        wrong = ~(np.abs(new - expected) <= tolerance)
+        assert not wrong.any(), (
+            f"{group['rule']} {tuple(p.shape)} {p.dtype}: {new[wrong][:3]} in place of {expected[wrong][:3]}, "
+            f"from {old[wrong][:3]}, tolerance {tolerance[wrong][:3]}"
+        )
+
+
+setattr(Example, "break", Example.break_)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_right_step_or_a_clear_error(name: str) -> None:
+    @fuzzed
+    @given(plan=plans(name))
+    def check(plan: Plan) -> None:
+        try:
+            Example(name, plan).run()
+        except Overflow:
+            return
+
+    check()
