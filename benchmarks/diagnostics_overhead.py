@@ -1,15 +1,17 @@
-"""What diagnostics cost: time of training with them over time without, in pairs.
+"""What diagnostics cost: the time of a measured step over that of the steps around it.
 
     python -m benchmarks.diagnostics_overhead --json benchmarks/results/diagnostics-overhead.json
 
-In each round the same model is trained for the same steps with every callback and without, in an order that is drawn
-anew, in one process, with a TensorBoard logger. A ratio is the median over rounds of the time with over the time
-without in the same round. Time is that of the process on the CPU, which other programs disturb less than time on the
-wall. Beside our callbacks stands logging as Composer's OptimizerMonitor does it: norms of gradient, weight and update
-of every parameter, each number fetched and logged by itself. The JSON file holds ``{"machine": ..., "rows": [{"model",
-"callback", "interval", "ratio", "low", "high", "own", "step_ms", ...}]}`` with the smallest and largest ratio, and
-``own``, the time that our callbacks take by their own clock over that of everything else: it leaves out what they do to
-caches, and resolves what is lost in the noise of the ratio.
+A small model is trained with a callback that measures every fifth step, in one process, with a TensorBoard logger.
+Every measured step makes a pair with the mean of the four unmeasured ones around it, so that whatever else the machine
+does hits both; runs with and without callbacks, seconds apart, differ by more than most callbacks cost. A step lasts
+from the start of one batch to that of the next, logging included, and time is that of the process on the CPU. The cost
+at an interval ``n`` is the median ratio less one, over ``n``, and what callbacks take by their own clock, as a share of
+the time, in a run where they are attached and measure nothing.
+
+Beside our callbacks stands logging as Composer's OptimizerMonitor does it: norms of gradient, weight and update of
+every parameter, each number fetched and logged by itself. The JSON file holds ``{"machine": ..., "rows": [{"model",
+"callback", "interval", "ratio", "low", "high", "idle", "pairs", "step_ms"}]}``, with the quartiles over the pairs.
 """
 
 from __future__ import annotations
@@ -22,8 +24,10 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from statistics import median
+from statistics import mean, median, quantiles
 from typing import Any
 
 import lightning.pytorch as pl
@@ -53,6 +57,9 @@ def gpt() -> tuple[pl.LightningModule, Sequence[torch.Tensor]]:
     return LanguageModel(vocab_size=256, sequence_length=256), (tokens[:, :-1], tokens[:, 1:])
 
 
+#: Runs measure every so many steps, or none, after some that warm up.
+EVERY, NEVER, WARM_UP = 5, 10**9, 10
+
 MODELS: dict[str, Callable[[], tuple[pl.LightningModule, Sequence[torch.Tensor]]]] = {"cnn": cnn, "gpt": gpt}
 
 
@@ -64,7 +71,7 @@ class PerKeyLogging(pl.Callback):
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Any) -> None:
         self.before = None
-        if trainer.global_step % self.every_n_steps == 0:
+        if _is_measured(trainer.global_step, self.every_n_steps):
             self.before = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
@@ -88,25 +95,50 @@ def _tier(tier: Any) -> Callable[[int], pl.Callback]:
     return lambda interval: callbacks.Diagnostics(tier, every_n_steps=interval)
 
 
-def train(model: str, optimizer: str, attached: list[pl.Callback], steps: int, folder: str) -> tuple[float, float]:
-    """Seconds per step, the first ten steps left out, and the share that diagnostics say they take."""
-    clock = _Clock(skip=10)
+@dataclass
+class Run:
+    """What one run took.
+
+    Args:
+        seconds: Each step.
+        share: What our callbacks took by their own clock, over the time of training.
+    """
+
+    seconds: list[float]
+    share: float
+
+    def ratios(self) -> list[float]:
+        """Of every measured step, its time over the mean of the unmeasured ones around it."""
+        t, reach = self.seconds, EVERY // 2
+        measured = [i for i in range(reach, len(t) - reach) if _is_measured(i, EVERY)]
+        around = [mean([*t[i - reach : i], *t[i + 1 : i + 1 + reach]]) for i in measured]
+        return [t[i] / other for i, other in zip(measured, around)]
+
+
+def _is_measured(step: int, interval: int) -> bool:
+    return (step + 1) % interval == 0
+
+
+def train(model: str, optimizer: str, attached: pl.Callback, steps: int, folder: str) -> Run:
+    """Train for some steps after those that warm up."""
+    clock = _Clock()
     pl.seed_everything(0, verbose=False)
     module, batch = MODELS[model]()
     module.optimizer = optimizer  # type: ignore[assignment]
     trainer = pl.Trainer(
-        max_steps=steps + 10,
+        max_steps=WARM_UP + steps + 1,
         accelerator="cpu",
         logger=TensorBoardLogger(folder),
-        callbacks=[*attached, clock],
+        callbacks=[attached, clock],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
     # One batch, again and again, so that data costs nothing.
-    repeated: Any = [batch] * (steps + 10)
+    repeated: Any = [batch] * (WARM_UP + steps + 1)
     trainer.fit(module, torch.utils.data.DataLoader(repeated, batch_size=1, collate_fn=_only))
-    return clock.seconds / steps, StepRecorder.of(trainer).clock.share
+    seconds = [end - start for start, end in pairwise(clock.starts)]
+    return Run(seconds[WARM_UP:], clock.share)
 
 
 def _only(batches: Any) -> Any:
@@ -114,53 +146,63 @@ def _only(batches: Any) -> Any:
 
 
 class _Clock(pl.Callback):
-    def __init__(self, skip: int) -> None:
-        self.skip = skip
+    def __init__(self) -> None:
+        self.starts: list[float] = []
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx == self.skip:
-            self.start = time.process_time()
+        if batch_idx == WARM_UP:
+            self._read(trainer)
+        self.starts.append(time.process_time())
 
-    def on_train_batch_end(self, *args: Any) -> None:
-        self.seconds = time.process_time() - getattr(self, "start", 0.0)
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self.share = self._read(trainer)
+
+    def _read(self, trainer: Any) -> float:
+        """The share of the time that diagnostics took since the last call."""
+        clock: Any = StepRecorder.of(trainer).clock
+        with clock:
+            return clock.read()["diagnostics/overhead_share"]
 
 
 def main(args: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--callbacks", nargs="+", choices=list(contenders()), default=list(contenders()))
-    parser.add_argument("--intervals", nargs="+", type=int, default=[1, 50])
+    parser.add_argument("--intervals", nargs="+", type=int, default=[1, 10, 50])
     parser.add_argument("--optimizer", default="MVNGrad")
     parser.add_argument("--steps", type=int, default=50, help="steps of each run")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(args)
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning").setLevel(logging.ERROR)
-    cells = [(name, interval) for name in options.callbacks for interval in options.intervals]
     rows: list[dict[str, Any]] = []
     with Progress(transient=True) as progress, tempfile.TemporaryDirectory() as folder:
-        task = progress.add_task("rounds", total=len(options.models) * options.rounds * (len(cells) + 1))
+        task = progress.add_task("runs", total=len(options.models) * (options.rounds + 1) * len(options.callbacks))
+
+        def run(model: str, name: str, interval: int) -> Run:
+            progress.advance(task)
+            return train(model, options.optimizer, contenders()[name](interval), options.steps, folder)
+
         for model in options.models:
-            train(model, options.optimizer, [], options.steps, folder)  # warms up
-            seconds: dict[Any, list[float]] = {cell: [] for cell in [None, *cells]}
-            own: dict[Any, list[float]] = {cell: [] for cell in seconds}
+            # The run in which nothing is measured also warms up.
+            idle = {name: run(model, name, NEVER) for name in options.callbacks}
+            runs: dict[str, list[Run]] = {name: [] for name in options.callbacks}
             for i in range(options.rounds):
-                for cell in random.Random(i).sample(list(seconds), len(seconds)):
-                    attached = [contenders()[cell[0]](cell[1])] if cell else []
-                    measured = train(model, options.optimizer, attached, options.steps, folder)
-                    seconds[cell].append(measured[0])
-                    own[cell].append(measured[1])
-                    progress.advance(task)
-            for name, interval in cells:
-                ratios = [x / y for x, y in zip(seconds[name, interval], seconds[None])]
-                row = {"model": model, "callback": name, "interval": interval, "rounds": options.rounds}
-                spread = {"ratio": median(ratios), "low": min(ratios), "high": max(ratios)}
-                spread["own"] = median(own[name, interval])
-                row |= {key: round(x, 4) for key, x in spread.items()}
-                rows.append(row | {"step_ms": round(1e3 * median(seconds[None]), 2)})
+                for name in random.Random(i).sample(options.callbacks, len(options.callbacks)):
+                    runs[name].append(run(model, name, EVERY))
+            step = median(x for run in idle.values() for x in run.seconds)
+            for name in options.callbacks:
+                pairs = [ratio for run in runs[name] for ratio in run.ratios()]
+                low, middle, high = quantiles(pairs, n=4, method="inclusive")
+                for interval in options.intervals:
+                    at = {"ratio": middle, "low": low, "high": high}
+                    at = {key: round(1 + (x - 1) / interval + idle[name].share, 4) for key, x in at.items()}
+                    row = {"model": model, "callback": name, "interval": interval, **at}
+                    row |= {"idle": round(idle[name].share, 5), "pairs": len(pairs), "step_ms": round(1e3 * step, 2)}
+                    rows.append(row)
     table = Table("model", "callback", *[f"every {interval}" for interval in options.intervals])
     for model in options.models:
         for name in options.callbacks:

@@ -139,12 +139,11 @@ def _overhead() -> str:
     parts = []
     for content in figures("diagnostics-overhead").values():
         machine, settings = content["machine"], content["settings"]
-        rounds = sorted({row["rounds"] for row in content["rows"]})
+        pairs = sorted({row["pairs"] for row in content["rows"]})
         parts.append(
             f"{machine['processor']}, {machine['threads']} of {machine['cores']} cores, load average "
-            f"{machine['load_average']}; torch {machine['torch']}; {settings['optimizer']}, {settings['steps']} steps, "
-            f"{' or '.join(map(str, rounds))} rounds. CPU time with over CPU time without, median (smallest to "
-            "largest) of the rounds; *own* is the time that callbacks take by their own clock over that of the rest."
+            f"{machine['load_average']}; torch {machine['torch']}; {settings['optimizer']}, "
+            f"{' or '.join(map(str, pairs))} measured steps. CPU time with over CPU time without, median (quartiles)."
         )
         for model, rows in _by(content["rows"], "model"):
             intervals = sorted({row["interval"] for row in rows})
@@ -158,8 +157,7 @@ def _overhead() -> str:
 
 
 def _ratio(row: Row) -> str:
-    own = f", own {row['own']:.2%}" if row.get("own") else ""
-    return f"{row['ratio']:.3f} ({row['low']:.2f}-{row['high']:.2f}){own}"
+    return f"{row['ratio']:.4f} ({row['low']:.4f}-{row['high']:.4f})"
 
 
 def _polar_quality() -> str:
