@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .gradient_health import GradientHealth
-from .monitor import Monitor, ProbingMonitor
+from .monitor import Keyed, Monitor, ProbingMonitor
 from .optimizer_internals import OptimizerInternals
 from .orthogonality_error import OrthogonalityError
 from .sign_collapse import SignCollapse
@@ -22,7 +22,7 @@ from .update_variance import UpdateVariance
 _PROBES = 20
 
 
-class Diagnostics(pl.Callback):
+class Diagnostics(Keyed):
     """Shows what the optimizer does: one line that attaches the other diagnostic callbacks.
 
     ============ ===================================================================================================
@@ -89,11 +89,15 @@ class Diagnostics(pl.Callback):
         for monitor in self.monitors:
             if isinstance(monitor, ProbingMonitor):
                 monitor.probes_optional = True
-        self._settings = {"tier": tier} | common
+        self.tier = tier
+        self.every_n_steps = every_n_steps
+        self.first_n_steps = first_n_steps
+        self.layers = tuple(layers)
 
     # --- every hook that a monitor uses -------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         for monitor in self.monitors:
             monitor.setup(trainer, pl_module, stage)
 
@@ -135,15 +139,11 @@ class Diagnostics(pl.Callback):
         for monitor in self.monitors:
             monitor.on_exception(trainer, pl_module, exception)
 
-    @property
-    def state_key(self) -> str:
-        return self._generate_state_key(**self._settings)
-
     def state_dict(self) -> dict[str, Any]:
-        return {monitor.state_key: monitor.state_dict() for monitor in self.monitors}
+        return {monitor.settings_key: monitor.state_dict() for monitor in self.monitors}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for monitor in self.monitors:
             # A monitor that was added since, or whose settings have changed, begins anew.
-            if monitor.state_key in state_dict:
-                monitor.load_state_dict(state_dict[monitor.state_key])
+            if monitor.settings_key in state_dict:
+                monitor.load_state_dict(state_dict[monitor.settings_key])

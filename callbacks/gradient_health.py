@@ -14,13 +14,14 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_optim.diagnostics.change import sum_of_squares
 from lightning_optim.diagnostics.noise_scale import NoiseScale
-from lightning_optim.diagnostics.virtual import gradients_of, parameters_of
+from lightning_optim.diagnostics.virtual import parameters_of
 
 from .monitor import Monitor, Results, layers_of
-from .recorder import Step, StepRecorder
+from .recorder import Step, dense
 
 _CLIPPED = 1e-4  # Relative change of the norm from which a gradient counts as clipped; rounding is far below.
 _DECAY = 0.95
@@ -31,7 +32,7 @@ class GradientHealth(Monitor):
 
     ============================== ==================================================================================
     ``gradient/norm``              norm of the gradient over all parameters, unscaled, before clipping
-    ``gradient/norm_clipped``      the same as the optimizer consumed it, after clipping
+    ``gradient/norm_clipped``      the same as the optimizer consumed it, from the first step on that was clipped
     ``gradient/clipped_fraction``  running mean (decay 0.95 per measured step) of whether clipping changed the gradient
     ``gradient/zeros``             fraction of elements that are exactly zero: dead units, unused embeddings
     ``gradient/nonfinite``         elements that were NaN or infinite in the steps measured since the last log
@@ -39,12 +40,11 @@ class GradientHealth(Monitor):
     ``gradient/loss_scale``        scale of the loss; with 16-mixed precision only
     ``gradient/noise_scale``       simple gradient noise scale in examples, see
                                    :class:`lightning_optim.diagnostics.NoiseScale`; with one optimizer only, from the
-                                   micro-batches of ``accumulate_grad_batches`` or, under DDP, the gradients of the
-                                   single processes
+                                   micro-batches of ``accumulate_grad_batches`` and, under DDP, of all processes
     ============================== ==================================================================================
 
-    With ``layers``, also ``gradient_norm/PARAMETER`` and ``gradient_norm_clipped/PARAMETER``. The noise scale keeps one
-    copy of the gradients during the steps that are measured, if they accumulate.
+    With ``layers``, also ``gradient_norm/PARAMETER`` and ``gradient_norm_clipped/PARAMETER``. The noise scale keeps
+    nothing of the gradients of micro-batches but their norms.
 
     Args:
         every_n_steps: See :class:`.Monitor`, also for the next three.
@@ -90,34 +90,34 @@ class GradientHealth(Monitor):
         self._small.finish()
         if not step.watched:
             return False
-        gradients = step.gradients()
-        self._before = sum_of_squares(gradients)
-        if not self._before.isfinite().all():
+        if not step.unclipped_sq.isfinite().all():
             # Such a step may be skipped and then has no results; the number waits for those of the next one.
-            for name, g in zip(self._keys(step), gradients):
+            for name, g in zip(self._keys(step), step.gradients()):
                 self._nonfinite[name] = self._nonfinite.get(name, 0) + torch.count_nonzero(~g.isfinite())
         self._skipped = self._skips.get(step.label, 0) + getattr(step.optimizer, "skipped_steps", 0)
         self._loss_scale = _loss_scale(trainer)
         return True
 
     def sums(self, step: Step) -> dict[str, Tensor]:
-        none = self._before.new_zeros(())
+        before, after = step.unclipped_sq, step.change.gradient_sq
+        none = before.new_zeros(())
         nonfinite = [self._nonfinite.pop(name, none).to(none) for name in self._keys(step)]
-        sums = {"before": self._before, "after": step.change.gradient_sq, "nonfinite": torch.stack(nonfinite)}
+        sums = {"before": before, "after": after, "nonfinite": torch.stack(nonfinite)}
         if not self.norms_only:
             sums |= {"driven": step.change.driven, "numel": step.change.numel}
-        return sums if step.shards.groups else sums | self._small.take()
+        return sums if step.shards.groups else sums | self._small.take(self._loss_scale, none)
 
     def results(self, step: Step, sums: dict[str, Tensor]) -> Results:
         before_sq, after_sq = float(sums["before"].sum()), float(sums["after"].sum())
         before, after = sqrt(before_sq), sqrt(after_sq)
         values = {
             "norm": before,
-            "norm_clipped": after,
             "clipped_fraction": self._clipped_fraction(step.label, float(abs(after - before) > _CLIPPED * before)),
             "nonfinite": float(sums["nonfinite"].sum()),
             "skipped_steps": float(self._skipped),
         }
+        if values["clipped_fraction"]:
+            values["norm_clipped"] = after
         if "driven" in sums:
             values["zeros"] = 1 - float(sums["driven"].sum() / sums["numel"].sum())
         if self._loss_scale != 1:
@@ -160,10 +160,12 @@ class GradientHealth(Monitor):
         if self._has_noise_scale(trainer) and self.measures(self._counts.get("", 0) + 1):
             self._small.batch_start(trainer, batch)
 
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        if self._small.sizes and not self._small.complete:
+            self._small.watch(trainer.optimizers[0])
+
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._small.sizes:
-            with StepRecorder.of(trainer).clock, torch.no_grad():
-                self._small.after_backward(trainer)
+        self._small.unwatch()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._small.finish()
@@ -175,18 +177,15 @@ class GradientHealth(Monitor):
 
 
 class _SmallBatches:
-    """Squared norms of the gradients of batches that are smaller than that of the step.
+    """Squared norms of the gradients of the micro-batches that one step averages, over all processes of DDP.
 
-    Those are the micro-batches of an accumulated gradient, or, under DDP, the accumulated gradients of the single
-    processes, caught after the last backward pass has added to them and before DDP averages them.
+    They are caught on their way to where they are added up, so that none has to be kept.
     """
 
     def __init__(self) -> None:
         self.sizes: list[int] = []
         self.complete = False
-        self._processes = 1
         self._squares: list[Tensor] = []
-        self._last: dict[Tensor, Tensor] = {}
         self._handles: list[Any] = []
 
     def batch_start(self, trainer: pl.Trainer, batch: Any) -> None:
@@ -194,54 +193,44 @@ class _SmallBatches:
             self.sizes.append(extract_batch_size(batch))
         except MisconfigurationException:  # A batch of unknown size: no noise scale.
             self.sizes = []
-            return
         self._micro_batches = trainer.accumulate_grad_batches
         self._processes = _processes(trainer)
-        if self._processes > 1 and not trainer.fit_loop._should_accumulate():
 
-            def catch(p: Tensor) -> None:
-                self._squares.append(sum_of_squares([p.grad]).sum())  # type: ignore[list-item]
+    def watch(self, optimizer: Optimizer) -> None:
+        """Before the backward pass."""
+        self._handles = [p.register_hook(self._catch) for p in parameters_of(optimizer) if p.requires_grad]
 
-            parameters = [p for p in parameters_of(trainer.optimizers[0]) if p.requires_grad]
-            self._handles = [p.register_post_accumulate_grad_hook(catch) for p in parameters]
+    def _catch(self, gradient: Tensor) -> None:
+        with torch.no_grad():
+            self._squares.append(sum_of_squares([dense(gradient)])[0])
 
-    def after_backward(self, trainer: pl.Trainer) -> None:
-        self._remove_hooks()
-        self._loss_scale = _loss_scale(trainer)
-        if self._processes == 1 and self._micro_batches > 1:
-            gradients = gradients_of(trainer.optimizers[0])
-            added = [g - self._last[p] if p in self._last else g for p, g in gradients.items()]
-            if added:
-                self._squares.append(sum_of_squares(added).sum())
-            self._last = {p: g.clone() for p, g in gradients.items()}
-
-    def finish(self) -> None:
-        """The gradient of the step is complete: keep nothing of its size."""
-        self.complete = True
-        self._remove_hooks()
-        self._last = {}
-
-    def _remove_hooks(self) -> None:
+    def unwatch(self) -> None:
+        """After the backward pass, or where it has failed."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
-    def take(self) -> dict[str, Tensor]:
+    def finish(self) -> None:
+        """The gradient of the step is complete."""
+        self.complete = True
+        self.unwatch()
+
+    def take(self, loss_scale: float, zero: Tensor) -> dict[str, Tensor]:
         """Mean squared norm of the small gradients, sizes of small and whole batch, and correction of the latter."""
         parts = len(self.sizes)
-        if self._processes * parts < 2:
+        if not parts or self._processes * parts < 2:
             return {}
+        small_sq = torch.stack([zero, *(x.to(zero) for x in self._squares)]).sum()
+        if self._processes > 1:
+            dist.all_reduce(small_sq)
         # Lightning divides the loss of each micro-batch by their number, of which the last step of an epoch may have
         # fewer.
-        whole = (self._micro_batches / parts) ** 2
-        if self._processes > 1:
-            small_sq, small, factor = torch.stack(self._squares).sum(), float(sum(self.sizes)), whole
-            dist.all_reduce(small_sq)
-            small_sq /= self._processes
-        else:
-            small_sq, small, factor = torch.stack(self._squares).mean(), sum(self.sizes) / parts, self._micro_batches**2
-        small_sq = small_sq * factor / self._loss_scale**2
-        numbers = {"small": small, "big": sum(self.sizes) * self._processes, "big_factor": whole}
+        small_sq *= (self._micro_batches / loss_scale) ** 2 / (self._processes * parts)
+        numbers = {
+            "small": sum(self.sizes) / parts,
+            "big": sum(self.sizes) * self._processes,
+            "big_factor": (self._micro_batches / parts) ** 2,
+        }
         return {"small_sq": small_sq} | {name: small_sq.new_tensor(float(x)) for name, x in numbers.items()}
 
 

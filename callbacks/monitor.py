@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import cached_property
+from itertools import takewhile
 from typing import Any, ClassVar, NamedTuple
 
 import lightning.pytorch as pl
@@ -36,7 +37,33 @@ class Results(NamedTuple):
     layers: dict[str, dict[str, float]] = {}  # noqa: RUF012 (never written to)
 
 
-class Monitor(pl.Callback):
+class Keyed(pl.Callback):
+    """A callback whose state in checkpoints is told from that of others by its settings, and then by its place.
+
+    Callbacks with equal settings, or that differ in what has no name in a checkpoint, like functions, are numbered in
+    the order in which the Trainer has them.
+    """
+
+    _state_key: str | None = None
+
+    @cached_property
+    def settings_key(self) -> str:
+        """Class and settings as one string."""
+        plain = {name: value for name, value in vars(self).items() if isinstance(value, (int, float, str, tuple))}
+        return self._generate_state_key(**{name: value for name, value in plain.items() if not name.startswith("_")})
+
+    @property
+    def state_key(self) -> str:
+        # The Trainer's constructor, which does not yet say which others it has, only wants them all different.
+        return self._state_key or f"{self.settings_key} {id(self)}"
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        before = takewhile(lambda callback: callback is not self, trainer.callbacks)  # type: ignore[attr-defined]
+        equal = sum(isinstance(callback, Keyed) and callback.settings_key == self.settings_key for callback in before)
+        self._state_key = f"{self.settings_key} {equal + 1}" if equal else self.settings_key
+
+
+class Monitor(Keyed):
     """Base of the diagnostic callbacks: which steps and which parameters it measures, and how its values are named.
 
     A subclass says which sums over elements it needs (:meth:`sums`, computed by each process on its part and added up
@@ -196,13 +223,6 @@ class Monitor(pl.Callback):
 
     # --- hooks --------------------------------------------------------------------------------------------------
 
-    @cached_property  # Lightning asks for it at every hook.
-    def state_key(self) -> str:  # type: ignore[override]
-        """Two callbacks of one class do not share their state if their settings differ."""
-        plain = {name: value for name, value in vars(self).items() if isinstance(value, (int, float, str, tuple))}
-        settings = {name: value for name, value in plain.items() if not name.startswith("_")}
-        return self._generate_state_key(**settings)
-
     def state_dict(self) -> dict[str, Any]:
         # Lightning saves the state of the first process. What the others remember of their shards is not in it.
         counts = {"counts": dict(self._counts), "skips": dict(self._skips)}
@@ -214,6 +234,7 @@ class Monitor(pl.Callback):
         self.memory = dict(state_dict["memory"])
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         if stage == "fit":
             StepRecorder.of(trainer).attach(self, trainer)
 

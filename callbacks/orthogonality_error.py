@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from typing import Any, ClassVar
 
@@ -20,6 +20,7 @@ from lightning_optim.diagnostics.orthogonality import (
     factor_error,
     full_precision,
     gram,
+    orthogonality,
     orthogonality_of_gram,
     polar_error,
     scaled_gram,
@@ -51,9 +52,9 @@ class OrthogonalityError(Monitor):
     ``orthogonality/polar_error``       with ``polar``: relative distance of that factor from the true polar factor
     =================================== =============================================================================
 
-    Each is the mean over hidden matrices; for the three errors ``..._worst`` is the largest. With ``layers``, each
-    parameter's own values are logged, too (``orthogonality_error/PARAMETER``, and ``PARAMETER/0``, ``PARAMETER/1``,
-    ... where one holds several matrices). Definitions: :func:`lightning_optim.diagnostics.orthogonality`.
+    Each is the mean over hidden matrices. With ``layers``, the largest of each error is logged, too (``..._worst``, over
+    all matrices), and each parameter's own values (``orthogonality_error/PARAMETER``, and ``PARAMETER/0``,
+    ``PARAMETER/1``, ... where one holds several matrices). Definitions: :func:`lightning_optim.diagnostics.orthogonality`.
 
     Hidden matrices are those of :func:`lightning_optim.routing.route`, or of the parameter groups of a matrix
     optimizer of ours: convolutions are (out, in * k * k), a packed query, key and value projection three matrices.
@@ -161,10 +162,8 @@ class OrthogonalityError(Monitor):
         if step.shards.groups:
             parts = [_part(w, u, step.shards) for w, u in pairs]
             return sums | {f"{_PART}{i}": part for i, part in enumerate(parts)}
-        grams, peaks = zip(*[scaled_gram(_matrices(w, u)) for w, u in pairs])
-        values = _batched(orthogonality_of_gram, grams)
-        spectra = self._singular_values([g * peak[:, None, None] ** 2 for g, peak in zip(grams, peaks)])
-        return sums | spectra | values | {"spectral_norm": values["spectral_norm"] * _concatenated(peaks)}
+        matrices = [_matrices(w, u) for w, u in pairs]
+        return sums | self._singular_values(map(_gram, matrices)) | _batched(orthogonality, matrices)
 
     def condense(self, step: Step, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         parts = [x for name, x in sums.items() if name.startswith(_PART)]
@@ -179,7 +178,7 @@ class OrthogonalityError(Monitor):
         for name in self._from_reports:
             each[name] = sums[name] / sums[f"{name}_count"]
         values = {name: float(x.nanmean()) for name, x in each.items()}
-        for name in set(each) & {"error", *_REPORTED}:
+        for name in set(each) & {"error", *_REPORTED} if self.layers else ():
             values[f"{name}_worst"] = max([v for v in each[name].tolist() if v == v], default=math.nan)
         matrices = [name for w in step.watched for name in _names(w)]
         spectra = [row for name, x in sums.items() if name.startswith(_SPECTRUM) for row in x]
@@ -188,13 +187,15 @@ class OrthogonalityError(Monitor):
 
     # --- spectra ------------------------------------------------------------------------------------------------
 
-    def _singular_values(self, grams: Sequence[Tensor]) -> dict[str, Tensor]:
+    def _singular_values(self, grams: Iterable[Tensor]) -> dict[str, Tensor]:
         """Of each matrix, largest first, from the Gram matrices of each parameter; nothing where nobody looks."""
         if not self._boards:
             return {}
-        with full_precision(grams[0]):
-            values = [torch.linalg.eigvalsh(g.nan_to_num()).clamp(min=0).sqrt().flip(-1) for g in grams]
-        return {f"{_SPECTRUM}{i}": x for i, x in enumerate(values)}
+        spectra = {}
+        for i, g in enumerate(grams):
+            with full_precision(g):
+                spectra[f"{_SPECTRUM}{i}"] = torch.linalg.eigvalsh(g.nan_to_num()).clamp(min=0).sqrt().flip(-1)
+        return spectra
 
     def _show(self, label: str, spectra: dict[str, Tensor]) -> None:
         shown = {name: x for name, x in spectra.items() if not self.layers or matches(name, self.layers)}
@@ -239,6 +240,11 @@ def _names(w: Watched) -> list[str]:
 def _matrices(w: Watched, x: Tensor) -> Tensor:
     """The matrices ``(blocks, m, n)`` in a tensor like the whole parameter."""
     return to_blocks(x, _layout(w)).flatten(2)
+
+
+def _gram(x: Tensor) -> Tensor:
+    g, peak = scaled_gram(x)
+    return g * peak[:, None, None] ** 2
 
 
 def _concatenated(xs: Sequence[Tensor]) -> Tensor:

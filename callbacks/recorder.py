@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
 
@@ -29,7 +30,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim import Optimizer
 
-from lightning_optim.diagnostics.change import Change, sample
+from lightning_optim.diagnostics.change import Change, sample, sum_of_squares
 from lightning_optim.optimizers.hybrid import MatrixOptimizer
 from lightning_optim.optimizers.optimizer import RuleOptimizer
 from lightning_optim.routing import Route, clean_name, route, routing_table
@@ -84,6 +85,7 @@ class Step:
     loss_scale: float
     shards: Shards
     _changes: dict[Tensor, Tensor] = field(default_factory=dict)
+    _unclipped_sq: Tensor | None = None
     _change: Change | None = None
 
     @property
@@ -92,9 +94,18 @@ class Step:
         return [w.name for w in self.watched]
 
     def gradients(self) -> list[Tensor]:
-        """Local parts of the gradients as they are now: before the step, unscaled and unclipped."""
-        grads = [_gradient(w.parameter) for w in self.watched]
-        return grads if self.loss_scale == 1 else [g / self.loss_scale for g in grads]
+        """Local parts of the gradients as they are now: before the step unclipped, and times :attr:`loss_scale`."""
+        return [_gradient(w.parameter) for w in self.watched]
+
+    @property
+    def unclipped_sq(self) -> Tensor:
+        """Sum of the squares of each parameter's local gradient, unscaled and before clipping.
+
+        To be asked for before the step; the same for all monitors, and after the step, too.
+        """
+        if self._unclipped_sq is None:
+            self._unclipped_sq = sum_of_squares(self.gradients()) / self.loss_scale**2
+        return self._unclipped_sq
 
     def sampled(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """At most 4,096 elements of each parameter's tensor, the same ones also if its first axis is cut up.
@@ -141,11 +152,15 @@ def local(x: Tensor) -> Tensor:
     return x.to_local() if isinstance(x, DTensor) else x
 
 
+def dense(x: Tensor) -> Tensor:
+    """A tensor that may be sparse as a dense one."""
+    return x.to_dense() if x.is_sparse else x
+
+
 def _gradient(p: Tensor) -> Tensor:
     if p.grad is None:
         return torch.zeros_like(p)
-    g = local(p.grad)
-    return g.to_dense() if g.is_sparse else g
+    return dense(local(p.grad))
 
 
 # --- sharded training -------------------------------------------------------------------------------------------
@@ -176,6 +191,13 @@ class Shards:
         """Whether this process is to count its part of a parameter: each element is counted once over all groups."""
         sharded = {group.group_name for group in _groups(p)}
         return self.flat or all(g.group_name in sharded or dist.get_rank(g) == 0 for g in self.groups)
+
+    def counted(self, watched: Sequence[Watched], tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Tensors in which vectors with one entry per parameter are zero where another process counts it."""
+        if not self.groups:
+            return list(tensors)
+        counts = [self.counts(w.parameter) for w in watched]
+        return [x * x.new_tensor(counts) if x.shape == (len(counts),) else x for x in tensors]
 
     def add(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Sums over processes, in float64, by one reduction however many tensors there are."""
@@ -339,12 +361,8 @@ class StepRecorder:
     def _measure(self, opened: _OpenStep) -> None:
         asked = [(monitor, step, monitor.sums(step)) for monitor, step in opened.steps if step.watched]
         shards = opened.steps[0][1].shards
-        parts = []
-        for _, step, sums in asked:
-            counts = [shards.counts(w.parameter) for w in step.watched] if shards.groups else []
-            for x in sums.values():
-                parts.append(x * x.new_tensor(counts) if counts and x.shape == (len(counts),) else x)
-        added = iter(shards.add(parts))
+        parts = [shards.counted(step.watched, list(sums.values())) for _, step, sums in asked]
+        added = iter(shards.add(list(chain.from_iterable(parts))))
         condensed = [
             (monitor, step, monitor.condense(step, {name: next(added) for name in sums}))
             for monitor, step, sums in asked
@@ -387,9 +405,12 @@ class StepRecorder:
 
     def add(self, monitor: Monitor, values: Mapping[str, float]) -> None:
         """Values to be logged with those of the step that is being measured, or of the next one."""
-        self._values.append((monitor, values))
+        if values:
+            self._values.append((monitor, values))
 
     def _log(self, trainer: pl.Trainer) -> None:
+        if not self._values:
+            return
         # The step that Lightning gives to what the LightningModule logs in this batch.
         x = trainer.fit_loop.epoch_loop._batches_that_stepped
         merged = self._clock.read()

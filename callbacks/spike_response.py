@@ -10,7 +10,6 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_optim.diagnostics.change import sum_of_squares
 from lightning_optim.diagnostics.spike_response import (
     THRESHOLD,
     WINDOW,
@@ -31,7 +30,7 @@ class SpikeResponse(ProbingMonitor):
     ===================================== ===========================================================================
     ``spike/zscore``                      robust z-score of the gradient norm before clipping, the largest since it
                                           was logged last
-    ``spike/count``                       number of spikes until now
+    ``spike/count``                       number of spikes until now, from the first one on
     ``spike/amplification``               largest update RMS after a spike, relative to the baseline
     ``spike/suppression``                 smallest update RMS after a spike, relative to the baseline
     ``spike/recovery_steps``              steps after a spike until the update RMS stays at the baseline
@@ -46,7 +45,8 @@ class SpikeResponse(ProbingMonitor):
     have recovered when their RMS has stayed within 10 % of it for five steps (or within three robust standard
     deviations, where calm updates vary more than that); after ``follow_steps`` steps they have not, and that number is
     logged. The cost of an ordinary step is that of the gradient norm, which a GPU has to finish first; of steps after a
-    spike, that of :class:`.UpdateSize` at every step.
+    spike, that of :class:`.UpdateSize` at every step. Where parameters are sharded, each process copies its part at
+    every step, since whether there is a spike is known after the one reduction only.
 
     *Probes*, made every ``probe_every_n_steps``, follow a copy of the optimizer from the state it is in for
     ``probe_steps`` steps with the present gradient, to which a spike is added in the first: in each element its sign is
@@ -54,7 +54,8 @@ class SpikeResponse(ProbingMonitor):
     steps without the spike, on at most 4,096 elements of each parameter. Gradients are clipped as the Trainer clips
     (but not by an overridden ``configure_gradient_clipping``), so what is seen is the response of this run; for that of
     optimizers alone see :func:`lightning_optim.diagnostics.spike_response`. One probe costs
-    ``(len(probe_scales) + 1) * (probe_steps + 1)`` optimizer steps and a copy of parameters and state.
+    ``(len(probe_scales) + 1) * (probe_steps + 1)`` optimizer steps, one reduction more where parameters are sharded,
+    and, until it is done, memory for two copies of the parameters, two to three of the gradients and one of the state.
 
     Args:
         every_n_steps: Look at the gradient norm every so many optimizer steps, or where a function of the step is
@@ -137,17 +138,22 @@ class SpikeResponse(ProbingMonitor):
         self._probe = {}
         if not step.watched:
             return False
-        gradient_sq, numel = self._whole(step)
-        wanted = self._watch(step.label).see(float(gradient_sq.sum().sqrt()))
+        # The norm of a sharded gradient is known from the one reduction after the step. Until then any step may be one
+        # to measure, also if the gradient is calm in this process, whose part of the parameters is copied therefore.
+        self._wanted = bool(step.shards.groups) or self._see(step, step.unclipped_sq)
         if self.probes(step.index):
             with self.probing():
-                self._probe = self._respond(trainer, step, (gradient_sq / numel.clamp(min=1)).sqrt())
-        return wanted or bool(self._probe)
+                self._probe = self._respond(trainer, step)
+        return self._wanted or bool(self._probe)
 
     def sums(self, step: Step) -> dict[str, Tensor]:
-        return {"update_sq": step.change.update_sq, "numel": step.change.numel} | self._probe
+        sums = {"update_sq": step.change.update_sq, "numel": step.change.numel} | self._probe
+        return sums | {"gradient_sq": step.unclipped_sq} if step.shards.groups else sums
 
     def results(self, step: Step, sums: dict[str, Tensor]) -> Results:
+        wanted = self._see(step, sums["gradient_sq"]) if step.shards.groups else self._wanted
+        if not wanted and not self._probe:
+            return Results({})
         rms = float((sums["update_sq"].sum() / sums["numel"].sum()).sqrt())
         values = self._watch(step.label).measured(step.index, rms)
         if self._probe:
@@ -158,20 +164,16 @@ class SpikeResponse(ProbingMonitor):
     def _watch(self, label: str) -> SpikeWatch:
         return self._watches.setdefault(label, SpikeWatch(self.threshold, self.window, self.follow_steps))
 
-    @staticmethod
-    def _whole(step: Step) -> tuple[Tensor, Tensor]:
-        """Sum of squared gradients and number of elements of each parameter, over all processes."""
-        gradients = step.gradients()
-        sums = [sum_of_squares(gradients)]
-        sums.append(sums[0].new_tensor([g.numel() for g in gradients]))
-        if step.shards.groups:
-            counts = sums[0].new_tensor([step.shards.counts(w.parameter) for w in step.watched])
-            sums = [x * counts for x in sums]
-        gradient_sq, numel = step.shards.add(sums)
-        return gradient_sq, numel
+    def _see(self, step: Step, gradient_sq: Tensor) -> bool:
+        return self._watch(step.label).see(float(gradient_sq.sum().sqrt()))
 
-    def _respond(self, trainer: pl.Trainer, step: Step, rms: Tensor) -> dict[str, Tensor]:
+    def _respond(self, trainer: pl.Trainer, step: Step) -> dict[str, Tensor]:
         gradients = gradients_of(step.optimizer, step.loss_scale)
+        # A probe of sharded parameters takes a reduction of its own: the sums that it adds to the one after the step
+        # depend on the size of the spike, which is itself a sum over processes.
+        numel = step.unclipped_sq.new_tensor([local(w.parameter).numel() for w in step.watched])
+        gradient_sq, numel = step.shards.add(step.shards.counted(step.watched, [step.unclipped_sq, numel]))
+        rms = (gradient_sq / numel.clamp(min=1)).sqrt()
         spike = {}
         for w, size in zip(step.watched, rms.tolist()):
             spike[w.parameter] = torch.empty_like(w.parameter)

@@ -150,11 +150,10 @@ class UpdateVariance(ProbingMonitor):
         updates = [sample(u) for u in step.change.updates]
         of_all = step.change.numel / step.change.numel.new_tensor([max(1, u.numel()) for u in updates])
         means = self.remembered(step, "mean", updates)
-        moments = self.remembered(step, "moments", [u.new_zeros(3) for u in updates])
-        running = [running_moments(*of_one, self.decay) for of_one in zip(updates, means, moments)]
-        means, moments = [list(x) for x in zip(*running)]
+        moments = torch.stack(self.remembered(step, "moments", [of_all.new_zeros(3)] * len(updates)))
+        means, moments = running_moments(updates, means, moments, self.decay)
         self.remember(step, "mean", means)
-        self.remember(step, "moments", moments)
+        self.remember(step, "moments", moments.unbind())
         sums = {f"online_{name}": x * of_all for name, x in online_sums(means, moments).items()}
         if len(self._updates) > 1:
             sums |= {f"probe_{name}": x * of_all for name, x in conditional_sums(self._updates).items()}

@@ -62,7 +62,8 @@ class Change:
     @cached_property
     def stalled(self) -> Tensor:
         """Number of elements that did not change although their gradient is not zero."""
-        return self._stack([torch.count_nonzero((u == 0) & (g != 0)) for u, g in zip(self.updates, self.gradients)])
+        moved = [torch.count_nonzero(torch.logical_and(u, g)) for u, g in zip(self.updates, self.gradients)]
+        return self.driven - self._stack(moved)
 
     @cached_property
     def weight_sq(self) -> Tensor:
@@ -105,7 +106,7 @@ def inner_products(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def sample(x: Tensor, most: int = 4096, start: int = 0, numel: int | None = None) -> Tensor:

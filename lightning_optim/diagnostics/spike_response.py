@@ -301,7 +301,7 @@ class SpikeWatch:
 
     def measured(self, step: int, rms: float) -> dict[str, float]:
         """Take in the update RMS of a step; what is to be said now."""
-        values = {"zscore": self.zscore, "count": float(self.count)}
+        values = {"zscore": self.zscore} | ({"count": float(self.count)} if self.count else {})
         self.zscore = math.nan
         if not self.following:
             self.calm = [*self.calm, rms][-9:]

@@ -19,48 +19,47 @@ from torch import Tensor
 from .change import Sums, inner_products, sum_of_squares
 
 
-def running_moments(x: Tensor, mean: Tensor, moments: Tensor, decay: float) -> tuple[Tensor, Tensor]:
-    r"""Add a value to an exponentially weighted mean and variance.
+def running_moments(
+    xs: Sequence[Tensor], means: Sequence[Tensor], moments: Tensor, decay: float
+) -> tuple[list[Tensor], Tensor]:
+    r"""Add a value of each of n vectors to their exponentially weighted means and variances.
 
     The value that came :math:`i` values ago has the weight :math:`w_i \propto \beta^i`, and weights sum to 1.
 
     Args:
-        x: The value.
-        mean: :math:`m = \sum_i w_i x_i` up to now; zeros at first.
-        moments: Vector of the sum of weights before they are made to sum to 1, :math:`1 - \beta^t`;
+        xs: The values.
+        means: :math:`m = \sum_i w_i x_i` up to now; zeros at first.
+        moments: Shape ``(n, 3)``: the sum of weights before they are made to sum to 1, :math:`1 - \beta^t`;
             :math:`q = \sum_i w_i^2`; and :math:`\sum_i w_i \|x_i - m\|^2`. Zeros at first.
         decay: :math:`\beta`.
 
     Returns:
-        The new ``mean`` and ``moments``.
+        The new ``means`` and ``moments``.
 
     Example:
-        >>> mean, moments = torch.zeros(2), torch.zeros(3)
+        >>> means, moments = [torch.zeros(2)], torch.zeros(1, 3)
         >>> for x in ([1.0, 0.0], [3.0, 0.0]):
-        ...     mean, moments = running_moments(torch.tensor(x), mean, moments, decay=0.5)
-        >>> mean, moments  # weights 1/3 and 2/3
-        (tensor([2.3333, 0.0000]), tensor([0.7500, 0.5556, 0.8889]))
+        ...     means, moments = running_moments([torch.tensor(x)], means, moments, decay=0.5)
+        >>> means, moments  # weights 1/3 and 2/3
+        ([tensor([2.3333, 0.0000])], tensor([[0.7500, 0.5556, 0.8889]]))
     """
-    weight, overlap, spread = moments
+    weight, overlap, spread = moments.unbind(-1)
     weight = decay * weight + (1 - decay)
     share = (1 - decay) / weight
-    delta = x - mean
-    return mean + share * delta, torch.stack(
-        [
-            weight,
-            (1 - share) ** 2 * overlap + share**2,
-            (1 - share) * (spread + share * delta.square().sum()),
-        ]
-    )
+    deltas = torch._foreach_sub(xs, means)
+    steps = torch._foreach_mul(deltas, [s.to(d) for s, d in zip(share, deltas)])
+    spread = (1 - share) * (spread + share * sum_of_squares(deltas))
+    overlap = (1 - share) ** 2 * overlap + share**2
+    return list(torch._foreach_add(means, steps)), torch.stack([weight, overlap, spread], -1)
 
 
-def online_sums(means: Sequence[Tensor], moments: Sequence[Tensor]) -> Sums:
-    r"""Variance and squared mean from what :func:`running_moments` keeps for each parameter.
+def online_sums(means: Sequence[Tensor], moments: Tensor) -> Sums:
+    r"""Variance and squared mean from what :func:`running_moments` keeps for each vector.
 
     Both are unbiased for uncorrelated values: the variance is :math:`\sum_i w_i \|x_i - m\|^2 / (1 - q)`, the squared
     mean :math:`\|m\|^2 - q V`. They are NaN after a single value.
     """
-    _, overlap, spread = torch.stack([m.to(moments[0].device) for m in moments], dim=1)
+    _, overlap, spread = moments.unbind(-1)
     variance = spread / (1 - overlap)
     return {"variance": variance, "mean_sq": sum_of_squares(means) - overlap * variance}
 

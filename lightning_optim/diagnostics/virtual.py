@@ -17,8 +17,8 @@ class VirtualOptimizer:
     """A copy of an optimizer and its parameters, in the state that they are in.
 
     Steps made on it leave the optimizer, its parameters, their gradients, hooks, schedulers and all random numbers as
-    they were. It takes as much memory as the parameters and the optimizer's state. Parameters are named by the real
-    ones throughout. An optimizer that draws random numbers draws the same ones in each virtual step.
+    they were. It takes as much memory as the parameters and the optimizer's state, and during a step that of a copy of
+    the gradients and of the changes. Parameters are named by the real ones throughout. An optimizer that draws random numbers draws the same ones in each virtual step.
 
     Args:
         optimizer: Any optimizer that can be deep-copied and whose step needs no closure.
@@ -62,15 +62,17 @@ class VirtualOptimizer:
             copied.grad = None if g is None else g.detach().clone()
         if self._prepare is not None:
             self._prepare(self._optimizer)
-        before = {p: copied.detach().clone() for p, copied in self._copies.items()}
+        # Turned into the changes in place: probes are to hold as few copies as possible.
+        changes = {p: _float_copy(copied) for p, copied in self._copies.items()}
         with fork_rng(next(iter(self._copies)).device):
             try:
                 self._optimizer.step()
             except Exception as error:
                 raise self._error(error) from error
-        return {
-            p: _at_least_float32(copied.detach()) - _at_least_float32(before[p]) for p, copied in self._copies.items()
-        }
+        for p, copied in self._copies.items():
+            copied.grad = None
+            changes[p].neg_().add_(copied.detach())
+        return changes
 
     def _error(self, reason: object) -> RuntimeError:
         return RuntimeError(
@@ -107,5 +109,5 @@ def _copies_of_shards(optimizer: Optimizer) -> dict[int, Tensor]:
     return copies
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def _float_copy(x: Tensor) -> Tensor:
+    return x.detach().to(torch.promote_types(x.dtype, torch.float32), copy=True)

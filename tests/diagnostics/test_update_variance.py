@@ -18,27 +18,26 @@ from lightning_optim.diagnostics.update_variance import conditional_sums, online
 @given(st.integers(2, 40), st.sampled_from([0.0, 0.5, 0.9, 0.99]), st.integers(0, 1000))
 def test_running_moments_are_the_weighted_ones(count: int, decay: float, seed: int) -> None:
     xs = torch.randn(count, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 3
-    mean, moments = torch.zeros(5, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    means, moments = [torch.zeros(5, dtype=torch.float64)], torch.zeros(1, 3, dtype=torch.float64)
     for x in xs:
-        mean, moments = running_moments(x, mean, moments, decay)
+        means, moments = running_moments([x], means, moments, decay)
     weights = torch.tensor([decay**i for i in range(count)], dtype=torch.float64).flip(0)
     weights /= weights.sum()
     expected = weights @ xs
     # Rounding of at most 40 steps in float64.
-    torch.testing.assert_close(mean, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(means[0], expected, rtol=1e-12, atol=1e-12)
     spread = (weights * (xs - expected).square().sum(1)).sum()
-    torch.testing.assert_close(moments[1:], torch.stack([weights.square().sum(), spread]), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(moments[0, 1:], torch.stack([weights.square().sum(), spread]), rtol=1e-10, atol=1e-12)
 
 
 def test_online_estimates_are_unbiased() -> None:
     # Average over many independent runs of 8 updates N(mu, s^2) of 10 elements: variance 10 s^2, |mean|^2 10 mu^2.
     mu, s, runs = 0.5, 2.0, 4000
     xs = mu + s * torch.randn(8, runs, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    mean, moments = [torch.zeros(10, dtype=torch.float64)] * runs, [torch.zeros(3, dtype=torch.float64)] * runs
+    means, moments = [torch.zeros(10, dtype=torch.float64)] * runs, torch.zeros(runs, 3, dtype=torch.float64)
     for x in xs:
-        pairs = [running_moments(x[i], mean[i], moments[i], 0.8) for i in range(runs)]
-        mean, moments = [p[0] for p in pairs], [p[1] for p in pairs]
-    sums = online_sums(mean, moments)
+        means, moments = running_moments(list(x), means, moments, 0.8)
+    sums = online_sums(means, moments)
     for estimate, truth in ((sums["variance"], 10 * s**2), (sums["mean_sq"], 10 * mu**2)):
         standard_error = estimate.std() / runs**0.5
         assert abs(estimate.mean() - truth) < 4 * standard_error
