@@ -116,15 +116,16 @@ class GradientHealth(Monitor):
             "nonfinite": float(sums["nonfinite"].sum()),
             "skipped_steps": float(self._skipped),
         }
+        layers = {"norm": sums["before"].sqrt()}
         if values["clipped_fraction"]:
             values["norm_clipped"] = after
+            layers["norm_clipped"] = sums["after"].sqrt()
         if "driven" in sums:
             values["zeros"] = 1 - float(sums["driven"].sum() / sums["numel"].sum())
         if self._loss_scale != 1:
             values["loss_scale"] = self._loss_scale
         if "small_sq" in sums:
             values["noise_scale"] = self._noise_scale(before_sq, sums)
-        layers = {"norm": sums["before"].sqrt(), "norm_clipped": sums["after"].sqrt()}
         return Results(values, layers_of(step, layers) if self.layers else {})
 
     @staticmethod

@@ -52,9 +52,10 @@ class OrthogonalityError(Monitor):
     ``orthogonality/polar_error``       with ``polar``: relative distance of that factor from the true polar factor
     =================================== =============================================================================
 
-    Each is the mean over hidden matrices. With ``layers``, the largest of each error is logged, too (``..._worst``, over
-    all matrices), and each parameter's own values (``orthogonality_error/PARAMETER``, and ``PARAMETER/0``,
-    ``PARAMETER/1``, ... where one holds several matrices). Definitions: :func:`lightning_optim.diagnostics.orthogonality`.
+    Each is the mean over hidden matrices. With ``layers``, the largest of each error is logged, too (``..._worst``,
+    over all matrices), and each parameter's own values (``orthogonality_error/PARAMETER``, and ``PARAMETER/0``,
+    ``PARAMETER/1``, ... where one holds several matrices). Definitions:
+    :func:`lightning_optim.diagnostics.orthogonality`.
 
     Hidden matrices are those of :func:`lightning_optim.routing.route`, or of the parameter groups of a matrix
     optimizer of ours: convolutions are (out, in * k * k), a packed query, key and value projection three matrices.

@@ -241,7 +241,7 @@ class StepRecorder:
     def __init__(self) -> None:
         self.monitors: list[Monitor] = []
         self._handles: WeakKeyDictionary[Optimizer, Any] = WeakKeyDictionary()
-        self._watched: WeakKeyDictionary[Optimizer, list[Watched]] = WeakKeyDictionary()
+        self._watched: WeakKeyDictionary[Optimizer, tuple[list[Watched], Shards]] = WeakKeyDictionary()
         self._open: _OpenStep | None = None
         self._values: list[tuple[Monitor, Mapping[str, float]]] = []
         self._layout_written = False
@@ -316,8 +316,7 @@ class StepRecorder:
 
     def _begin(self, module: pl.LightningModule, opened: _OpenStep) -> None:
         trainer, optimizer = opened.trainer, opened.optimizer
-        watched = self._watch(trainer, module, optimizer)
-        shards = Shards.of(trainer.strategy, (w.parameter for w in watched))
+        watched, shards = self._watch(trainer, module, optimizer)
         scale = _loss_scale(trainer, optimizer)
         views: dict[Any, Step] = {}
         for monitor, index in opened.due:
@@ -386,11 +385,15 @@ class StepRecorder:
 
     # --- what there is to watch ---------------------------------------------------------------------------------
 
-    def _watch(self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Optimizer) -> list[Watched]:
+    def _watch(
+        self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Optimizer
+    ) -> tuple[list[Watched], Shards]:
         members = [(p, group) for group in optimizer.param_groups for p in group["params"]]
-        known = self._watched.get(optimizer, [])
-        if len(known) == len(members) and all(w.parameter is p and w.group is g for w, (p, g) in zip(known, members)):
-            return known
+        if optimizer in self._watched:
+            known, shards = self._watched[optimizer]
+            same = (w.parameter is p and w.group is g for w, (p, g) in zip(known, members))
+            if len(known) == len(members) and all(same):
+                return known, shards
         names = {p: clean_name(name) for name, p in module.named_parameters()}
         flat = isinstance(trainer.strategy, FSDPStrategy)
         routes = {} if flat else {clean_name(name): r for name, r in route(module).items()}
@@ -398,8 +401,8 @@ class StepRecorder:
         for i, (p, group) in enumerate(members):
             name = names.get(p, f"parameter{i}")
             watched.append(Watched(name, p, _as_grouped(routes.get(name), optimizer, group), group))
-        self._watched[optimizer] = watched
-        return watched
+        self._watched[optimizer] = watched, Shards.of(trainer.strategy, (w.parameter for w in watched))
+        return self._watched[optimizer]
 
     # --- logging ------------------------------------------------------------------------------------------------
 
@@ -428,7 +431,7 @@ class StepRecorder:
         if self._layout_written or not trainer.is_global_zero:
             return
         self._layout_written = True
-        routes = [w.route for watched in self._watched.values() for w in watched if w.route is not None]
+        routes = [w.route for watched, _ in self._watched.values() for w in watched if w.route is not None]
         charts = {
             # TensorBoard matches from the beginning of a tag, where labels of several optimizers are.
             title: [kind, [f"(.*/)?{tag}" for tag in tags]]

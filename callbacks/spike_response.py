@@ -55,7 +55,8 @@ class SpikeResponse(ProbingMonitor):
     (but not by an overridden ``configure_gradient_clipping``), so what is seen is the response of this run; for that of
     optimizers alone see :func:`lightning_optim.diagnostics.spike_response`. One probe costs
     ``(len(probe_scales) + 1) * (probe_steps + 1)`` optimizer steps, one reduction more where parameters are sharded,
-    and, until it is done, memory for two copies of the parameters, two to three of the gradients and one of the state.
+    and, until it is done, memory for a copy of the optimizer's state and five of the parameters: gradients and changes
+    are as large.
 
     Args:
         every_n_steps: Look at the gradient norm every so many optimizer steps, or where a function of the step is

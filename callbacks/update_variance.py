@@ -66,7 +66,8 @@ class UpdateVariance(ProbingMonitor):
     Their gradients are clipped as the Trainer clips (but not by an overridden ``configure_gradient_clipping``). A
     mini-batch is smaller than what the real step averages over accumulation and processes, so its variance is larger.
     Statistics are of at most 4,096 elements of each parameter, scaled up. A ratio whose denominator is not known to be
-    positive, as where noise hides the mean, is not logged.
+    positive, as where noise hides the mean, is not logged. Until it is done, a probe holds a copy of the optimizer's
+    state and five of the parameters: gradients and changes are as large.
 
     Args:
         every_n_steps: Measure *online* every so many optimizer steps, or where a function of the step is true.
@@ -165,7 +166,10 @@ class UpdateVariance(ProbingMonitor):
         if self.layers:
             each = layers_of(step, _statistics(online, probe, lambda x: x))
         values = {name: float(x) for name, x in together.items()}
-        return Results(values | ({"batches": float(len(self._updates))} if probe else {}), each)
+        if probe:
+            values["batches"] = float(len(self._updates))
+        self._updates = []
+        return Results(values, each)
 
     # --- hooks --------------------------------------------------------------------------------------------------
 

@@ -56,11 +56,12 @@ def orthogonality(u: Tensor) -> Sums:
 def orthogonality_of_gram(g: Tensor) -> Sums:
     """What :func:`orthogonality` says of matrices, from their Gram matrices ``(k, r, r)``."""
     with full_precision(g):
-        g = torch.where(g.isfinite().all(-1).all(-1)[:, None, None], g, torch.nan)
         trace = g.diagonal(dim1=-2, dim2=-1).sum(-1)
         # tr(G^2) - tr(G)^2 / r as a sum of squares, since their difference cancels where U is nearly orthogonal.
         mean = (trace / g.shape[-1])[:, None, None] * torch.eye(g.shape[-1], dtype=g.dtype, device=g.device)
-        largest = _largest_eigenvalue(g)
+        # A row with an entry that is not finite has no finite length, and squared lengths are on the diagonal.
+        finite = trace.isfinite()
+        largest = torch.where(finite, _largest_eigenvalue(torch.where(finite[:, None, None], g, 0)), torch.nan)
         return {
             "error": torch.linalg.matrix_norm(g - mean) / torch.linalg.matrix_norm(g),
             "stable_rank": trace / largest,
@@ -121,11 +122,9 @@ def polar_error(o: Tensor, x: Tensor) -> Tensor:
 
 def _largest_eigenvalue(g: Tensor) -> Tensor:
     """Largest eigenvalue of positive semidefinite matrices ``(k, r, r)``, shape ``(k,)``."""
-    finite = g.isfinite().all(-1).all(-1)
-    g = torch.where(finite[:, None, None], g, 0)
     decomposed = g.shape[-1] <= _DECOMPOSED.get(g.device.type, _KRYLOV_STEPS)
     largest = torch.linalg.eigvalsh(g)[..., -1] if decomposed else _lanczos(g)
-    return torch.where(finite, largest.clamp(min=0), torch.nan)
+    return largest.clamp(min=0)
 
 
 def _lanczos(g: Tensor) -> Tensor:

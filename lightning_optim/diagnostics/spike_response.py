@@ -167,11 +167,13 @@ def spike_probe_sums(
         prepare: See :class:`.VirtualOptimizer`.
     """
 
+    def sampled(updates: Mapping[Tensor, Tensor]) -> list[Tensor]:
+        return [sample(_local(updates[p])).clone() for p in spike]
+
     def follow(first: Mapping[Tensor, Tensor]) -> Iterable[list[Tensor]]:
         virtual = VirtualOptimizer(optimizer, prepare)
         for t in range(steps + 1):
-            updates = virtual.step(gradients if t else first)
-            yield [sample(_local(updates[p])).clone() for p in spike]
+            yield sampled(virtual.step(gradients if t else first))
 
     numels = [_local(p).numel() for p in spike]
     calm = list(follow(gradients))

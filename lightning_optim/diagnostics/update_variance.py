@@ -20,7 +20,7 @@ from .change import Sums, inner_products, sum_of_squares
 
 
 def running_moments(
-    xs: Sequence[Tensor], means: Sequence[Tensor], moments: Tensor, decay: float
+    xs: list[Tensor], means: list[Tensor], moments: Tensor, decay: float
 ) -> tuple[list[Tensor], Tensor]:
     r"""Add a value of each of n vectors to their exponentially weighted means and variances.
 

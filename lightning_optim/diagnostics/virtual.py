@@ -18,7 +18,8 @@ class VirtualOptimizer:
 
     Steps made on it leave the optimizer, its parameters, their gradients, hooks, schedulers and all random numbers as
     they were. It takes as much memory as the parameters and the optimizer's state, and during a step that of a copy of
-    the gradients and of the changes. Parameters are named by the real ones throughout. An optimizer that draws random numbers draws the same ones in each virtual step.
+    the gradients and of the changes. Parameters are named by the real ones throughout. An optimizer that draws random
+    numbers draws the same ones in each virtual step.
 
     Args:
         optimizer: Any optimizer that can be deep-copied and whose step needs no closure.

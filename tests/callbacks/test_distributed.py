@@ -25,10 +25,17 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_optim import OptimizerConfig, build_optimizer
-from lightning_optim.callbacks import GradientHealth, OptimizerInternals, OrthogonalityError, SignCollapse, UpdateSize
+from lightning_optim.callbacks import (
+    GradientHealth,
+    OptimizerInternals,
+    OrthogonalityError,
+    SignCollapse,
+    SpikeResponse,
+    UpdateSize,
+)
 from lightning_optim.callbacks.recorder import StepRecorder
 
 STEPS = 5
@@ -140,6 +147,7 @@ def monitors(name: str) -> list[pl.Callback]:
         SignCollapse(**settings | {"parameters": ["*.weight"], "layers": []}),
         OptimizerInternals(**settings),
         GradientHealth(**settings),
+        SpikeResponse(),  # looks at every step
     ] + [OrthogonalityError(**settings)] * (not name.startswith("fsdp1"))
 
 
@@ -239,6 +247,25 @@ def test_every_value_is_that_of_a_single_process(name: str, results: Callable[..
 
 @pytest.mark.slow
 @pytest.mark.distributed
+def test_the_noise_scale_of_processes_is_that_of_micro_batches(results: Callable[..., Any]) -> None:
+    class InTurn(Model):
+        """The batches of two processes one after the other."""
+
+        def train_dataloader(self) -> DataLoader[Any]:
+            whole = super().train_dataloader().dataset
+            order = [8 * step + 2 * i + rank for step in range(STEPS) for rank in (0, 1) for i in range(4)]
+            return DataLoader(Subset(whole, order), batch_size=4)
+
+    expected = fit(InTurn("AdamW"), monitors("ddp AdamW"), accumulate_grad_batches=2)["history"]
+    [tag] = [tag for tag in expected if "noise_scale" in tag]
+    for result in results("ddp AdamW"):
+        values = [value for _, value in result["history"][tag]]
+        # Float64, and differences of norms that are about as large.
+        assert values == pytest.approx([value for _, value in expected[tag]], rel=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
 @pytest.mark.parametrize("name", CASES)
 def test_weights_are_those_without_callbacks(name: str, results: Callable[..., Any]) -> None:
     for result in results(name):
@@ -256,7 +283,9 @@ def test_one_reduction_per_measured_step_and_none_besides(name: str, results: Ca
         more.append([Counter(a) - Counter(b) for a, b in counted])
     reductions = 0
     for step in range(STEPS):
-        reductions += step in MEASURED  # with DDP for the noise scale only, from the processes' own gradients
+        # With DDP for the noise scale only, from the processes' own gradients. Of shards the spike response has to know
+        # the norm at every step.
+        reductions += step in MEASURED or not name.startswith("ddp")
         expected = Counter(all_reduce=reductions) if reductions else Counter()
         assert more[0][step] == more[1][step] == expected
 

@@ -89,9 +89,11 @@ def test_norms_before_and_after_clipping(precision):
     module = Quadratic(make, std=0.0, batches=6)  # the gradient is -1 in each of 1000 elements
     values = fit(module, GradientHealth(2, layers=["w"]), **kwargs)
     assert values["gradient/norm"] == pytest.approx([1000**0.5] * 3, rel=1e-5)
-    after = 1000**0.5 if "fused" in precision else 0.5
-    assert values["gradient/norm_clipped"] == pytest.approx([after] * 3, rel=1e-4)
-    assert values["gradient_norm_clipped/w"] == values["gradient/norm_clipped"]
+    if "fused" in precision:  # Lightning does not clip with fused optimizers in 16-mixed, and nothing is said twice.
+        assert "gradient/norm_clipped" not in values
+    else:
+        assert values["gradient/norm_clipped"] == pytest.approx([0.5] * 3, rel=1e-4)
+        assert values["gradient_norm_clipped/w"] == values["gradient/norm_clipped"]
     assert values["gradient/clipped_fraction"] == [float("fused" not in precision)] * 3
     assert values.get("gradient/loss_scale") == (None if precision == "32" else [64.0] * 3)
 
@@ -191,6 +193,20 @@ def test_batches_of_unknown_size_have_no_noise_scale():
     assert "gradient/noise_scale" not in values
 
 
+def test_compiled_modules_are_not_compiled_anew_for_the_noise_scale():
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    module = Quadratic(still, batches=16)
+    module.training_step = torch.compile(module.training_step, backend=count)
+    values = fit(module, GradientHealth(2), accumulate_grad_batches=2)
+    assert len(values["gradient/noise_scale"]) == 4
+    assert len(graphs) == 1
+
+
 class Alternating(Quadratic):
     """Micro-batches have gradients of different parameters, some of none of the optimizer's."""
 
@@ -210,12 +226,6 @@ def test_noise_scale_is_of_the_parameters_of_the_optimizer():
     values = fit(Alternating(), GradientHealth(1), accumulate_grad_batches=2)
     # Gradients of norm^2 1000 and 1007, their mean 1000 + 7/4: noise = (1003.5 - 1001.75) * 16, signal = 1000.
     assert values["gradient/noise_scale"] == pytest.approx([28 / 1000] * 4, rel=1e-2)  # float32 differences
-
-
-def test_gradients_are_not_kept():
-    health = GradientHealth(1)
-    fit(Quadratic(still, batches=4), health, accumulate_grad_batches=2)
-    assert not health._small._last
 
 
 class Silent(Quadratic):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_optim import MVNGrad, OptimizerConfig, build_optimizer
-from lightning_optim.callbacks import OptimizerInternals, OrthogonalityError, SignCollapse, UpdateSize
+from lightning_optim.callbacks import Diagnostics, OptimizerInternals, OrthogonalityError, SignCollapse, UpdateSize
 from lightning_optim.callbacks.monitor import Monitor, Results
 from lightning_optim.callbacks.recorder import Step, StepRecorder
 
@@ -68,7 +68,7 @@ class Probe(Monitor):
         self.lrs: list[float] = []
 
     def before_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step) -> None:
-        self.seen_before.append(math.sqrt(sum(float(g.double().square().sum()) for g in step.gradients())))
+        self.seen_before.append(math.sqrt(float(step.unclipped_sq.double().sum())))
 
     def sums(self, step: Step) -> dict[str, Tensor]:
         change = step.change
@@ -84,9 +84,11 @@ class Probe(Monitor):
         return Results({"index": float(step.index)})
 
 
-def fit(model: pl.LightningModule, *callbacks: pl.Callback, **options: Any) -> pl.Trainer:
+def fit(
+    model: pl.LightningModule, *callbacks: pl.Callback, ckpt_path: Path | None = None, **options: Any
+) -> pl.Trainer:
     trainer = trainer_with(*callbacks, **options)
-    trainer.fit(model)
+    trainer.fit(model, ckpt_path=ckpt_path)
     return trainer
 
 
@@ -310,6 +312,30 @@ def test_two_instances_do_not_mix() -> None:
     assert len(often.history["update/rms"]) == 6
     assert len(seldom.history["update/rms"]) == 2
     assert not any("net.0" in tag for tag in seldom.history)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: (UpdateSize(2), UpdateSize(2)),
+        lambda: (UpdateSize(lambda step: step % 2 == 0), UpdateSize(lambda step: step % 3 == 0)),
+        lambda: (Diagnostics("light", every_n_steps=2), Diagnostics("light", every_n_steps=2)),
+    ],
+    ids=["equal", "functions", "Diagnostics"],
+)
+def test_instances_with_equal_settings_keep_their_own_state(make: Any, tmp_path: Path) -> None:
+    def state(callback: Any) -> Any:
+        sets = [callback] if isinstance(callback, Monitor) else callback.monitors
+        return [{name: x.tolist() for name, x in monitor.memory.items()} for monitor in sets]
+
+    first, second = make()
+    trainer = fit(Model(), first, second, max_steps=3)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    resumed = make()
+    fit(Model(), *resumed, max_steps=3, ckpt_path=tmp_path / "last.ckpt")  # which has come to its end
+    assert [state(callback) for callback in resumed] == [state(first), state(second)]
+    assert resumed[0].state_key != resumed[1].state_key
+    assert (first.state_key, second.state_key) == (resumed[0].state_key, resumed[1].state_key)
 
 
 def test_monitors_that_count_differently_see_their_own_steps() -> None:

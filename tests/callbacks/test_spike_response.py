@@ -49,8 +49,9 @@ def test_a_real_spike_is_followed() -> None:
 def test_steps_away_from_spikes_are_measured_now_and_then_only() -> None:
     spikes = SpikeResponse()
     fit(far_away(100, sgd(1e-4)), [spikes], steps=100)
-    assert [step for step, _ in spikes.history["spike/count"]] == [9, 19, 29, 39, 49, 59, 69, 79, 89, 99]
-    assert set(values(spikes, "count")) == {0}
+    # A z-score needs 32 gradient norms to compare with.
+    assert [step for step, _ in spikes.history["spike/zscore"]] == [39, 49, 59, 69, 79, 89, 99]
+    assert set(spikes.history) == {"spike/zscore"}  # there was no spike to count
 
 
 def test_clipping_does_not_hide_a_spike() -> None:
@@ -115,7 +116,7 @@ def test_only_tracked_parameters_are_measured() -> None:
     for parameters, count in ((["w"], 0), (["other"], 1), (["*"], 1)):
         spikes = SpikeResponse(parameters=parameters)
         fit(Two(normal(400, 50), sgd(1e-4), 4, False, 100.0), [spikes], steps=100)
-        assert values(spikes, "count")[-1] == count
+        assert [x for _, x in spikes.history.get("spike/count", [])][-1:] == [1] * count
 
 
 def test_resumed_runs_remember(tmp_path: Path) -> None:
