@@ -91,9 +91,9 @@ def test_normalising_before_momentum_has_less_variance_by_the_gap_of_theorem_3_1
     settled = torch.tensor(1e5)  # steps after which nothing is left of the bias corrections
     variance: dict[str, Tensor] = {}
     scales = []
-    for name, optimizer_class, options, extra in (
-        ("before", lo.MVNGrad, {"eps": 0.0, "eps_s": 0.0}, {"u": 0.7 * full}),
-        ("after", lo.AdaBelief, {"eps": 0.0, "rectify": False}, {}),
+    for name, optimizer_class, options, extra in (  # whose eps is far below rounding
+        ("before", lo.MVNGrad, {"eps": 1e-18, "eps_s": 0.0}, {"u": 0.7 * full}),
+        ("after", lo.AdaBelief, {"eps": 1e-18, "rectify": False}, {}),
     ):
         cls: Any = optimizer_class
         w = nn.Parameter(torch.zeros_like(gradient))
