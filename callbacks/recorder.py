@@ -490,11 +490,6 @@ class _Clock(AbstractContextManager[None]):
             self._training += time.perf_counter() - self._batch_start
             self._batch_start = None
 
-    @property
-    def share(self) -> float:
-        """Time that diagnostics have taken over the time of everything else in training batches, from the beginning."""
-        return self._own / (self._training - self._own) if self._training > self._own else 0.0
-
     def read(self) -> dict[str, float]:
         """Milliseconds since it was read last, and the share of the time spent in training batches.
 
