@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_optim.diagnostics.orthogonality import full_precision
-from lightning_optim.optimizers.execution import accumulation_dtype
+from lightning_optim.optimizers.execution import RESIDUAL, accumulation_dtype
 from lightning_optim.optimizers.registry import internals_of
 from lightning_optim.optimizers.rule import Internal
 
@@ -97,7 +97,7 @@ class OptimizerInternals(Monitor):
             return None
         if internal.reported is not None:
             return self._reported.get((name, p))
-        state = {key: local(x) for key, x in step.optimizer.state[p].items()}
+        state = {key: local(x) for key, x in step.optimizer.state[p].items() if key != RESIDUAL}
         if p.grad is None or "step" not in state:
             return None
         return internal.sums(local(p.grad), int(state.pop("step")), w.group, **state)

@@ -101,7 +101,9 @@ def test_a_changed_optimizer_keeps_nothing_of_the_one_before(capsys: pytest.Capt
         "betas": list(OPTIMIZERS["AdaBelief"].defaults["betas"]),
         "maximize": False,
         "skip_nonfinite": True,
+        "max_consecutive_skips": 100,
         "backend": "auto",
+        "rounding": "nearest",
     }
 
 

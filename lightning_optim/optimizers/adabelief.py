@@ -7,8 +7,8 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from .execution import Backend
-from .optimizer import Params, RuleOptimizer
+from .execution import Backend, Rounding
+from .optimizer import EngineOptions, Params, RuleOptimizer
 from .rule import (
     LIKE_PARAMETER,
     ElementwiseRule,
@@ -108,7 +108,9 @@ class AdaBelief(RuleOptimizer):
         amsgrad: Divide by the running maximum of ``s``.
         maximize: Ascend instead of descend.
         skip_nonfinite: Skip and count steps whose gradients hold NaN or infinity.
+        max_consecutive_skips: Steps skipped in a row after which ``step`` raises an error, or ``None``.
         backend: How the step is run; see :class:`.optimizer.RuleOptimizer`.
+        rounding: How results are stored in bfloat16 and float16 parameters; see :class:`.optimizer.RuleOptimizer`.
 
     Raises:
         ValueError: A hyperparameter is out of range, or a parameter is complex.
@@ -138,10 +140,13 @@ class AdaBelief(RuleOptimizer):
         *,
         maximize: bool = False,
         skip_nonfinite: bool = True,
+        max_consecutive_skips: int | None = 100,
         backend: Backend = "auto",
+        rounding: Rounding = "nearest",
     ) -> None:
         hyperparameters = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "decoupled": decoupled,
             "rectify": rectify, "amsgrad": amsgrad,
         }  # fmt: skip
-        super().__init__(params, hyperparameters, maximize=maximize, skip_nonfinite=skip_nonfinite, backend=backend)
+        options = EngineOptions(maximize, skip_nonfinite, max_consecutive_skips, backend, rounding)
+        super().__init__(params, hyperparameters, options)

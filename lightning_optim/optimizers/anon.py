@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .constraints import fraction, number, one_of
-from .execution import Backend
-from .optimizer import Params, RuleOptimizer
+from .execution import Backend, Rounding
+from .optimizer import EngineOptions, Params, RuleOptimizer
 from .rule import (
     ElementwiseRule,
     Hyperparameters,
@@ -133,7 +133,9 @@ class Anon(RuleOptimizer):
             released) adds ``weight_decay * p`` to the gradient.
         maximize: Ascend instead of descend.
         skip_nonfinite: Skip and count steps whose gradients hold NaN or infinity.
+        max_consecutive_skips: Steps skipped in a row after which ``step`` raises an error, or ``None``.
         backend: How the step is run; see :class:`.optimizer.RuleOptimizer`.
+        rounding: How results are stored in bfloat16 and float16 parameters; see :class:`.optimizer.RuleOptimizer`.
 
     Raises:
         ValueError: A hyperparameter is out of range, or a parameter is complex.
@@ -164,10 +166,13 @@ class Anon(RuleOptimizer):
         *,
         maximize: bool = False,
         skip_nonfinite: bool = True,
+        max_consecutive_skips: int | None = 100,
         backend: Backend = "auto",
+        rounding: Rounding = "nearest",
     ) -> None:
         hyperparameters = {
             "lr": lr, "betas": betas, "eps": eps, "gamma": gamma, "beta3": beta3, "refresh": refresh,
             "weight_decay": weight_decay, "decoupled": decoupled,
         }  # fmt: skip
-        super().__init__(params, hyperparameters, maximize=maximize, skip_nonfinite=skip_nonfinite, backend=backend)
+        options = EngineOptions(maximize, skip_nonfinite, max_consecutive_skips, backend, rounding)
+        super().__init__(params, hyperparameters, options)

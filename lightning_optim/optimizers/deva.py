@@ -9,9 +9,9 @@ from torch import Tensor
 
 from .constraints import EIGENBASIS, ORTHOGONALIZER, one_of
 from .eigenbasis import BASIS_ERROR, Eigenbasis, axis_state, permute_, phases, refreshes
-from .execution import Backend
+from .execution import Backend, Rounding
 from .hybrid import Fallback, MatrixOptimizer
-from .optimizer import Params
+from .optimizer import EngineOptions, Params
 from .rule import (
     LIKE_PARAMETER,
     Hyperparameters,
@@ -182,7 +182,9 @@ class DeVA(MatrixOptimizer):
         fallback_weight_decay: Its weight decay.
         maximize: Ascend instead of descend.
         skip_nonfinite: Skip and count steps whose gradients hold NaN or infinity.
+        max_consecutive_skips: Steps skipped in a row after which ``step`` raises an error, or ``None``.
         backend: How the step is run; see :class:`.optimizer.RuleOptimizer`.
+        rounding: How results are stored in bfloat16 and float16 parameters; see :class:`.optimizer.RuleOptimizer`.
 
     Raises:
         ValueError: A hyperparameter is out of range, or a parameter does not fit its role.
@@ -225,7 +227,9 @@ class DeVA(MatrixOptimizer):
         *,
         maximize: bool = False,
         skip_nonfinite: bool = True,
+        max_consecutive_skips: int | None = 100,
         backend: Backend = "auto",
+        rounding: Rounding = "nearest",
     ) -> None:
         hyperparameters = {
             "lr": lr, "betas": betas, "shampoo_beta": shampoo_beta, "eps": eps, "weight_decay": weight_decay,
@@ -234,6 +238,5 @@ class DeVA(MatrixOptimizer):
             "form": form, "orthogonalizer": orthogonalizer,
         }  # fmt: skip
         others = Fallback(fallback, fallback_lr, fallback_betas, fallback_eps, fallback_weight_decay)
-        super().__init__(
-            params, hyperparameters, others, maximize=maximize, skip_nonfinite=skip_nonfinite, backend=backend
-        )
+        options = EngineOptions(maximize, skip_nonfinite, max_consecutive_skips, backend, rounding)
+        super().__init__(params, hyperparameters, others, options)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .execution import Backend
-from .optimizer import Params, RuleOptimizer
+from .execution import Backend, Rounding
+from .optimizer import EngineOptions, Params, RuleOptimizer
 from .rule import ElementwiseRule, Hyperparameters, Internal, Scalars, add_, ema_, ema_product_, like, mix, shrink_
 
 _FLOOR = 1e-5  # The constant inside the square root of the released code.
@@ -67,7 +67,9 @@ class DeVAVector(RuleOptimizer):
         nesterov: Take the sign (and only the sign) of :math:`(1-\beta_1) g_t + \beta_1 M_t`, as released.
         maximize: Ascend instead of descend.
         skip_nonfinite: Skip and count steps whose gradients hold NaN or infinity.
+        max_consecutive_skips: Steps skipped in a row after which ``step`` raises an error, or ``None``.
         backend: How the step is run; see :class:`.optimizer.RuleOptimizer`.
+        rounding: How results are stored in bfloat16 and float16 parameters; see :class:`.optimizer.RuleOptimizer`.
 
     Raises:
         ValueError: A hyperparameter is out of range, or a parameter is complex.
@@ -94,7 +96,10 @@ class DeVAVector(RuleOptimizer):
         *,
         maximize: bool = False,
         skip_nonfinite: bool = True,
+        max_consecutive_skips: int | None = 100,
         backend: Backend = "auto",
+        rounding: Rounding = "nearest",
     ) -> None:
         hyperparameters = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "nesterov": nesterov}
-        super().__init__(params, hyperparameters, maximize=maximize, skip_nonfinite=skip_nonfinite, backend=backend)
+        options = EngineOptions(maximize, skip_nonfinite, max_consecutive_skips, backend, rounding)
+        super().__init__(params, hyperparameters, options)

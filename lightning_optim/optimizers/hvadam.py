@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .constraints import number
-from .execution import Backend, accumulation_dtype
-from .optimizer import Params, RuleOptimizer
+from .execution import Backend, Rounding, accumulation_dtype
+from .optimizer import EngineOptions, Params, RuleOptimizer
 from .rule import (
     GroupRule,
     Hyperparameters,
@@ -179,7 +179,9 @@ class HVAdam(RuleOptimizer):
             released) adds ``weight_decay * p`` to the gradient.
         maximize: Ascend instead of descend.
         skip_nonfinite: Skip and count steps whose gradients hold NaN or infinity.
+        max_consecutive_skips: Steps skipped in a row after which ``step`` raises an error, or ``None``.
         backend: How the step is run; see :class:`.optimizer.RuleOptimizer`.
+        rounding: How results are stored in bfloat16 and float16 parameters; see :class:`.optimizer.RuleOptimizer`.
 
     Raises:
         ValueError: A hyperparameter is out of range, or a parameter is complex.
@@ -208,10 +210,13 @@ class HVAdam(RuleOptimizer):
         *,
         maximize: bool = False,
         skip_nonfinite: bool = True,
+        max_consecutive_skips: int | None = 100,
         backend: Backend = "auto",
+        rounding: Rounding = "nearest",
     ) -> None:
         hyperparameters = {
             "lr": lr, "betas": betas, "eps": eps, "gamma": gamma, "weight_decay": weight_decay,
             "decoupled": decoupled,
         }  # fmt: skip
-        super().__init__(params, hyperparameters, maximize=maximize, skip_nonfinite=skip_nonfinite, backend=backend)
+        options = EngineOptions(maximize, skip_nonfinite, max_consecutive_skips, backend, rounding)
+        super().__init__(params, hyperparameters, options)

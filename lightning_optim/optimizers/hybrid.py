@@ -14,11 +14,10 @@ from .adabelief import AdaBelief
 from .adamw import ADAMW, ADAMW_DEFAULTS
 from .anon import Anon
 from .deva_vector import DeVAVector
-from .execution import Backend
 from .hvadam import HVAdam
 from .laprop import LaProp
 from .mvn_grad import MVNGrad
-from .optimizer import Params, RuleOptimizer
+from .optimizer import EngineOptions, Params, RuleOptimizer
 from .rule import MatrixRule, Rule
 
 #: Fallback rules and their default hyperparameters, by name.
@@ -78,14 +77,11 @@ class MatrixOptimizer(RuleOptimizer):
         params: Params,
         hyperparameters: dict[str, Any],
         fallback: Fallback,
-        *,
-        maximize: bool,
-        skip_nonfinite: bool,
-        backend: Backend,
+        options: EngineOptions,
     ) -> None:
         self._fallback = {**fallback.hyperparameters(), "rule": fallback.name}
         self._warned = False
-        super().__init__(params, hyperparameters, maximize=maximize, skip_nonfinite=skip_nonfinite, backend=backend)
+        super().__init__(params, hyperparameters, options)
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_fallback": self._fallback, "_warned": self._warned}
@@ -103,8 +99,7 @@ class MatrixOptimizer(RuleOptimizer):
     def group_defaults(self, group: Mapping[str, Any]) -> dict[str, Any]:
         if group["role"] == "matrix":
             return super().group_defaults(group) | {"blocks": 1, "transposed": False}
-        shared = {name: self.defaults[name] for name in ("maximize", "skip_nonfinite")}
-        return shared | self._fallback
+        return {"maximize": self.defaults["maximize"]} | self._fallback
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; one without a ``"role"`` is split by the number of axes of its parameters."""

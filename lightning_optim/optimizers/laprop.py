@@ -6,8 +6,8 @@ from math import sqrt
 
 from torch import Tensor
 
-from .execution import Backend
-from .optimizer import Params, RuleOptimizer
+from .execution import Backend, Rounding
+from .optimizer import EngineOptions, Params, RuleOptimizer
 from .rule import (
     LIKE_PARAMETER,
     ElementwiseRule,
@@ -97,7 +97,9 @@ class LaProp(RuleOptimizer):
             its second moment, which leaves its variance.
         maximize: Ascend instead of descend.
         skip_nonfinite: Skip and count steps whose gradients hold NaN or infinity.
+        max_consecutive_skips: Steps skipped in a row after which ``step`` raises an error, or ``None``.
         backend: How the step is run; see :class:`.optimizer.RuleOptimizer`.
+        rounding: How results are stored in bfloat16 and float16 parameters; see :class:`.optimizer.RuleOptimizer`.
 
     Raises:
         ValueError: A hyperparameter is out of range, or a parameter is complex.
@@ -125,7 +127,9 @@ class LaProp(RuleOptimizer):
         *,
         maximize: bool = False,
         skip_nonfinite: bool = True,
+        max_consecutive_skips: int | None = 100,
         backend: Backend = "auto",
+        rounding: Rounding = "nearest",
     ) -> None:
         hyperparameters = {
             "lr": lr,
@@ -134,4 +138,5 @@ class LaProp(RuleOptimizer):
             "weight_decay": weight_decay,
             "centered": centered,
         }
-        super().__init__(params, hyperparameters, maximize=maximize, skip_nonfinite=skip_nonfinite, backend=backend)
+        options = EngineOptions(maximize, skip_nonfinite, max_consecutive_skips, backend, rounding)
+        super().__init__(params, hyperparameters, options)

@@ -8,9 +8,9 @@ from typing import Literal
 from torch import Tensor
 
 from .constraints import ORTHOGONALIZER, one_of
-from .execution import Backend
+from .execution import Backend, Rounding
 from .hybrid import Fallback, MatrixOptimizer
-from .optimizer import Params
+from .optimizer import EngineOptions, Params
 from .rule import (
     Hyperparameters,
     MatrixRule,
@@ -92,7 +92,9 @@ class Muon(MatrixOptimizer):
         fallback_weight_decay: Its weight decay.
         maximize: Ascend instead of descend.
         skip_nonfinite: Skip and count steps whose gradients hold NaN or infinity.
+        max_consecutive_skips: Steps skipped in a row after which ``step`` raises an error, or ``None``.
         backend: How the step is run; see :class:`.optimizer.RuleOptimizer`.
+        rounding: How results are stored in bfloat16 and float16 parameters; see :class:`.optimizer.RuleOptimizer`.
 
     Raises:
         ValueError: A hyperparameter is out of range, or a parameter does not fit its role.
@@ -127,13 +129,14 @@ class Muon(MatrixOptimizer):
         *,
         maximize: bool = False,
         skip_nonfinite: bool = True,
+        max_consecutive_skips: int | None = 100,
         backend: Backend = "auto",
+        rounding: Rounding = "nearest",
     ) -> None:
         hyperparameters = {
             "lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay, "scale": scale,
             "orthogonalizer": orthogonalizer,
         }  # fmt: skip
         others = Fallback(fallback, fallback_lr, fallback_betas, fallback_eps, fallback_weight_decay)
-        super().__init__(
-            params, hyperparameters, others, maximize=maximize, skip_nonfinite=skip_nonfinite, backend=backend
-        )
+        options = EngineOptions(maximize, skip_nonfinite, max_consecutive_skips, backend, rounding)
+        super().__init__(params, hyperparameters, others, options)

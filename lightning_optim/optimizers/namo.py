@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from .constraints import ORTHOGONALIZER, SMALLEST, number, optional
-from .execution import Backend
+from .execution import Backend, Rounding
 from .hybrid import Fallback, MatrixOptimizer
-from .optimizer import Params
+from .optimizer import EngineOptions, Params
 from .rule import (
     LIKE_PARAMETER,
     Hyperparameters,
@@ -146,7 +146,9 @@ class NAMO(MatrixOptimizer):
         fallback_weight_decay: Its weight decay.
         maximize: Ascend instead of descend.
         skip_nonfinite: Skip and count steps whose gradients hold NaN or infinity.
+        max_consecutive_skips: Steps skipped in a row after which ``step`` raises an error, or ``None``.
         backend: How the step is run; see :class:`.optimizer.RuleOptimizer`.
+        rounding: How results are stored in bfloat16 and float16 parameters; see :class:`.optimizer.RuleOptimizer`.
 
     Raises:
         ValueError: A hyperparameter is out of range, or a parameter does not fit its role.
@@ -184,16 +186,17 @@ class NAMO(MatrixOptimizer):
         *,
         maximize: bool = False,
         skip_nonfinite: bool = True,
+        max_consecutive_skips: int | None = 100,
         backend: Backend = "auto",
+        rounding: Rounding = "nearest",
     ) -> None:
         hyperparameters = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "nesterov": nesterov,
             "scale": scale, "max_step": max_step, "orthogonalizer": orthogonalizer,
         }  # fmt: skip
         others = Fallback(fallback, fallback_lr, fallback_betas, fallback_eps, fallback_weight_decay)
-        super().__init__(
-            params, hyperparameters, others, maximize=maximize, skip_nonfinite=skip_nonfinite, backend=backend
-        )
+        options = EngineOptions(maximize, skip_nonfinite, max_consecutive_skips, backend, rounding)
+        super().__init__(params, hyperparameters, others, options)
 
 
 class NAMOD(MatrixOptimizer):
@@ -231,7 +234,9 @@ class NAMOD(MatrixOptimizer):
         fallback_weight_decay: Its weight decay.
         maximize: Ascend instead of descend.
         skip_nonfinite: Skip and count steps whose gradients hold NaN or infinity.
+        max_consecutive_skips: Steps skipped in a row after which ``step`` raises an error, or ``None``.
         backend: How the step is run; see :class:`.optimizer.RuleOptimizer`.
+        rounding: How results are stored in bfloat16 and float16 parameters; see :class:`.optimizer.RuleOptimizer`.
 
     Raises:
         ValueError: A hyperparameter is out of range, or a parameter does not fit its role.
@@ -270,13 +275,14 @@ class NAMOD(MatrixOptimizer):
         *,
         maximize: bool = False,
         skip_nonfinite: bool = True,
+        max_consecutive_skips: int | None = 100,
         backend: Backend = "auto",
+        rounding: Rounding = "nearest",
     ) -> None:
         hyperparameters = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "clamp": clamp,
             "nesterov": nesterov, "scale": scale, "max_step": max_step, "orthogonalizer": orthogonalizer,
         }  # fmt: skip
         others = Fallback(fallback, fallback_lr, fallback_betas, fallback_eps, fallback_weight_decay)
-        super().__init__(
-            params, hyperparameters, others, maximize=maximize, skip_nonfinite=skip_nonfinite, backend=backend
-        )
+        options = EngineOptions(maximize, skip_nonfinite, max_consecutive_skips, backend, rounding)
+        super().__init__(params, hyperparameters, others, options)

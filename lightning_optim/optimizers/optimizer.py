@@ -16,11 +16,36 @@ import torch
 from torch import Tensor
 
 from . import constraints, execution
-from .execution import BACKENDS, Backend, Batch, ParameterObserver, State, Task
+from .constraints import Constraint, count, one_of, optional
+from .execution import BACKENDS, ROUNDINGS, Backend, Batch, ParameterObserver, Rounding, State, Task
 from .gradients import inspect_gradients
 from .rule import MatrixRule, Rule, Scalars
 
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+
+
+#: What the keywords of every optimizer must be.
+_OPTIONS: dict[str, Constraint] = {
+    "skip_nonfinite": (lambda x: isinstance(x, bool), "True or False"),
+    "max_consecutive_skips": optional(count()),
+    "backend": one_of(*BACKENDS),
+    "rounding": one_of(*ROUNDINGS),
+}
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """The keywords that every optimizer takes; see :class:`RuleOptimizer`."""
+
+    maximize: bool
+    skip_nonfinite: bool
+    max_consecutive_skips: int | None
+    backend: Backend
+    rounding: Rounding
+
+
+class NonFiniteGradientsError(RuntimeError):
+    """Gradients were NaN or infinite for too many steps in a row; nothing has changed since the last finite ones."""
 
 
 class RuleOptimizer(torch.optim.Optimizer, ABC):
@@ -38,6 +63,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
     Args:
         params: Parameters, named parameters or parameter groups.
         hyperparameters: Defaults of the first rule's hyperparameters.
+        options: The arguments that follow, which every optimizer takes.
         maximize: Ascend instead of descend.
         skip_nonfinite: Skip and count steps whose gradients hold NaN or infinity.
         backend: How the step is run. All ways give the same result within rounding, and a checkpoint of one loads in
@@ -52,36 +78,52 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
               (data loading) it can become slower than ``"chunked"``.
             - ``"auto"``: compiled for 8 million elements or more, where it saves milliseconds per step, otherwise
               chunked; chunked with a warning where compiling fails.
+        rounding: How the float32 result of a step is stored in parameters of bfloat16 and float16; without effect on
+            others. Rounded to nearest, bfloat16 forgets every update below 1/512 of the weight, float16 below 1/4096.
+            Two of the others keep what was rounded off in a state tensor ``"residual"`` of the parameter's shape, two
+            bytes per parameter; a run that goes on from a checkpoint without one starts with zeros.
+
+            - ``"nearest"``: nothing is kept.
+            - ``"stochastic"``: up or down at random with the odds that make the mean right. Nothing is kept: the random
+              numbers are a hash of the parameter's step, its position in the optimizer and the element's, the same for
+              every backend and after every restart, and torch's generators are not touched.
+            - ``"kahan"``: the residual has the parameter's dtype (in units of its eps); together they have about twice
+              its precision.
+            - ``"split"``: the residual is the lower 16 bits of a float32 number whose nearest bfloat16 is the
+              parameter: the same arithmetic as on float32 parameters, bit for bit. Not for float16.
+        max_consecutive_skips: After so many skipped steps in a row ``step`` raises :class:`NonFiniteGradientsError`;
+            ``None`` for no limit. The count starts anew after the error and after loading a checkpoint. On an
+            accelerator the host learns of a step at the next one, which raises then.
     """
 
     #: The rules that parameter groups may name; groups that name none get the first.
     rules: ClassVar[tuple[Rule, ...]]
 
     @abstractmethod
-    def __init__(
-        self,
-        params: Params,
-        hyperparameters: dict[str, Any],
-        *,
-        maximize: bool,
-        skip_nonfinite: bool,
-        backend: Backend,
-    ) -> None:
-        if backend not in BACKENDS:
-            raise ValueError(f"{type(self).__name__}: backend must be one of {BACKENDS}, got backend={backend!r}.")
-        self.backend = backend
+    def __init__(self, params: Params, hyperparameters: dict[str, Any], options: EngineOptions) -> None:
+        for name, constraint in _OPTIONS.items():
+            if not constraints.satisfies(constraint, value := getattr(options, name)):
+                raise ValueError(f"{type(self).__name__}: {name} must be {constraint[1]}, got {name}={value!r}.")
+        self.skip_nonfinite = options.skip_nonfinite
+        self.max_consecutive_skips = options.max_consecutive_skips
+        self.backend = options.backend
+        self.rounding = options.rounding
         self.skipped_steps = 0
+        self.consecutive_skips = 0
         self.observer: ParameterObserver | None = None
         self._unsettled: _Verdict | None = None
         self._seen: list[dict[str, Any]] = []
-        defaults = hyperparameters | {"maximize": maximize, "skip_nonfinite": skip_nonfinite}
-        super().__init__(params, defaults)
+        super().__init__(params, hyperparameters | {"maximize": options.maximize})
 
     def __getstate__(self) -> dict[str, Any]:
         self.settle()
         return super().__getstate__() | {
+            "skip_nonfinite": self.skip_nonfinite,
+            "max_consecutive_skips": self.max_consecutive_skips,
             "backend": self.backend,
+            "rounding": self.rounding,
             "skipped_steps": self.skipped_steps,
+            "consecutive_skips": self.consecutive_skips,
             "observer": None,
             "_unsettled": None,
         }
@@ -133,6 +175,8 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
     def _check(self, group: dict[str, Any]) -> None:
         bounds = constraints.SHARED | dict(self.rule(group).constraints)
         self._check_hyperparameters(group, [name for name in bounds if name in group])
+        for name in _OPTIONS.keys() & group.keys():
+            raise ValueError(f"{type(self).__name__}: {name} is one for all parameters, not for a parameter group.")
         self._check_parameters(group)
 
     def _check_hyperparameters(self, group: Mapping[str, Any], names: Iterable[str]) -> None:
@@ -146,6 +190,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         if len(set(group["params"])) < len(group["params"]):
             raise ValueError(f"{type(self).__name__}: a parameter is twice in one parameter group; list it once.")
         for p in group["params"]:
+            execution.residual_dtype(self.rounding, p.dtype)
             if p.is_complex():
                 raise ValueError(
                     f"{type(self).__name__} does not take complex parameters (shape {tuple(p.shape)}); "
@@ -209,6 +254,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         Raises:
             ValueError: A gradient is sparse or of another shape than its parameter, or a parameter group was changed
                 to something that it must not be; nothing has been updated then.
+            NonFiniteGradientsError: Too many steps in a row were skipped.
         """
         loss = None
         if closure is not None:
@@ -216,6 +262,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
                 loss = closure()
         self.settle()
         self._check_edits()
+        self._check_skips()
         groups = [(g, [p for p in g["params"] if p.grad is not None and p.numel() > 0]) for g in self.param_groups]
         params = [p for _, params in groups for p in params]
         if not params:
@@ -223,13 +270,14 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         self._check_gradients(params)
         grads = [_narrowed(p.grad, p) for p in params]
         finite, gains = inspect_gradients(grads)
-        skip = self.defaults["skip_nonfinite"]
-        if skip and finite is False:
-            self.skipped_steps += 1
+        if self.skip_nonfinite and finite is False:
+            self._count_skip()
+            self._check_skips()
             return loss
-        verdict = _Verdict(finite if skip and isinstance(finite, Tensor) else None)
+        verdict = _Verdict(finite if self.skip_nonfinite and isinstance(finite, Tensor) else None)
         each = zip(grads, gains)
-        batches = [self._batch(group, params, each, verdict) for group, params in groups if params]
+        positions = self._noisy_positions()
+        batches = [self._batch(group, params, each, verdict, positions) for group, params in groups if params]
         execution.run(batches, self.backend, verdict.finite, self.observer)
         self._unsettled = verdict
         if verdict.finite is None:
@@ -251,8 +299,20 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
                     f"shape {tuple(p.shape)}; set parameter.grad to None when the parameter is replaced."
                 )
 
+    def _noisy_positions(self) -> dict[Tensor, int]:
+        """The positions of the parameters that are rounded at random."""
+        if self.rounding != "stochastic":
+            return {}
+        params = [p for group in self.param_groups for p in group["params"]]
+        return {p: i for i, p in enumerate(params) if execution.is_narrow(p.dtype)}
+
     def _batch(
-        self, group: dict[str, Any], params: list[Tensor], each: Iterator[tuple[Tensor, Any]], verdict: _Verdict
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        each: Iterator[tuple[Tensor, Any]],
+        verdict: _Verdict,
+        noisy: Mapping[Tensor, int],
     ) -> Batch:
         """What a group has to do; counts its steps in ``verdict``."""
         rule = self.rule(group)
@@ -261,6 +321,8 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
             if not state:
                 state.update(execution.new_state(rule, p, group))
         execution.follow(rule, params, states, group)
+        for p, state in zip(params, states):
+            execution.prepare_residual(state, p, self.rounding)
         clocks = _read_clocks(states, ("step", *rule.host_state))
         hyperparameters = _hyperparameters(group)
         matrix = isinstance(rule, MatrixRule)
@@ -283,7 +345,9 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
             tick = known[key]
             tick.states.append(state)
             g, gain = next(each)
-            tasks.append(Task(tick.t, p, g, -gain if group["maximize"] else gain, state, tick.scalars))
+            gain = -gain if group["maximize"] else gain
+            noise = execution.first_number(tick.t, noisy[p]) if p in noisy else None
+            tasks.append(Task(tick.t, p, g, gain, state, tick.scalars, noise))
         verdict.ticks.extend(known.values())
         idle = [self.state[p] for p in group["params"] if p.grad is None and self.state.get(p)]
         return Batch(rule, group, tasks, idle)
@@ -298,14 +362,34 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         if verdict is None:
             return
         if not verdict.read():
-            self.skipped_steps += 1
+            self._count_skip()
             return
+        self.consecutive_skips = 0
         for tick in verdict.ticks:
             for name, value in tick.clock.items():
                 targets = [state[name] for state in tick.states]
                 torch._foreach_copy_(
                     targets, [torch.tensor(value, dtype=targets[0].dtype, device="cpu")] * len(targets)
                 )
+
+    def _count_skip(self) -> None:
+        self.skipped_steps += 1
+        self.consecutive_skips += 1
+
+    def _check_skips(self) -> None:
+        """Only ``step`` calls this: a checkpoint can be written of an optimizer that has come to its limit."""
+        count, limit = self.consecutive_skips, self.max_consecutive_skips
+        if limit is None or count < limit:
+            return
+        self.consecutive_skips = 0  # Whoever goes on nevertheless has as many tries again.
+        done = max((int(state["step"]) for state in self.state.values() if "step" in state), default=0)
+        raise NonFiniteGradientsError(
+            f"{type(self).__name__} has skipped {count} steps in a row, all since its step {done}, because gradients "
+            "held NaN or infinity; parameters and state are as they were after that step. The data or the loss may "
+            "hold such values themselves (torch.autograd.set_detect_anomaly(True) finds the operation), the learning "
+            "rate may be too high, the forward pass may overflow (16-true: train in bf16-true or 16-mixed), or weights "
+            f"may be NaN already. max_consecutive_skips={limit} is the limit, None for none."
+        )
 
     # --- checkpoints --------------------------------------------------------------------------------------------
 
@@ -331,11 +415,11 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         super().load_state_dict(state_dict)
         # torch casts state to the parameter's dtype; the saved values are what continues the run exactly.
         for group, saved in zip(self.param_groups, state_dict["param_groups"]):
-            numbers = execution.number_names(self.rule(group))
+            keep = {*execution.number_names(self.rule(group)), execution.RESIDUAL}
             for p, key in zip(group["params"], saved["params"]):
                 for name, value in state_dict["state"].get(key, {}).items():
                     if isinstance(value, Tensor):
-                        dtype = value.dtype if name in numbers else execution.compute_dtype(p.dtype)
+                        dtype = value.dtype if name in keep else execution.compute_dtype(p.dtype)
                         self.state[p][name] = value.to(self.state[p][name].device, dtype, copy=True)
 
 

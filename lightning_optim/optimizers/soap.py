@@ -8,9 +8,9 @@ from torch import Tensor
 
 from .constraints import EIGENBASIS
 from .eigenbasis import BASIS_ERROR, Eigenbasis, axis_state, permute_, phases, refreshes
-from .execution import Backend
+from .execution import Backend, Rounding
 from .hybrid import Fallback, MatrixOptimizer
-from .optimizer import Params
+from .optimizer import EngineOptions, Params
 from .rule import (
     LIKE_PARAMETER,
     Hyperparameters,
@@ -152,7 +152,9 @@ class SOAP(MatrixOptimizer):
         fallback_weight_decay: Its weight decay.
         maximize: Ascend instead of descend.
         skip_nonfinite: Skip and count steps whose gradients hold NaN or infinity.
+        max_consecutive_skips: Steps skipped in a row after which ``step`` raises an error, or ``None``.
         backend: How the step is run; see :class:`.optimizer.RuleOptimizer`.
+        rounding: How results are stored in bfloat16 and float16 parameters; see :class:`.optimizer.RuleOptimizer`.
 
     Raises:
         ValueError: A hyperparameter is out of range, or a parameter does not fit its role.
@@ -194,7 +196,9 @@ class SOAP(MatrixOptimizer):
         *,
         maximize: bool = False,
         skip_nonfinite: bool = True,
+        max_consecutive_skips: int | None = 100,
         backend: Backend = "auto",
+        rounding: Rounding = "nearest",
     ) -> None:
         hyperparameters = {
             "lr": lr, "betas": betas, "shampoo_beta": shampoo_beta, "eps": eps, "weight_decay": weight_decay,
@@ -203,6 +207,5 @@ class SOAP(MatrixOptimizer):
             "precondition_1d": precondition_1d, "correct_bias": correct_bias,
         }  # fmt: skip
         others = Fallback(fallback, fallback_lr, fallback_betas, fallback_eps, fallback_weight_decay)
-        super().__init__(
-            params, hyperparameters, others, maximize=maximize, skip_nonfinite=skip_nonfinite, backend=backend
-        )
+        options = EngineOptions(maximize, skip_nonfinite, max_consecutive_skips, backend, rounding)
+        super().__init__(params, hyperparameters, others, options)

@@ -4,6 +4,7 @@
 state in place. Rules stay free of everything that changes with the way of running:
 
 - :mod:`.tensors`: precision, state, matrices inside parameters;
+- :mod:`.storage`: how results are rounded into narrow parameters;
 - :mod:`.call`: one call of a rule's function;
 - :mod:`.flat`: element-wise and group rules, joined and cut;
 - :mod:`.kernels`: the same, compiled;
@@ -22,6 +23,7 @@ from torch import Tensor
 from ..rule import MatrixRule
 from . import flat, stacks
 from .stacks import ParameterObserver
+from .storage import RESIDUAL, ROUNDINGS, Rounding, first_number, is_narrow, prepare_residual, residual_dtype
 from .tensors import (
     Batch,
     State,
@@ -38,17 +40,24 @@ from .tensors import (
 
 __all__ = [
     "BACKENDS",
+    "RESIDUAL",
+    "ROUNDINGS",
     "Backend",
     "Batch",
     "ParameterObserver",
+    "Rounding",
     "State",
     "Task",
     "accumulation_dtype",
     "block_shape",
     "compute_dtype",
+    "first_number",
     "follow",
+    "is_narrow",
     "new_state",
     "number_names",
+    "prepare_residual",
+    "residual_dtype",
     "run",
     "state_shapes",
     "to_blocks",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .storage import RESIDUAL, load, store_
 from .tensors import compute_dtype
 
 
@@ -19,6 +20,8 @@ def call(
     finite: Tensor | None,
     state: Mapping[str, Tensor],
     scalars: Mapping[str, Any],
+    noise: Tensor | None = None,
+    moves: bool = True,
 ) -> Any:
     """``function(p, gain * g, **state, **scalars)`` in the precision of the arithmetic.
 
@@ -30,20 +33,24 @@ def call(
         finite: ``None``, or a 0-d boolean tensor: where it is ``False`` nothing changes.
         state: State tensors of the parameter's size.
         scalars: Keyword arguments that are not per element.
+        noise: See :func:`.storage.store_`.
+        moves: Whether the function changes ``p``, too.
 
     Returns:
         What the function returned.
     """
-    work = p.to(compute_dtype(p.dtype))
-    written = [work, *state.values()]
+    dtype, residual = compute_dtype(p.dtype), state.get(RESIDUAL)
+    work = load(p, residual, dtype)
+    state = {name: x for name, x in state.items() if name != RESIDUAL}
+    written = [*state.values(), *([work] if p.dtype == dtype else [])]
     before = [x.clone() for x in written] if finite is not None else []
     if g is None:
         result = function(work, **state, **scalars)
     else:
-        g = g.to(work.dtype)
+        g = g.to(dtype)
         result = function(work, g if isinstance(gain, float) and gain == 1.0 else g * gain, **state, **scalars)
     for x, old in zip(written, before):
         x.copy_(torch.where(finite, x, old))  # type: ignore[arg-type]
-    if work.dtype != p.dtype:
-        p.copy_(work)
+    if moves and p.dtype != dtype:
+        store_(p, work, residual, noise, finite)
     return result

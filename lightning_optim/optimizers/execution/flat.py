@@ -24,6 +24,7 @@ from torch import Tensor
 from ..rule import GroupRule, Rule
 from . import kernels
 from .call import call
+from .storage import joined_numbers, numbers
 from .tensors import Batch, Task, number_names
 
 #: Tensors up to this many elements are joined: below it a copy of a tensor costs less than an operation on it.
@@ -47,6 +48,7 @@ class Work:
     g: Tensor
     gain: float | Tensor
     state: dict[str, Tensor]
+    noise: Tensor | None
 
 
 def run(batches: Sequence[Batch], backend: str, finite: Tensor | None) -> None:
@@ -86,24 +88,30 @@ def _each(
     backend: str,
     finite: Tensor | None,
     takes_gradient: bool = True,
+    moves: bool = True,
     longest: int | None = None,
 ) -> list[Any]:
     """Call ``function`` on everything in ``tasks``, which are alike; returns what it returned.
 
-    ``longest`` bounds the vectors of a compiled function, which otherwise takes tensors whole.
+    ``moves`` says whether it changes the parameters, too. ``longest`` bounds the vectors of a compiled function, which
+    otherwise takes tensors whole.
     """
+    noisy = moves and tasks[0].noise is not None
     finite = None if finite is None else finite.to(tasks[0].p.device)
     scalars = tasks[0].scalars | coefficients
     compiled = None
     if backend.startswith("compiled"):
-        compiled = _compile(function, tasks[0], names, scalars, finite, backend, takes_gradient)
+        compiled = _compile(function, tasks[0], names, scalars, finite, backend, takes_gradient, noisy, moves)
     if compiled is None:
-        go: kernels.Runner = lambda p, g, gain, state: call(function, p, g, gain, finite, state, scalars)  # noqa: E731
+        go: kernels.Runner = lambda p, g, gain, state, noise: call(  # noqa: E731
+            function, p, g, gain, finite, state, scalars, noise, moves
+        )
     else:
         go = compiled
-    limit = CHUNK if compiled is None else longest or LONGEST
-    works = _whole(tasks, names) if backend == "plain" else plan(tasks, names, limit)
-    return [go(work.p, work.g if takes_gradient else None, work.gain, work.state) for work in works]
+    # Random numbers are eight bytes for each element, which should not leave the cache.
+    limit = CHUNK if compiled is None or noisy else longest or LONGEST
+    works = _whole(tasks, names, noisy) if backend == "plain" else plan(tasks, names, limit, noisy)
+    return [go(work.p, work.g if takes_gradient else None, work.gain, work.state, work.noise) for work in works]
 
 
 def _compile(
@@ -114,13 +122,16 @@ def _compile(
     finite: Tensor | None,
     backend: str,
     takes_gradient: bool,
+    noisy: bool,
+    moves: bool,
 ) -> kernels.Runner | None:
     """A compiled runner; ``None``, after one warning, where it is optional and cannot be had."""
     global _warned
     state = {name: task.state[name] for name in names}
     make = partial(
-        kernels.runner, function, task.p, task.g if takes_gradient else None, task.gain, finite, state, scalars
-    )
+        kernels.runner, function, task.p, task.g if takes_gradient else None, task.gain, finite, state, scalars,
+        noisy, moves,
+    )  # fmt: skip
     if backend != "compiled" and _warned:
         return None
     try:
@@ -159,7 +170,9 @@ def _run_group(rule: GroupRule, batch: Batch, backend: str, finite: Tensor | Non
     alike = _alike(tasks)
     update = _then_sum(rule.update, rule.sums)
     # Inductor makes one loop of the update and one of the sums: the second should find the vectors in cache.
-    parts = [part for some in alike for part in _each(update, some, names, {}, backend, finite, longest=CHUNK)]
+    parts = [
+        part for some in alike for part in _each(update, some, names, {}, backend, finite, moves=False, longest=CHUNK)
+    ]
     device = tasks[0].p.device
     totals = [torch.stack([part.to(device) for part in column]).sum(0) for column in zip(*parts)]
     # A parameter that gets its first gradient late joins the group's state, it does not reset it. One that is without
@@ -180,25 +193,27 @@ def _run_group(rule: GroupRule, batch: Batch, backend: str, finite: Tensor | Non
 # --- planning ---------------------------------------------------------------------------------------------------
 
 
-def _whole(tasks: Iterable[Task], names: Sequence[str]) -> Iterator[Work]:
+def _whole(tasks: Iterable[Task], names: Sequence[str], noisy: bool) -> Iterator[Work]:
     for task in tasks:
-        yield Work(task.p, task.g, task.gain, {name: task.state[name] for name in names})
+        noise = _noise(task, 0, task.p.numel()).view(task.p.shape) if noisy else None
+        yield Work(task.p, task.g, task.gain, {name: task.state[name] for name in names}, noise)
 
 
-def plan(tasks: Sequence[Task], names: Sequence[str], limit: int | None) -> Iterator[Work]:
+def plan(tasks: Sequence[Task], names: Sequence[str], limit: int | None, noisy: bool = False) -> Iterator[Work]:
     """Cut and join ``tasks``, which are alike.
 
     Args:
         tasks: Parameters of equal dtype, device and scalars.
         names: Their state tensors of the parameter's own shape.
         limit: Longest vector to make of a tensor that need not be copied; ``None`` for any length.
+        noisy: Whether random numbers are needed.
     """
     small = [task for task in tasks if task.p.numel() <= SMALL]
     for pack in packs(small, [task.p.numel() for task in small]):
-        yield from _joined(pack, names)
+        yield from _joined(pack, names, noisy)
     for task in tasks:
         if task.p.numel() > SMALL:
-            yield from _slices(task, names, limit)
+            yield from _slices(task, names, limit, noisy)
 
 
 def packs(items: Sequence[Item], sizes: Sequence[int]) -> Iterator[list[Item]]:
@@ -224,9 +239,14 @@ def vector(x: Tensor) -> Tensor:
     return x if x.ndim == 1 else x.reshape(-1)
 
 
-def _joined(tasks: Sequence[Task], names: Sequence[str]) -> Iterator[Work]:
+def _noise(task: Task, start: int, stop: int) -> Tensor:
+    assert task.noise is not None
+    return numbers(task.noise, start, stop, task.p.device)
+
+
+def _joined(tasks: Sequence[Task], names: Sequence[str], noisy: bool) -> Iterator[Work]:
     if len(tasks) == 1:
-        yield from _slices(tasks[0], names, None)
+        yield from _slices(tasks[0], names, None, noisy)
         return
     columns = [[task.p for task in tasks], *([task.state[name] for task in tasks] for name in names)]
     vectors = [[vector(x) for x in xs] for xs in columns]
@@ -237,7 +257,9 @@ def _joined(tasks: Sequence[Task], names: Sequence[str]) -> Iterator[Work]:
     if isinstance(gain, Tensor):
         gains = torch.cat([task.gain.expand(n) for task, n in zip(tasks, sizes)])  # type: ignore[union-attr]
         g, gain = g.mul_(gains), torch.ones_like(gain)  # In place: a kernel is for the dtype of the gradients.
-    yield Work(p, g, gain, dict(zip(names, state)))
+    firsts = [task.noise for task in tasks if task.noise is not None]
+    noise = joined_numbers(firsts, sizes, p.device) if noisy else None
+    yield Work(p, g, gain, dict(zip(names, state)), noise)
     for xs, views, joined in zip(columns, vectors, (p, *state)):
         parts = joined.split(sizes)
         if all(x.is_contiguous() for x in xs):
@@ -246,19 +268,22 @@ def _joined(tasks: Sequence[Task], names: Sequence[str]) -> Iterator[Work]:
             torch._foreach_copy_(xs, [part.view(x.shape) for part, x in zip(parts, xs)])
 
 
-def _slices(task: Task, names: Sequence[str], limit: int | None) -> Iterator[Work]:
+def _slices(task: Task, names: Sequence[str], limit: int | None, noisy: bool) -> Iterator[Work]:
     p, g, n = task.p, task.g, task.p.numel()
     if p.is_contiguous() and g.is_contiguous():
         vectors = [x.view(-1) for x in (p, g, *(task.state[name] for name in names))]
         length = n if limit is None else limit
         for start in range(0, n, length):
             p, g, *state = vectors if length >= n else [x[start : start + length] for x in vectors]
-            yield Work(p, g, task.gain, dict(zip(names, state)))
+            noise = _noise(task, start, start + p.numel()) if noisy else None
+            yield Work(p, g, task.gain, dict(zip(names, state)), noise)
         return
     # Other strides than the state's: rows are copied, as many as a chunk holds.
-    rows = max(1, CHUNK // (n // p.shape[0]))
+    width = n // p.shape[0]
+    rows = max(1, CHUNK // width)
     for i in range(0, p.shape[0], rows):
         part, g_part = (x[i : i + rows].reshape(-1).contiguous() for x in (p, g))
         rows_state = {name: task.state[name][i : i + rows].view(-1) for name in names}
-        yield Work(part, g_part, task.gain, rows_state)
+        noise = _noise(task, i * width, i * width + len(part)) if noisy else None
+        yield Work(part, g_part, task.gain, rows_state, noise)
         p[i : i + rows].copy_(part.view_as(p[i : i + rows]))

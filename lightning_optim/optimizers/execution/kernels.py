@@ -22,7 +22,7 @@ from torch import Tensor, fx
 
 from .call import call
 
-Runner = Callable[[Tensor, "Tensor | None", "float | Tensor", Mapping[str, Tensor]], Any]
+Runner = Callable[[Tensor, "Tensor | None", "float | Tensor", Mapping[str, Tensor], "Tensor | None"], Any]
 
 #: Length of the vectors a kernel is traced on: long enough for Inductor to share the loop among threads.
 _EXAMPLE = 2**16
@@ -64,13 +64,15 @@ def runner(
     finite: Tensor | None,
     state: Mapping[str, Tensor],
     scalars: Mapping[str, Any],
+    noisy: bool,
+    moves: bool,
 ) -> Runner:
     """:func:`.call.call` of ``function`` with these scalars on vectors of the same kinds as those given, compiled.
 
-    Compiles now if it has to; nothing is updated.
+    Compiles now if it has to; nothing is updated. ``noisy`` says whether there will be random numbers.
 
     Returns:
-        ``run(p, g, gain, state)``; a ``gain`` that is a number has to be the one given here.
+        ``run(p, g, gain, state, noise)``; a ``gain`` that is a number has to be the one given here.
     """
     numbers = {name: float(x) for name, x in scalars.items() if is_number(x) or _on_host(x)}
     tensors = {name: x for name, x in scalars.items() if isinstance(x, Tensor) and name not in numbers}
@@ -80,7 +82,7 @@ def runner(
         function, p.dtype, None if g is None else g.dtype, own_gain, finite is not None,
         tuple((name, x.dtype) for name, x in state.items()),
         tuple(numbers), tuple((name, x.dtype) for name, x in tensors.items()), tuple(switches.items()),
-        p.device, torch.get_num_threads(),
+        p.device, torch.get_num_threads(), noisy, moves,
     )  # fmt: skip
     values = (*numbers.values(), 1.0 if isinstance(gain, Tensor) else gain)
     kernel = _kernels.get(key)
@@ -90,18 +92,19 @@ def runner(
             rest = iter(args)
             p, *vectors = [next(rest) for _ in range(1 + len(state))]
             gradient = None if g is None else next(rest)
+            noise = next(rest) if noisy else None
             factor = next(rest) if own_gain else None
             verdict = None if finite is None else next(rest)
             given = {name: next(rest) for name in (*tensors, *numbers)} | switches
             common_factor = next(rest)
             factor = common_factor if factor is None else factor
-            return call(function, p, gradient, factor, verdict, dict(zip(state, vectors)), given) or ()
+            return call(function, p, gradient, factor, verdict, dict(zip(state, vectors)), given, noise, moves) or ()
 
-        vectors = [p, *state.values(), *([] if g is None else [g])]
+        dtypes = [x.dtype for x in (p, *state.values(), *([] if g is None else [g]))] + [torch.int64] * noisy
         others = [x for x in (gain, finite, *tensors.values()) if isinstance(x, Tensor)]
 
         def example(length: int) -> list[Tensor]:
-            return [torch.zeros(length, dtype=x.dtype, device=x.device) for x in vectors] + others
+            return [torch.zeros(length, dtype=dtype, device=p.device) for dtype in dtypes] + others
 
         kernel = _compile_apart(flat, example(_EXAMPLE), values)
         # One that cannot be launched, or is bound to the example's length, has to fail before it has updated anything.
@@ -109,9 +112,11 @@ def runner(
         _kernels[key] = kernel
     fixed = [*([] if finite is None else [finite]), *tensors.values(), *kernel.prepare(values)]
 
-    def run(p: Tensor, g: Tensor | None, gain: float | Tensor, state: Mapping[str, Tensor]) -> Any:
-        gradient = [] if g is None else [g]
-        return kernel.run([p, *state.values(), *gradient, *([gain] if own_gain else []), *fixed])
+    def run(
+        p: Tensor, g: Tensor | None, gain: float | Tensor, state: Mapping[str, Tensor], noise: Tensor | None
+    ) -> Any:
+        others = [x for x in (g, noise) if x is not None]
+        return kernel.run([p, *state.values(), *others, *([gain] if own_gain else []), *fixed])
 
     return run
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ...polar import orthogonalize
 from ..rule import LIKE_PARAMETER, MatrixRule
+from .storage import RESIDUAL, joined_numbers, load, numbers, store_
 from .tensors import Batch, Task, block_shape, compute_dtype, from_blocks, to_blocks
 
 ParameterObserver = Callable[[Tensor, str, Tensor], None]
@@ -89,31 +90,36 @@ def _update(stack: Stack, finite: Tensor | None, observer: ParameterObserver | N
     rule, group, tasks = stack.rule, stack.group, stack.tasks
     finite = None if finite is None else finite.to(tasks[0].p.device)
     shapes = rule.state(block_shape(tasks[0].p.shape, group), group)
-    work = {name: [task.state[name] for task in tasks] for name in shapes} | {"p": [task.p for task in tasks]}
+    dtype = compute_dtype(tasks[0].p.dtype)
+    kept = [RESIDUAL] if RESIDUAL in tasks[0].state else []
+    work = {name: [task.state[name] for task in tasks] for name in (*shapes, *kept)} | {"p": [task.p for task in tasks]}
 
     def view(x: Tensor) -> Tensor:
         y = to_blocks(x, group)
         return y.flatten(2) if rule.flatten else y
 
-    def load(name: str, xs: list[Tensor]) -> Tensor:
-        return _join([x if shapes.get(name) is not LIKE_PARAMETER else view(x) for x in xs])
-
-    dtype = compute_dtype(tasks[0].p.dtype)
-    tensors = {name: load(name, work[name]) for name in shapes}
-    p = _join([view(task.p.to(dtype)) for task in tasks])
+    stacked = {
+        name: _join([x if shapes.get(name) is not LIKE_PARAMETER else view(x) for x in xs]) for name, xs in work.items()
+    }
+    tensors = {name: stacked[name] for name in shapes}
+    p = load(stacked["p"], stacked.get(RESIDUAL), dtype)
+    exact = stacked["p"].dtype == dtype
     g = _gradient(stack, dtype, view)
     if finite is not None:
         g = torch.where(finite, g, 0.0)  # Decompositions refuse NaN before the host knows of it.
-    before = [x.clone() for x in (p, *tensors.values())] if finite is not None else []
+    written = [*tensors.values(), *([p] if exact else [])]
+    before = [x.clone() for x in written] if finite is not None else []
     kwargs = dict(tasks[0].scalars)
     if observer is not None:
         kwargs["observe"] = lambda name, x: _observe(observer, stack, name, x)
     update = rule.update(p, g, **tensors, **kwargs)
     if update is not None:
         yield from update
-    for x, old in zip((p, *tensors.values()), before):
+    for x, old in zip(written, before):
         x.copy_(torch.where(finite, x, old))  # type: ignore[arg-type]
-    for name, x in ({"p": p} | tensors).items():
+    if not exact:
+        store_(stacked["p"], p, stacked.get(RESIDUAL), _noise(tasks, view), finite)
+    for name, x in stacked.items():
         _store(x, work[name], group if shapes.get(name) is LIKE_PARAMETER else None)
 
 
@@ -128,6 +134,17 @@ def _gradient(stack: Stack, dtype: torch.dtype, view: Callable[[Tensor], Tensor]
         return g
     factors = torch.stack([torch.as_tensor(gain, dtype=dtype, device=g.device) for gain in gains])
     return g * factors.repeat_interleave(stack.group["blocks"]).view(-1, *(1 for _ in g.shape[1:]))
+
+
+def _noise(tasks: Sequence[Task], view: Callable[[Tensor], Tensor]) -> Tensor | None:
+    """The numbers of the elements of a stack, where random ones are needed."""
+    firsts = [task.noise for task in tasks if task.noise is not None]
+    if not firsts:
+        return None
+    p = tasks[0].p
+    element = view(numbers(0, 0, p.numel(), p.device).view(p.shape))
+    shifts = joined_numbers(firsts, [1] * len(firsts), p.device)
+    return (element + shifts.view(-1, *(1 for _ in element.shape))).flatten(0, 1)
 
 
 def _store(stacked: Tensor, targets: list[Tensor], group: Mapping[str, Any] | None) -> None:

@@ -26,6 +26,7 @@ class Task:
             the host does not know it.
         state: The rule's state tensors.
         scalars: What the rule's ``scalars`` returned; the same object for all parameters that share them.
+        noise: The number of the first element in the stream of random numbers; ``None`` where none are needed.
     """
 
     t: int
@@ -34,6 +35,7 @@ class Task:
     gain: float | Tensor
     state: State
     scalars: Scalars
+    noise: int | None = None
 
 
 @dataclass
