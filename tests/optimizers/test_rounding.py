@@ -1,0 +1,543 @@
+"""Parameters of bfloat16 and float16: how results are stored, and what that does to training."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+
+import lightning_optim as lo
+from lightning_optim.optimizers import execution
+from lightning_optim.optimizers import gradients as inspection
+from lightning_optim.optimizers.execution import RESIDUAL, ROUNDINGS, flat, stacks, storage
+from lightning_optim.optimizers.registry import OPTIMIZERS
+from lightning_optim.optimizers.rule import ElementwiseRule, MatrixRule, like
+
+from .rows import OURS, build, each_configuration, each_optimizer, gradients, network, run
+
+NARROW = [torch.bfloat16, torch.float16]
+#: Everything that can be asked for of a dtype.
+WAYS = [(rounding, dtype) for dtype in NARROW for rounding in ROUNDINGS if (rounding, dtype) != ("split", NARROW[1])]
+each_way = pytest.mark.parametrize(("rounding", "dtype"), WAYS)
+each_new_way = pytest.mark.parametrize(("rounding", "dtype"), [way for way in WAYS if way[0] != "nearest"])
+compiled = pytest.param("compiled", marks=pytest.mark.slow)
+
+
+@pytest.fixture
+def tiny_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Limits at which tensors of some hundred elements are cut, joined, stacked and left alone."""
+    monkeypatch.setattr(flat, "SMALL", 16)
+    monkeypatch.setattr(flat, "CHUNK", 40)
+    monkeypatch.setattr(stacks, "STACK", {"cpu": 24, "cuda": 24})
+    monkeypatch.setattr(stacks, "TOGETHER", {"cpu": 48, "cuda": 48})
+
+
+def parameters(dtype: torch.dtype) -> list[Tensor]:
+    return list(network(dtype).parameters())
+
+
+def everything(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> list[Tensor]:
+    return [x.detach().clone() for p in params for x in (p, *optimizer.state[p].values())]
+
+
+def assert_equal(a: list[Tensor], b: list[Tensor]) -> None:
+    assert [x.dtype for x in a] == [x.dtype for x in b]
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def exact(optimizer: torch.optim.Optimizer, p: Tensor) -> Tensor:
+    """What a parameter and its residual stand for."""
+    return storage.load(p.detach(), optimizer.state[p].get(RESIDUAL), torch.float32)
+
+
+# --- one number -------------------------------------------------------------------------------------------------
+
+bit_patterns = st.lists(st.integers(-(2**31), 2**31 - 1), min_size=1, max_size=40)
+largest = [0x7F7FFFFF, 0x7F7F8000, 0x7F7F7FFF, 0x7F7F0000, 0x7F800000, 0x7FFFFFFF, 0x7FC00000, 0, 1, 0x8000, 0x7FFF]
+
+
+def from_bits(bits: list[int]) -> Tensor:
+    return torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+
+
+def stored(value: Tensor, rounding: str, dtype: torch.dtype, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    p = torch.full_like(value, 7.0, dtype=dtype)
+    kind = storage.residual_dtype(rounding, dtype)
+    residual = None if kind is None else torch.full_like(value, 7, dtype=kind)
+    if rounding == "stochastic":
+        kwargs.setdefault("noise", storage.numbers(12345, 0, value.numel(), value.device))
+    storage.store_(p, value, residual, **kwargs)
+    return p, residual
+
+
+@settings(derandomize=True)
+@given(bits=bit_patterns)
+def test_split_is_exact_and_shows_the_nearest_number(bits: list[int]) -> None:
+    for sign in (0, -(2**31)):
+        value = from_bits([*bits, *(x | sign for x in largest)])
+        p, residual = stored(value, "split", torch.bfloat16)
+        assert residual is not None
+        assert torch.equal(p.isnan(), value.isnan())
+        again = storage.load(p, residual, torch.float32)
+        number = ~value.isnan()
+        assert torch.equal(again[number].view(torch.int32), value[number].view(torch.int32))
+        tie = (value.view(torch.int32) & 0xFFFF) == 0x8000  # Away from zero, where a conversion takes the even one.
+        assert torch.equal(p[number & ~tie], value.to(torch.bfloat16)[number & ~tie])
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@settings(derandomize=True)
+@given(value=st.floats(-6e4, 6e4, width=32))
+def test_kahan_keeps_twice_the_precision(value: float, dtype: torch.dtype) -> None:
+    x = torch.tensor([value])
+    p, residual = stored(x, "kahan", dtype)
+    eps = torch.finfo(dtype).eps
+    # The rounding error is at most eps / 2 of the number and is itself kept to eps / 2. Subnormal numbers of the
+    # parameter keep less: of float16, units of 2^-24 times eps; of bfloat16, what float32 has below 1e-38, too.
+    bound = eps**2 / 4 * abs(value) + (2.0**-24 * eps if dtype == torch.float16 else 1e-40)
+    assert (storage.load(p, residual, torch.float32) - x).abs() <= bound + 2.0**-24 * abs(value)
+    assert abs(p.double().item() - value) <= abs(x.to(dtype).double().item() - value)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_kahan_passes_infinities_on(dtype: torch.dtype) -> None:
+    big = torch.finfo(dtype).max
+    value = torch.tensor([float("inf"), -float("inf"), big, -big, float("nan")])
+    p, residual = stored(value, "kahan", dtype)
+    assert torch.equal(p[:4].float(), value[:4])
+    assert torch.equal(storage.load(p, residual, torch.float32)[:4], value[:4])
+    assert p[4].isnan()
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@settings(derandomize=True)
+@given(bits=bit_patterns, first=st.integers(0, 2**61))
+def test_stochastic_rounding_gives_a_neighbour(bits: list[int], first: int, dtype: torch.dtype) -> None:
+    value = from_bits([*bits, *largest, *(x - 2**31 for x in largest)])
+    noise = storage.numbers(first, 0, value.numel(), value.device)
+    p, _ = stored(value, "stochastic", dtype, noise=noise)
+    nearest = value.to(dtype)
+    inside = value.abs() <= torch.finfo(dtype).max
+    assert torch.equal(p[~inside & ~value.isnan()], nearest[~inside & ~value.isnan()])
+    assert p[value.isnan()].isnan().all()
+    assert p[inside].isfinite().all()
+    representable = inside & (nearest.float() == value)
+    assert torch.equal(p[representable], nearest[representable])
+    # No other number of the dtype, whose bit patterns grow with their size, is nearer on that side.
+    size, exact = p[inside].abs(), value[inside].abs().double()
+    above, below = ((size.view(torch.int16) + step).view(dtype).double() for step in (1, -1))
+    assert torch.where(size.double() <= exact, above > exact, below < exact).all()
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("value", [1.0003, 0.99999, -1.7, 3.14159, 1e-3, 6.2e-5, 5.9e-5, -3.3e-7, 2.1e-8, 65000.7])
+def test_stochastic_rounding_is_unbiased(value: float, dtype: torch.dtype) -> None:
+    """Over streams of one parameter and over steps of one element, within 4 standard errors."""
+    n = 2**16
+    x = torch.full((n,), value)
+    steps = torch.tensor([storage.first_number(t, 3) for t in range(1, n + 1)])
+    for noise in (storage.numbers(storage.first_number(1, 0), 0, n, x.device), steps):
+        p, _ = stored(x, "stochastic", dtype, noise=noise)
+        values = p.double().unique()
+        assert len(values) == 2, "neither neighbour is favoured so far that only one comes up"
+        below, above = values.tolist()
+        assert below < x[0].double() < above
+        odds = (float(x[0].double()) - below) / (above - below)
+        standard_error = (odds * (1 - odds) / n) ** 0.5
+        # The odds are multiples of 2^-16 (bfloat16) or 2^-13 (float16).
+        assert abs(float((p.double() == above).double().mean()) - odds) <= 4 * standard_error + 2.0**-14
+
+
+def test_random_bits_are_uniform_and_independent_of_each_other() -> None:
+    """Of neighbouring elements, of consecutive steps and of neighbouring parameters."""
+    n = 2**16
+
+    def bits(t: int, position: int) -> Tensor:
+        r = storage.random_bits(storage.numbers(storage.first_number(t, position), 0, n, torch.device("cpu")))
+        return ((r[:, None] >> torch.arange(16)) & 1) * 2.0 - 1
+
+    a = bits(1, 0)
+    limit = 5 / n**0.5  # Standard errors; there are a few thousand means below.
+    assert a.mean(0).abs().max() < limit
+    for b in (bits(2, 0), bits(1, 1), a.roll(1, 0), a.roll(2, 0), a.roll(64, 0)):
+        assert (a.T @ b / n).abs().max() < limit
+    assert ((a.T @ a) / n - torch.eye(16)).abs().max() < limit
+
+
+# --- the same bits, whatever way the step is run ------------------------------------------------------------------
+
+
+def odd_parameters(dtype: torch.dtype) -> list[Tensor]:
+    """Of sizes that are joined, left alone and cut, and of strides that are none of a vector."""
+    generator = torch.Generator().manual_seed(5)
+    shapes = [(), (3,), (5,), (17,), (97,), (7, 13), (9, 9), (2, 3, 4, 4)]
+    params = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    params[5] = params[5].t().contiguous().t()
+    params[7] = params[7].to(memory_format=torch.channels_last)
+    return [nn.Parameter(x) for x in params]
+
+
+def clone(params: list[Tensor]) -> list[Tensor]:
+    return [nn.Parameter(p.detach().clone(memory_format=torch.preserve_format)) for p in params]
+
+
+@pytest.mark.usefixtures("tiny_chunks")
+@each_new_way
+@pytest.mark.parametrize("name", [n for n in OURS if OPTIMIZERS[n].kind == "element-wise" and n != "Anon"])
+def test_chunks_are_bit_for_bit_the_whole(name: str, rounding: str, dtype: torch.dtype) -> None:
+    params = odd_parameters(dtype)
+    copies = clone(params)
+    a = build(name, params, backend="plain", rounding=rounding)
+    b = build(name, copies, backend="chunked", rounding=rounding)
+    run(a, params, range(1, 5))
+    run(b, copies, range(1, 5))
+    assert_equal(everything(a, params), everything(b, copies))
+
+
+def _add(p: Tensor, g: Tensor, **_: Any) -> None:
+    p.add_(g)
+
+
+ADD = ElementwiseRule("add", state=like(), scalars=lambda t, hp: {}, update=_add)
+ADD_MATRICES = MatrixRule("add", state=like(), scalars=lambda t, hp, shape: {}, update=_add)
+
+
+def added(backend: str, rounding: str, dtype: torch.dtype, rule: Any, finite: Tensor | None = None) -> list[Tensor]:
+    """Parameters and residuals after two steps that add the gradient: no arithmetic that could be done otherwise."""
+    generator = torch.Generator().manual_seed(9)
+    matrix = isinstance(rule, MatrixRule)
+    shapes = [(4, 6), (4, 6), (30, 4), (4, 2, 3, 3)] if matrix else [(), (3,), (97,), (7, 13), (flat.SMALL + 9,)]
+    params = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    if len(params[-1]) == 7:
+        params[-1] = params[-1].t().contiguous().t()
+    states: list[Any] = [{} for _ in params]
+    for p, state in zip(params, states):
+        execution.prepare_residual(state, p, rounding)
+    scalars: dict[str, Any] = {}
+    for t in (1, 2):
+        for group in ({"blocks": 1, "transposed": False}, {"blocks": 2, "transposed": True}):
+            tasks = []
+            for i, (p, state) in enumerate(zip(params, states)):
+                g = 1e-3 * torch.randn(p.shape, generator=generator)
+                noise = execution.first_number(t, i) if rounding == "stochastic" else None
+                tasks.append(execution.Task(t, p, g, 1.0, state, scalars, noise))
+            execution.run([execution.Batch(rule, group, tasks)], backend, finite)
+    return [x for p, state in zip(params, states) for x in (p, *state.values())]
+
+
+@pytest.mark.parametrize("verdict", [None, True])
+@pytest.mark.parametrize("backend", ["chunked", compiled])
+@each_way
+def test_every_backend_stores_the_same_bits(
+    backend: str, rounding: str, dtype: torch.dtype, verdict: bool | None
+) -> None:
+    finite = None if verdict is None else torch.tensor(verdict)
+    assert_equal(added(backend, rounding, dtype, ADD, finite), added("plain", rounding, dtype, ADD))
+
+
+@pytest.mark.usefixtures("tiny_chunks")
+@each_way
+def test_stacks_store_the_same_bits(rounding: str, dtype: torch.dtype) -> None:
+    """And the same as if the rule were element-wise: an element's random number is its own, transposed or not."""
+    of_matrices = added("chunked", rounding, dtype, ADD_MATRICES)
+    assert_equal(of_matrices, added("plain", rounding, dtype, ADD_MATRICES))
+    generator = torch.Generator().manual_seed(9)
+    params = [torch.randn(s, generator=generator).to(dtype) for s in [(4, 6), (4, 6), (30, 4), (4, 2, 3, 3)]]
+    states: list[Any] = [{} for _ in params]
+    for t in (1, 2):
+        for _ in range(2):
+            for i, (p, state) in enumerate(zip(params, states)):
+                execution.prepare_residual(state, p, rounding)
+                value = storage.load(p, state.get(RESIDUAL), torch.float32)
+                value = value + 1e-3 * torch.randn(p.shape, generator=generator)
+                noise = None
+                if rounding == "stochastic":
+                    noise = storage.numbers(execution.first_number(t, i), 0, p.numel(), p.device).view(p.shape)
+                storage.store_(p, value, state.get(RESIDUAL), noise)
+    assert_equal(of_matrices, [x for p, state in zip(params, states) for x in (p, *state.values())])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("tiny_chunks")
+@each_new_way
+@pytest.mark.parametrize("name", ["MVNGrad", "HVAdam"])
+def test_compiled_rules_follow_the_plain_ones(name: str, rounding: str, dtype: torch.dtype) -> None:
+    params = odd_parameters(dtype)[1:]
+    copies = clone(params)
+    run(build(name, params, backend="plain", rounding=rounding), params, range(1, 5))
+    run(build(name, copies, backend="compiled", rounding=rounding), copies, range(1, 5))
+    for p, q in zip(params, copies):
+        torch.testing.assert_close(p, q, rtol=3 * torch.finfo(dtype).eps, atol=1e-3)  # A neighbour or two.
+
+
+@each_new_way
+def test_no_random_number_of_torch_is_drawn(rounding: str, dtype: torch.dtype) -> None:
+    params = parameters(dtype)
+    optimizer = build("NAMO", params, rounding=rounding)
+    before = torch.get_rng_state()
+    for p, g in zip(params, gradients(params, 1)):
+        p.grad = g
+    optimizer.step()
+    assert torch.equal(before, torch.get_rng_state())
+
+
+# --- nothing changes where nothing may --------------------------------------------------------------------------
+
+
+@each_configuration
+def test_wide_parameters_are_as_ever(name: str, arguments: dict[str, Any]) -> None:
+    for dtype in (torch.float32, torch.float64):
+        params, others = parameters(dtype), parameters(dtype)
+        a = build(name, params, **arguments)
+        run(a, params, range(1, 4))
+        for rounding in ROUNDINGS:
+            copies = clone(others)
+            b = build(name, copies, rounding=rounding, **arguments)
+            run(b, copies, range(1, 4))
+            assert_equal(everything(a, params), everything(b, copies))
+
+
+@pytest.mark.parametrize("host", [True, False], ids=["verdict on the host", "verdict on the device"])
+@each_new_way
+@each_optimizer
+def test_nonfinite_gradients_change_nothing(
+    name: str, rounding: str, dtype: torch.dtype, host: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inspection, "_known_on_host", lambda x: host)
+    params = parameters(dtype)
+    optimizer = build(name, params, rounding=rounding)
+    run(optimizer, params, range(1, 5))
+    optimizer.settle()
+    before = everything(optimizer, params)
+    for p, g in zip(params, gradients(params, 5)):
+        p.grad = g
+    params[0].grad.view(-1)[0] = float("nan")
+    optimizer.step()
+    optimizer.settle()
+    assert optimizer.skipped_steps == 1
+    assert_equal(before, everything(optimizer, params))
+
+
+@each_new_way
+@each_optimizer
+def test_a_step_of_size_zero_moves_nothing(name: str, rounding: str, dtype: torch.dtype) -> None:
+    """As torch.distributed.checkpoint makes one to create the state."""
+    params = parameters(dtype)
+    before = [p.detach().clone() for p in params]
+    optimizer = build(name, params, rounding=rounding)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert_equal(before, [p.detach() for p in params])
+
+
+def test_weights_that_somebody_sets_to_zero_stay_numbers() -> None:
+    """Below zero there is no bit pattern that the lower bits could lead to."""
+    for rounding in ("kahan", "split"):
+        p = nn.Parameter(torch.linspace(-1, 1, 64).to(torch.bfloat16))
+        optimizer = lo.MVNGrad([p], rounding=rounding)
+        run(optimizer, [p], range(1, 4))
+        with torch.no_grad():
+            p.mul_(0)
+        run(optimizer, [p], range(4, 6))
+        assert p.isfinite().all()
+        assert p.abs().max() < 0.1
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------
+
+
+def through_a_file(state: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@each_new_way
+@each_optimizer
+def test_resume_is_bit_for_bit(name: str, rounding: str, dtype: torch.dtype) -> None:
+    straight, resumed = parameters(dtype), parameters(dtype)
+    a, b = build(name, straight, rounding=rounding), build(name, resumed, rounding=rounding)
+    run(a, straight, range(1, 8))
+    run(b, resumed, range(1, 4))
+    c = build(name, resumed, rounding=rounding)
+    c.load_state_dict(through_a_file(b.state_dict()))
+    assert_equal(everything(b, resumed), everything(c, resumed))
+    run(c, resumed, range(4, 8))
+    assert_equal(everything(c, resumed), everything(a, straight))
+    kind = storage.residual_dtype(rounding, dtype)
+    assert all(getattr(c.state[p].get(RESIDUAL), "dtype", None) == kind for p in resumed)
+
+
+@each_new_way
+@each_optimizer
+def test_resume_through_a_flattened_distributed_checkpoint(name: str, rounding: str, dtype: torch.dtype) -> None:
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    straight, saved, loaded = network(dtype), network(dtype), network(dtype)
+    a, b, c = (build(name, list(m.parameters()), rounding=rounding) for m in (straight, saved, loaded))
+    run(a, list(straight.parameters()), range(1, 8))
+    run(b, list(saved.parameters()), range(1, 4))
+    state = through_a_file(get_optimizer_state_dict(saved, b, options=options))
+    loaded.load_state_dict(saved.state_dict())
+    set_optimizer_state_dict(loaded, c, state, options=options)
+    run(c, list(loaded.parameters()), range(4, 8))
+    assert_equal(everything(c, list(loaded.parameters())), everything(a, list(straight.parameters())))
+
+
+@pytest.mark.parametrize("before", ROUNDINGS)
+@pytest.mark.parametrize("after", ROUNDINGS)
+@pytest.mark.parametrize("name", ["LaProp", "HVAdam", "NAMO"])
+def test_another_rounding_goes_on_from_the_parameters_as_they_are(name: str, before: str, after: str) -> None:
+    """A residual of its own starts at zero; one that is not its own is dropped."""
+    params = parameters(torch.bfloat16)
+    a = build(name, params, rounding=before)
+    run(a, params, range(1, 4))
+    saved = through_a_file(a.state_dict())
+    b = build(name, params, rounding=after)
+    b.load_state_dict(saved)
+    fresh = clone(params)
+    c = build(name, fresh, rounding=after)
+    c.load_state_dict(saved)
+    if before != after:
+        for p in fresh:
+            c.state[p].pop(RESIDUAL, None)
+    run(b, params, range(4, 6))
+    run(c, fresh, range(4, 6))
+    assert_equal(everything(b, params), everything(c, fresh))
+    assert all((RESIDUAL in b.state[p]) == (after in ("kahan", "split")) for p in params)
+
+
+@each_new_way
+def test_copies_keep_the_way_of_rounding(rounding: str, dtype: torch.dtype) -> None:
+    params = parameters(dtype)
+    optimizer = build("Muon", params, rounding=rounding)
+    run(optimizer, params, range(1, 4))
+    copies, copied = copy.deepcopy((params, optimizer))
+    run(optimizer, params, range(4, 7))
+    run(copied, copies, range(4, 7))
+    assert copied.rounding == rounding
+    assert_equal(everything(optimizer, params), everything(copied, copies))
+
+
+# --- what it is for ---------------------------------------------------------------------------------------------
+
+STEPS = 1000
+RATIO = 1e-4
+
+
+def tracked(name: str, dtype: torch.dtype) -> Iterator[tuple[str, list[Tensor], list[Tensor], list[Tensor], Any]]:
+    """A thousand steps whose updates are 1e-4 of the weights, in float32 and rounded in each way.
+
+    Yields the way of rounding, the parameters before, those of the float32 run and those of the rounded one, after,
+    and the rounded run's optimizer.
+    """
+    generator = torch.Generator().manual_seed(0)
+    # Between 1 and 2, where all have the same unit in the last place, and half of them negative.
+    initial = [(torch.rand(s, generator=generator) + 1) for s in ((24, 24), (1024,))]
+    initial = [torch.where(torch.rand(x.shape, generator=generator) < 0.5, -x, x).to(dtype) for x in initial]
+    noise = [[torch.randn(x.shape, generator=generator).to(dtype) for x in initial] for _ in range(8)]
+
+    def steps(optimizer: torch.optim.Optimizer, params: list[Tensor], count: int) -> None:
+        for t in range(count):
+            for p, x, g in zip(params, initial, noise[t % len(noise)]):
+                p.grad = (g + x.sign()).to(p.dtype)  # All weights shrink, so that errors cannot cancel.
+            optimizer.step()
+
+    def wide() -> list[Tensor]:
+        return [nn.Parameter(x.float()) for x in initial]
+
+    def made(params: list[Tensor], rounding: str, lrs: list[float]) -> Any:
+        matrix = OPTIMIZERS[name].kind == "matrix"
+        roles = ({"role": "matrix"}, {"role": "fallback"}) if matrix else ({}, {})
+        groups = [{"params": [p], "lr": lr, **role} for p, lr, role in zip(params, lrs, roles)]
+        return OPTIMIZERS[name].cls(groups, rounding=rounding, weight_decay=0.0)
+
+    # The learning rates at which updates are of that size, once they have found it.
+    params = wide()
+    trial = made(params, "nearest", [RATIO, RATIO])
+    steps(trial, params, 200)
+    halfway = [p.detach().clone() for p in params]
+    steps(trial, params, 40)
+    lrs = [RATIO**2 * 40 / float((p.detach() - q).norm() / q.norm()) for p, q in zip(params, halfway)]
+
+    params = wide()
+    steps(made(params, "nearest", lrs), params, STEPS)
+    for rounding in ROUNDINGS:
+        if (rounding, dtype) not in WAYS:
+            continue
+        rounded = [nn.Parameter(x.clone()) for x in initial]
+        optimizer = made(rounded, rounding, lrs)
+        steps(optimizer, rounded, STEPS)
+        yield rounding, [x.float() for x in initial], params, rounded, optimizer
+
+
+QUICK = {("MVNGrad", torch.bfloat16), ("Muon", torch.bfloat16)}
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [pytest.param(n, d, marks=() if (n, d) in QUICK else pytest.mark.slow) for n in OURS for d in NARROW],
+)
+def test_small_updates_add_up(name: str, dtype: torch.dtype) -> None:
+    """Errors are relative to the float32 run's parameters, in the Euclidean norm."""
+    for rounding, before, wide, rounded, optimizer in tracked(name, dtype):
+        for x, p32, p in zip(before, wide, rounded):
+            moved = float((p32.detach() - x).norm() / x.norm())
+            assert 0.05 < moved < 0.3, "a thousand updates of 1e-4 of the weights in one direction make 0.1"
+            error = exact(optimizer, p) - p32.detach()
+            relative = float(error.norm() / p32.detach().norm())
+            if rounding == "nearest":
+                assert relative > 0.5 * moved
+                assert (p.detach().float() == x).float().mean() > 0.9
+            elif rounding == "stochastic":
+                # Elements wander: an update u is a jump by the spacing s of the numbers with odds u / s, and has the
+                # variance u s. In [1, 2) s is eps. Their mean, along the way that all go, wanders less, by 1 / sqrt(n):
+                # 4 standard errors.
+                wander = (moved * torch.finfo(dtype).eps) ** 0.5
+                assert relative < wander
+                assert float((error * x.sign()).mean()) < 4 * 1.3 * wander / p.numel() ** 0.5
+            elif rounding == "kahan":
+                assert relative < 1e-3
+            else:
+                assert torch.equal(exact(optimizer, p), p32.detach())
+
+
+#: Bytes per parameter beside the parameter itself.
+BYTES = {"nearest": 0, "stochastic": 0, "kahan": 2, "split": 2}
+
+
+@each_way
+@each_optimizer
+def test_what_each_way_of_rounding_takes(name: str, rounding: str, dtype: torch.dtype) -> None:
+    def state_bytes(rounding: str) -> int:
+        params = [nn.Parameter(torch.ones(s, dtype=dtype)) for s in ((40, 30), (500,))]
+        optimizer = build(name, params, rounding=rounding)
+        run(optimizer, params, range(1, 3))
+        return sum(x.untyped_storage().nbytes() for p in params for x in optimizer.state[p].values())
+
+    assert state_bytes(rounding) - state_bytes("nearest") == BYTES[rounding] * 1700
+
+
+def test_wrong_ways_are_refused() -> None:
+    p = nn.Parameter(torch.ones(3, dtype=torch.float16))
+    with pytest.raises(ValueError, match=r"rounding must be one of .*'kahan'.*got rounding='up'"):
+        lo.MVNGrad([p], rounding="up")
+    with pytest.raises(ValueError, match=r"float16.*rounding='kahan'"):
+        lo.MVNGrad([p], rounding="split")
+    q = nn.Parameter(torch.ones(3))
+    optimizer = lo.MVNGrad([q], rounding="split")
+    q.data = q.data.half()
+    q.grad = torch.ones(3, dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"float16.*rounding='kahan'"):
+        optimizer.step()
