@@ -5,6 +5,7 @@ from .gradient_health import GradientHealth
 from .optimizer_internals import OptimizerInternals
 from .optimizer_swap import OptimizerSwap
 from .orthogonality_error import OrthogonalityError
+from .rescue_checkpoint import RescueCheckpoint
 from .rng_state import RNGState
 from .sign_collapse import SignCollapse
 from .spike_response import SpikeResponse
@@ -18,6 +19,7 @@ __all__ = [
     "OptimizerSwap",
     "OrthogonalityError",
     "RNGState",
+    "RescueCheckpoint",
     "SignCollapse",
     "SpikeResponse",
     "UpdateSize",

@@ -19,9 +19,10 @@ from torch.optim import Optimizer
 from lightning_optim.diagnostics.change import sum_of_squares
 from lightning_optim.diagnostics.noise_scale import NoiseScale
 from lightning_optim.diagnostics.virtual import parameters_of
+from lightning_optim.optimizers import NonFiniteGradientsError
 
 from .monitor import Monitor, Results, layers_of
-from .recorder import Step, dense
+from .recorder import Step, StepRecorder, dense, label_of
 
 _CLIPPED = 1e-4  # Relative change of the norm from which a gradient counts as clipped; rounding is far below.
 _DECAY = 0.95
@@ -174,6 +175,14 @@ class GradientHealth(Monitor):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._small.finish()
+        if isinstance(exception, NonFiniteGradientsError):
+            # Skipped steps have no values of their own, and there is none to come that could tell of them.
+            recorder = StepRecorder.of(trainer)
+            for optimizer in trainer.optimizers:
+                label = label_of(trainer, optimizer)
+                skipped = self._skips.get(label, 0) + getattr(optimizer, "skipped_steps", 0)
+                recorder.add(self, self.tagged(label, Results({"skipped_steps": float(skipped)}, {})))
+            recorder.log(trainer)
         super().on_exception(trainer, pl_module, exception)
 
 

@@ -306,7 +306,7 @@ class StepRecorder:
         self._settle()
         if optimizer not in self._handles:
             self._handles[optimizer] = optimizer.register_step_post_hook(self._after)
-        label = _label(trainer, optimizer)
+        label = label_of(trainer, optimizer)
         due = [(monitor, index) for monitor in self.monitors if (index := monitor.count(label))]
         self._open = _OpenStep(trainer, optimizer, label, due)
         if due:
@@ -336,7 +336,7 @@ class StepRecorder:
             step.watched = [w for w in step.watched if shards.flat or w.parameter.grad is not None]
         opened.steps = [(m, step) for m, step in opened.steps if m.before_step(trainer, module, step) is not False]
         updated = {w.parameter for monitor, step in opened.steps if monitor.needs_updates for w in step.watched}
-        opened.changes.update({p: local(p.detach()).clone() for p in updated})
+        opened.changes.update({p: _value(optimizer, p).clone() for p in updated})
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Called by torch after the step."""
@@ -352,7 +352,7 @@ class StepRecorder:
             self._discard()
             return
         with self._clock, torch.no_grad():
-            _to_changes(opened.changes)
+            _to_changes(opened.changes, optimizer)
             self._measure(opened)
             self._discard()
             self._log(opened.trainer)
@@ -410,6 +410,11 @@ class StepRecorder:
         """Values to be logged with those of the step that is being measured, or of the next one."""
         if values:
             self._values.append((monitor, values))
+
+    def log(self, trainer: pl.Trainer) -> None:
+        """Log what has been added, for a run that ends without another measured step."""
+        with self._clock:
+            self._log(trainer)
 
     def _log(self, trainer: pl.Trainer) -> None:
         if not self._values:
@@ -504,19 +509,26 @@ class _Clock(AbstractContextManager[None]):
         return {"diagnostics/overhead_ms": 1e3 * own_since, "diagnostics/overhead_share": share}
 
 
-def _to_changes(copies: dict[Tensor, Tensor]) -> None:
+def _value(optimizer: Optimizer, p: Tensor) -> Tensor:
+    """A parameter, with what an optimizer of ours keeps of it where its precision ends."""
+    return local(optimizer.exact(p) if isinstance(optimizer, RuleOptimizer) else p.detach())
+
+
+def _to_changes(copies: dict[Tensor, Tensor], optimizer: Optimizer) -> None:
     """Turn copies of parameters into their changes since, in place where the copies are precise enough."""
-    exact = [(p, before) for p, before in copies.items() if before.dtype in (torch.float32, torch.float64)]
+    wide = (torch.float32, torch.float64)
+    exact = [(p, before) for p, before in copies.items() if before.dtype == p.dtype and p.dtype in wide]
     if exact:
         parameters, before = zip(*exact)
         torch._foreach_neg_(before)
         torch._foreach_add_(before, [local(p.detach()) for p in parameters])
     for p, copy in copies.items():
-        if copy.dtype not in (torch.float32, torch.float64):
-            copies[p] = local(p.detach()).float() - copy.float()
+        if p.dtype not in wide:
+            copies[p] = _value(optimizer, p).float() - copy.float()
 
 
-def _label(trainer: pl.Trainer, optimizer: Optimizer) -> str:
+def label_of(trainer: pl.Trainer, optimizer: Optimizer) -> str:
+    """What the tags of an optimizer begin with, where there are several."""
     if len(trainer.optimizers) == 1:
         return ""
     index = next((i for i, o in enumerate(trainer.optimizers) if o is optimizer), "")

@@ -25,11 +25,13 @@ class UpdateSize(Monitor):
     ``update/cosine_to_previous``  cosine to the change at the step measured before (the previous step if
                                    ``every_n_steps=1``), from at most 4,096 elements of each parameter
     ``update/stalled``             fraction of the elements with a gradient other than zero whose value did not change,
-                                   as when updates are below the resolution of bfloat16 weights
+                                   as when updates are below the resolution of bfloat16 weights; with
+                                   ``rounding="stochastic"`` those that chance left where they were
     ============================== ==================================================================================
 
     All parameters are taken together; with ``layers``, also each by itself (``update_rms/PARAMETER`` ...). The change
-    includes weight decay.
+    includes weight decay, and what our optimizers keep of parameters in bfloat16 or float16 (``rounding="kahan"`` and
+    ``"split"``).
 
     Args:
         **settings: Those of :class:`.Monitor`: ``every_n_steps``, ``first_n_steps``, ``parameters``, ``layers``.

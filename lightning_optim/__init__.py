@@ -16,6 +16,7 @@ from .optimizers import (
     LaProp,
     Muon,
     MVNGrad,
+    NonFiniteGradientsError,
 )
 from .optimizers.registry import OPTIMIZERS
 
@@ -43,6 +44,7 @@ __all__ = [
     "LaProp",
     "MVNGrad",
     "Muon",
+    "NonFiniteGradientsError",
     "OptimizerConfig",
     "OptimizerMixin",
     "SchedulerConfig",

@@ -52,7 +52,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from . import factory, schedules
-from .callbacks import Diagnostics, RNGState
+from .callbacks import Diagnostics, RescueCheckpoint, RNGState
 from .commands import spike
 from .data import DataError
 from .factory import Grouping, OptimizerConfig, OptimizerMixin, SchedulerConfig
@@ -569,7 +569,7 @@ class CommandLine(OptimCLI):
         super().__init__(
             args=invocation.args,
             seed_everything_default=1,
-            trainer_defaults={"default_root_dir": _DEFAULT_ROOT, "callbacks": RNGState()},
+            trainer_defaults={"default_root_dir": _DEFAULT_ROOT, "callbacks": [RNGState(), RescueCheckpoint()]},
             parser_kwargs=_help(),
         )
 

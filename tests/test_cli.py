@@ -22,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from torch import nn
 
-from lightning_optim import OptimizerMixin
+from lightning_optim import NonFiniteGradientsError, OptimizerMixin
 from lightning_optim.cli import OptimCLI, find_checkpoint, main, presets
 from lightning_optim.optimizers.registry import OPTIMIZERS
 
@@ -72,7 +72,9 @@ def test_presets_have_names_of_their_own() -> None:
 
 
 # Data that needs no network, and sizes that need no time, in the place of a task's own.
-SMALL_VISION = ["--data.dataset", "digits", "--data.num_workers", "0", "--model.backbone", "test_resnet"]
+SMALL_DATA = ["--data.dataset", "digits", "--data.num_workers", "0"]
+SMALL_MODEL = ["--model.backbone", "test_resnet"]
+SMALL_VISION = [*SMALL_DATA, *SMALL_MODEL]
 SMALL_TEXT = ["--data.dataset", "stdlib", "--data.tokenizer", "byte", "--data.batch_size", "4", "--model.size", "tiny"]
 
 
@@ -414,6 +416,58 @@ def test_a_run_records_its_settings() -> None:
     assert tags.count("_hparams_/session_start_info") == 1
     assert "optimizer/routing/text_summary" in tags
     assert any(tag.startswith("lr-NAMO/") for tag in tags)
+
+
+SPOILED = """
+from pathlib import Path
+from lightning_optim.models import VisionClassifier
+
+class Spoiled(VisionClassifier):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss * float("nan") if Path("spoiled").exists() and self.global_step >= 4 else loss
+"""
+
+
+def test_a_run_whose_gradients_stay_nan_ends_with_a_checkpoint_to_go_on_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    Path("a_spoiled_project.py").write_text(SPOILED)
+    Path("spoiled").touch()
+    model = ["--model", "a_spoiled_project.Spoiled", *SMALL_MODEL, "--data", "VisionData", *SMALL_DATA]
+    model += ["--model.num_classes", "10", "--model.in_chans", "1", "--model.image_size", "8"]
+    args = [*model, *QUIET, "--trainer.accelerator", "cpu", "--trainer.limit_val_batches", "1"]
+    args += ["--optimizer", "NAMO", "--optimizer.max_consecutive_skips", "5", "--diagnostics.every_n_steps", "1"]
+    with pytest.raises(NonFiniteGradientsError, match="NAMO has skipped 5 steps in a row, all since its step 4"):
+        main(["fit", *args, "--trainer.max_steps", "20"])
+    folder = Path("runs/Spoiled/version_0")
+    rescued = folder / "checkpoints/rescue-step=8.ckpt"
+    assert find_checkpoint("last", Path("runs")) == rescued
+    weights = last(Path("runs"))["state_dict"]
+    assert all(x.isfinite().all() for x in weights.values())
+    logged = EventAccumulator(str(folder)).Reload().Scalars("gradient/skipped_steps")
+    assert [e.value for e in logged] == [0, 0, 0, 0, 5]
+
+    Path("spoiled").unlink()
+    main(["fit", *args, "--trainer.max_steps", "20", "--ckpt_path", "last"])
+    assert [f.name for f in Path("runs/Spoiled").iterdir()] == ["version_0"]
+    after = last(Path("runs"))
+    assert after["global_step"] == 20
+    states = after["optimizer_states"][0]["state"].values()
+    # 20 less the 4 skipped ones that Lightning has counted; the fifth was never finished.
+    assert {int(state["step"]) for state in states} == {16}
+    assert any(not torch.equal(x, weights[name]) for name, x in after["state_dict"].items())
+
+
+@pytest.mark.parametrize("rounding", ["split", "kahan", "stochastic"])
+def test_a_run_in_bfloat16_with_another_rounding(rounding: str) -> None:
+    args = [*SHORT, "--trainer.precision", "bf16-true", "--optimizer", "NAMO", "--optimizer.rounding", rounding]
+    main(["fit", *args])
+    states = last(Path("runs"))["optimizer_states"][0]["state"].values()
+    kinds = {"split": torch.int16, "kahan": torch.bfloat16, "stochastic": None}
+    assert {getattr(state.get("residual"), "dtype", None) for state in states} == {kinds[rounding]}
+    assert {x.dtype for x in last(Path("runs"))["state_dict"].values() if x.is_floating_point()} == {torch.bfloat16}
+    main(["fit", *args, "--trainer.max_steps", "5", "--ckpt_path", "last"])
+    assert last(Path("runs"))["global_step"] == 5
 
 
 @pytest.mark.slow

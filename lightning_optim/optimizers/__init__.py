@@ -9,6 +9,7 @@ from .laprop import LaProp
 from .muon import Muon
 from .mvn_grad import MVNGrad
 from .namo import NAMO, NAMOD
+from .optimizer import NonFiniteGradientsError
 from .soap import SOAP
 
 __all__ = [
@@ -23,4 +24,5 @@ __all__ = [
     "LaProp",
     "MVNGrad",
     "Muon",
+    "NonFiniteGradientsError",
 ]

@@ -391,6 +391,20 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
             f"may be NaN already. max_consecutive_skips={limit} is the limit, None for none."
         )
 
+    def exact(self, p: Tensor) -> Tensor:
+        """What a parameter stands for: itself, and what ``rounding`` "kahan" or "split" keeps of it, in float32.
+
+        >>> from lightning_optim import MVNGrad
+        >>> w = torch.nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+        >>> w.grad = torch.ones_like(w)
+        >>> optimizer = MVNGrad([w], lr=1e-4, rounding="split")
+        >>> optimizer.step()
+        >>> w.data, optimizer.exact(w)
+        (tensor([1.], dtype=torch.bfloat16), tensor([0.9999]))
+        """
+        residual = self.state[p].get(execution.RESIDUAL) if p in self.state else None
+        return p.detach() if residual is None else execution.load(p.detach(), residual, torch.float32)
+
     # --- checkpoints --------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 
-from lightning_optim import MVNGrad
+from lightning_optim import MVNGrad, NonFiniteGradientsError
 from lightning_optim.callbacks import GradientHealth
 from lightning_optim.diagnostics import NoiseScale
 
@@ -121,6 +121,15 @@ def test_non_finite_gradients_and_skipped_steps(value):
     assert len(values["gradient/norm"]) == 4
     assert values["gradient/nonfinite"] == [0, 0, 7, 0]
     assert values["gradient/skipped_steps"] == [0, 0, 1, 1]
+
+
+def test_a_run_that_comes_to_the_limit_of_skipped_steps_tells_of_them():
+    module = Quadratic(lambda p: MVNGrad(p, lr=1e-3, max_consecutive_skips=3), batches=9, batch_size=1)
+    module.x[2:] = float("nan")
+    health = GradientHealth(1)
+    with pytest.raises(NonFiniteGradientsError, match="3 steps in a row, all since its step 2"):
+        fit(module, health)
+    assert list(health.history["gradient/skipped_steps"])[-2:] == [(1, 0.0), (4, 3.0)]
 
 
 @pytest.mark.parametrize("fused", [False, True])

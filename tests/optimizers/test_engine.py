@@ -246,6 +246,76 @@ def test_skipping_can_be_turned_off(name: str) -> None:
     assert not params[-1].isfinite().all()
 
 
+def poison(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> None:
+    """A step with a NaN among the gradients."""
+    for p in params:
+        p.grad = torch.ones_like(p)
+    params[-1].grad.view(-1)[0] = float("nan")
+    optimizer.step()
+
+
+@pytest.mark.parametrize("host", [True, False], ids=["verdict on the host", "verdict on the device"])
+@each_optimizer
+def test_too_many_skips_in_a_row_are_an_error(name: str, host: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inspection, "_known_on_host", lambda x: host)
+    params = parameters()
+    optimizer = build(name, params, max_consecutive_skips=3)
+    run(optimizer, params, range(1, 3))
+    for t in (3, 4):  # A finite step between them begins the count anew.
+        poison(optimizer, params)
+        poison(optimizer, params)
+        run(optimizer, params, range(t, t + 1))
+    optimizer.settle()
+    before = snapshot(optimizer, params)
+    # Where the verdict is the device's, the host learns of the third skip at the step after it.
+    for _ in range(2 if host else 3):
+        poison(optimizer, params)
+    with pytest.raises(lo.NonFiniteGradientsError, match=f"{name} has skipped 3 steps in a row, all since its step 4"):
+        poison(optimizer, params)
+    assert optimizer.skipped_steps == 7
+    assert_equal(before, snapshot(optimizer, params))
+    # It can be saved, and goes on with as many tries as before.
+    saved = through_a_file(optimizer.state_dict())
+    other = build(name, params, max_consecutive_skips=3)
+    other.load_state_dict(saved)
+    for going_on in (optimizer, other):
+        poison(going_on, params)
+        run(going_on, params, range(5, 6))
+
+
+def test_copies_keep_the_count_of_skips() -> None:
+    params = parameters()
+    optimizer = build("LaProp", params, max_consecutive_skips=2)
+    poison(optimizer, params)
+    copies, copied = pickle.loads(pickle.dumps((params, optimizer)))
+    assert copied.consecutive_skips == 1
+    with pytest.raises(lo.NonFiniteGradientsError, match="2 steps in a row, all since its step 0"):
+        poison(copied, copies)
+
+
+def test_the_limit_of_skips_can_be_turned_off_and_has_to_be_a_number() -> None:
+    params = parameters()
+    optimizer = build("Muon", params, max_consecutive_skips=None)
+    for _ in range(120):
+        poison(optimizer, params)
+    assert optimizer.skipped_steps == 120
+    for value in (0, 1.5, True):
+        with pytest.raises(ValueError, match=f"max_consecutive_skips must be None or .* >= 1, got .*{value}"):
+            build("Muon", params, max_consecutive_skips=value)
+
+
+@pytest.mark.parametrize("option", ["skip_nonfinite", "max_consecutive_skips", "backend", "rounding"])
+@each_optimizer
+def test_what_is_the_engines_is_not_a_groups(name: str, option: str) -> None:
+    """It would be stored and ignored."""
+    params = parameters()
+    optimizer = build(name, params)
+    role = {"role": "matrix"} if OPTIMIZERS[name].kind == "matrix" else {}
+    assert all(option not in group for group in optimizer.param_groups)
+    with pytest.raises(ValueError, match=f"{option} is one for all parameters"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2, 2))], option: None, **role})
+
+
 @each_configuration
 def test_maximize_is_descent_on_the_negative(name: str, arguments: dict[str, Any]) -> None:
     up, down = parameters(), parameters()

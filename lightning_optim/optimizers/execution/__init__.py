@@ -23,7 +23,7 @@ from torch import Tensor
 from ..rule import MatrixRule
 from . import flat, stacks
 from .stacks import ParameterObserver
-from .storage import RESIDUAL, ROUNDINGS, Rounding, first_number, is_narrow, prepare_residual, residual_dtype
+from .storage import RESIDUAL, ROUNDINGS, Rounding, first_number, is_narrow, load, prepare_residual, residual_dtype
 from .tensors import (
     Batch,
     State,
@@ -54,6 +54,7 @@ __all__ = [
     "first_number",
     "follow",
     "is_narrow",
+    "load",
     "new_state",
     "number_names",
     "prepare_residual",
