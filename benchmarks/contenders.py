@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import product
 from typing import Any
 
 import torch
@@ -45,7 +46,8 @@ class Contender:
 
     Args:
         optimizer: Name in :data:`lightning_optim.OPTIMIZERS`.
-        implementation: Whose it is: ``ours/<backend>``, ``torch/<variant>``, ``baseline/<variant>`` or a package.
+        implementation: Whose it is: ``ours/<backend>`` or ``ours/<backend>+<rounding>``, ``torch/<variant>``,
+            ``baseline/<variant>`` or a package.
         build: Makes it for the parameters of a workload: one or several objects, stepped one after another.
         backend: The way in which ours runs.
         bfloat16: Whether it multiplies matrices in bfloat16 on every device.
@@ -68,7 +70,9 @@ def installed(peer: str) -> bool:
     return peer == "baseline" or find_spec(peer) is not None
 
 
-def contenders(optimizers: Iterable[str], backends: Iterable[str], peers: Iterable[str]) -> list[Contender]:
+def contenders(
+    optimizers: Iterable[str], backends: Iterable[str], peers: Iterable[str], roundings: Iterable[str] = ("nearest",)
+) -> list[Contender]:
     """All implementations of some optimizers; torch's fused AdamW, the reference, comes first.
 
     Args:
@@ -76,22 +80,25 @@ def contenders(optimizers: Iterable[str], backends: Iterable[str], peers: Iterab
             if both are asked for.
         backends: Ways in which ours run.
         peers: Names in :data:`PEERS`, of installed ones.
+        roundings: How ours store results in bfloat16 parameters.
     """
-    optimizers, backends, peers = list(optimizers), list(backends), list(peers)
+    optimizers, peers = list(optimizers), list(peers)
+    ways = list(product(backends, roundings))
     found = [REFERENCE]
     for name in optimizers:
         if OPTIMIZERS[name].cls not in (SGD, Adam, AdamW):
-            found += [_ours(name, backend) for backend in backends]
+            found += [_ours(name, backend, rounding) for backend, rounding in ways]
         found += [c for peer in peers for c in _PEERS[peer] if c.optimizer == name and c is not REFERENCE]
     return found
 
 
-def _ours(name: str, backend: str) -> Contender:
+def _ours(name: str, backend: str, rounding: str) -> Contender:
     def build(work: Workload) -> list[Stepper]:
-        config = OptimizerConfig(name, COMMON | {"backend": backend})
+        config = OptimizerConfig(name, COMMON | {"backend": backend, "rounding": rounding})
         return [build_optimizer(work.module, config, Grouping(no_decay=[], matrix=list(work.matrix)))]
 
-    return Contender(name, f"ours/{backend}", build, backend)
+    label = f"ours/{backend}" if rounding == "nearest" else f"ours/{backend}+{rounding}"
+    return Contender(name, label, build, backend)
 
 
 # --- peers: the hidden matrices and the rest are those of our routing, so that all do the same work -----------------

@@ -80,14 +80,18 @@ def _step_time(name: str, content: Figures) -> str:
         f"### {name}",
         _machine(content["machine"]),
         f"![Time of a step over that of fused AdamW](images/{name}.png)",
+        *_models(content),
     ]
+    return "\n\n".join(parts)
+
+
+def _models(content: Figures) -> Iterator[str]:
     for model, rows in _by(content["rows"], "model"):
         size = f"{rows[0]['parameters'] / 1e6:.3g} million parameters in {rows[0]['tensors']} tensors"
         head = ["optimizer", "implementation", *SHOWN]
         lines = [_line(head), _line(["---"] * len(head)), *(_line(cells(row)) for row in rows if not row["note"])]
         notes = "".join(f"\n- {note}" for note in left_out(rows))
-        parts.append(f"**{model}** ({size})\n\n" + "\n".join(lines) + ("\n" + notes if notes else ""))
-    return "\n\n".join(parts)
+        yield f"**{model}** ({size})\n\n" + "\n".join(lines) + ("\n" + notes if notes else "")
 
 
 def _line(cells: Iterable[str]) -> str:
@@ -121,6 +125,12 @@ def _by(rows: Sequence[Row], key: str) -> list[tuple[str, list[Row]]]:
 
 def _step_times() -> str:
     return "\n\n".join(_step_time(name, content) for name, content in figures("step-time").items())
+
+
+def _roundings() -> str:
+    return "\n\n".join(
+        part for content in figures("rounding").values() for part in (_machine(content["machine"]), *_models(content))
+    )
 
 
 def _growths() -> str:
@@ -177,6 +187,7 @@ def _polar_quality() -> str:
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "performance.md": {"step-time": _step_times, "growth": _growths},
     "optimizers.md": {"polar-quality": _polar_quality},
+    "precision.md": {"rounding": _roundings},
     "diagnostics.md": {"checks": _checks, "overhead": _overhead},
 }
 

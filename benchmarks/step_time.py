@@ -32,6 +32,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from lightning_optim.optimizers.execution import ROUNDINGS
 from lightning_optim.optimizers.registry import OPTIMIZERS
 
 from .contenders import BACKENDS, PACKAGES, PEERS, Contender, Stepper, contenders, installed
@@ -343,6 +344,10 @@ def main() -> None:
     arguments.add_argument(
         "--peers", nargs="*", default=PEERS[:-1], choices=PEERS, help="default: all but heavyball, which compiles long"
     )
+    arguments.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of parameters")
+    arguments.add_argument(
+        "--roundings", nargs="+", default=["nearest"], choices=ROUNDINGS, help="of ours, in bfloat16"
+    )
     options = arguments.parse_args()
     console = Console()
     console = console if console.is_terminal else Console(width=160)
@@ -355,11 +360,12 @@ def main() -> None:
     with Progress(console=console) as progress:
         for model in progress.track(options.models, description="models"):
             with options.device:
-                work = Workload(MODELS[model]())
-            who = contenders(options.optimizers, options.backends, peers)
+                work = Workload(MODELS[model]().to(getattr(torch, options.dtype)))
+            who = contenders(options.optimizers, options.backends, peers, options.roundings)
             found = time_steps(work, who, options.rounds, options.seconds, options.limit, machine, progress)
-            rows += [{"model": model} | row for row in found]
-            console.print(table(model, found))
+            title = model if options.dtype == "float32" else f"{model} in {options.dtype}"
+            rows += [{"model": title} | row for row in found]
+            console.print(table(title, found))
     save(options, machine, rows)
 
 

@@ -28,7 +28,7 @@ class RescueCheckpoint(pl.Callback):
         checkpoints = trainer.checkpoint_callback
         if not isinstance(exception, NonFiniteGradientsError) or not isinstance(checkpoints, ModelCheckpoint):
             return
-        if trainer.fast_dev_run or checkpoints.dirpath is None:
+        if trainer.fast_dev_run or checkpoints.dirpath is None:  # type: ignore[attr-defined]
             return
         path = Path(checkpoints.dirpath) / f"rescue-step={trainer.global_step}.ckpt"
         trainer.save_checkpoint(path)
