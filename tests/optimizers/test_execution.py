@@ -459,10 +459,12 @@ def test_twins_are_orthogonalised_together(monkeypatch: pytest.MonkeyPatch) -> N
 @needs_gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["plain", "chunked", "compiled"])
+@pytest.mark.parametrize("rounding", [None, "stochastic", "kahan", "split"])
 @each_optimizer
-def test_no_step_waits_for_the_gpu(name: str, backend: str) -> None:
-    params = [nn.Parameter(torch.randn(s, device="cuda")) for s in ((5,), (64, 32), (32, 64), (300, 200))]
-    optimizer = build(name, params, backend=backend)
+def test_no_step_waits_for_the_gpu(name: str, rounding: str | None, backend: str) -> None:
+    dtype = torch.float32 if rounding is None else torch.bfloat16
+    params = [nn.Parameter(torch.randn(s, device="cuda", dtype=dtype)) for s in ((5,), (64, 32), (32, 64), (300, 200))]
+    optimizer = build(name, params, backend=backend, rounding=rounding or "nearest")
     for t in range(1, 8):
         if t == 4:
             torch.cuda.set_sync_debug_mode("error")

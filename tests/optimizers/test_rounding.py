@@ -29,6 +29,7 @@ WAYS = [(rounding, dtype) for dtype in NARROW for rounding in ROUNDINGS if (roun
 each_way = pytest.mark.parametrize(("rounding", "dtype"), WAYS)
 each_new_way = pytest.mark.parametrize(("rounding", "dtype"), [way for way in WAYS if way[0] != "nearest"])
 compiled = pytest.param("compiled", marks=pytest.mark.slow)
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 @pytest.fixture
@@ -210,14 +211,16 @@ ADD = ElementwiseRule("add", state=like(), scalars=lambda t, hp: {}, update=_add
 ADD_MATRICES = MatrixRule("add", state=like(), scalars=lambda t, hp, shape: {}, update=_add)
 
 
-def added(backend: str, rounding: str, dtype: torch.dtype, rule: Any, finite: Tensor | None = None) -> list[Tensor]:
+def added(
+    backend: str, rounding: str, dtype: torch.dtype, rule: Any, finite: Tensor | None = None, device: str = "cpu"
+) -> list[Tensor]:
     """Parameters and residuals after two steps that add the gradient: no arithmetic that could be done otherwise."""
     generator = torch.Generator().manual_seed(9)
     matrix = isinstance(rule, MatrixRule)
     shapes = [(4, 6), (4, 6), (30, 4), (4, 2, 3, 3)] if matrix else [(), (3,), (97,), (7, 13), (flat.SMALL + 9,)]
-    params = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
-    if len(params[-1]) == 7:
-        params[-1] = params[-1].t().contiguous().t()
+    params = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+    if not matrix:
+        params[3] = params[3].t().contiguous().t()
     states: list[Any] = [{} for _ in params]
     for p, state in zip(params, states):
         execution.prepare_residual(state, p, rounding)
@@ -226,7 +229,7 @@ def added(backend: str, rounding: str, dtype: torch.dtype, rule: Any, finite: Te
         for group in ({"blocks": 1, "transposed": False}, {"blocks": 2, "transposed": True}):
             tasks = []
             for i, (p, state) in enumerate(zip(params, states)):
-                g = 1e-3 * torch.randn(p.shape, generator=generator)
+                g = 1e-3 * torch.randn(p.shape, generator=generator).to(device)
                 noise = execution.first_number(t, i) if rounding == "stochastic" else None
                 tasks.append(execution.Task(t, p, g, 1.0, state, scalars, noise))
             execution.run([execution.Batch(rule, group, tasks)], backend, finite)
@@ -241,6 +244,16 @@ def test_every_backend_stores_the_same_bits(
 ) -> None:
     finite = None if verdict is None else torch.tensor(verdict)
     assert_equal(added(backend, rounding, dtype, ADD, finite), added("plain", rounding, dtype, ADD))
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("rule", [ADD, ADD_MATRICES])
+@pytest.mark.parametrize("backend", ["plain", "chunked", "compiled"])
+@each_way
+def test_a_gpu_stores_the_same_bits(backend: str, rounding: str, dtype: torch.dtype, rule: Any) -> None:
+    there = added(backend, rounding, dtype, rule, device="cuda")
+    assert_equal([x.cpu() for x in there], added("plain", rounding, dtype, rule))
 
 
 @pytest.mark.usefixtures("tiny_chunks")
