@@ -151,9 +151,9 @@ def build_optimizer(
     Each trainable parameter goes to exactly one group. Groups have readable, unique names, which Lightning's
     ``LearningRateMonitor`` logs, and an order that depends on the module and the settings alone. Optimizers
     with a matrix rule get the groups that :func:`lightning_optim.routing.route` finds in the module. ``SGD``,
-    ``Adam`` and ``AdamW`` are torch's, with fused kernels where torch has them, but not together with a loss
-    scaler, under which Lightning cannot clip the gradients of fused optimizers. HVAdam takes its inner products
-    over one group: ``Grouping(no_decay=[])`` keeps all parameters in one when there is weight decay.
+    ``Adam`` and ``AdamW`` are torch's, with fused kernels where torch has them, but not at mixed precision, where
+    Lightning refuses to clip the gradients of fused optimizers. HVAdam takes its inner products over one group:
+    ``Grouping(no_decay=[])`` keeps all parameters in one when there is weight decay.
 
     Args:
         module: The module to train, usually a LightningModule.
@@ -189,7 +189,7 @@ def build_optimizer(
     if cls in (SGD, Adam, AdamW) and args.get("fused") is None and args.get("foreach") is None:
         fused, _ = _default_to_fused_or_foreach(trainable, args.get("differentiable", False), use_fused=True)
         # Otherwise None, with which torch chooses between the other two.
-        args["fused"] = True if fused and not _has_loss_scaler(module) else None
+        args["fused"] = True if fused and not _is_mixed_precision(module) else None
 
     def construct(groups: list[dict[str, Any]]) -> Optimizer:
         return _construct(f"optimizer {config.name}", cls, groups, args)
@@ -201,9 +201,9 @@ def _optimizer_class(name: str) -> type[Optimizer]:
     return _import("optimizer", name, Optimizer) if "." in name else registry.get(name).cls
 
 
-def _has_loss_scaler(module: nn.Module) -> bool:
+def _is_mixed_precision(module: nn.Module) -> bool:
     trainer = _trainer(module)
-    return trainer is not None and getattr(trainer.precision_plugin, "scaler", None) is not None
+    return trainer is not None and hasattr(trainer.precision_plugin, "scaler")
 
 
 def _groups(

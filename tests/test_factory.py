@@ -137,6 +137,11 @@ def test_no_fused_kernel_under_a_loss_scaler_so_that_gradients_can_be_clipped():
     assert trainer.optimizers[0].param_groups[0]["fused"] is None
 
 
+def test_no_fused_kernel_at_mixed_precision_so_that_gradients_can_be_clipped():
+    trainer = fit(Classifier("AdamW"), precision="bf16-mixed", gradient_clip_val=1.0, max_steps=2)
+    assert trainer.optimizers[0].param_groups[0]["fused"] is None
+
+
 @pytest.mark.parametrize(
     "optimizer",
     [

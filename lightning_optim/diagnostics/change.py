@@ -42,7 +42,7 @@ class Change:
     @cached_property
     def numel(self) -> Tensor:
         """Number of elements."""
-        return torch.tensor([float(w.numel()) for w in self.weights], device=self._device)
+        return torch.tensor([w.numel() for w in self.weights], dtype=torch.float32, device=self._device)
 
     @cached_property
     def update_sq(self) -> Tensor:

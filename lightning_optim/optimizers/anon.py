@@ -71,14 +71,18 @@ def _update(
     add_quotient_(p, m, w.sqrt(), -step_size)
 
 
+def _number(x: int) -> Tensor:
+    return torch.tensor(x, dtype=torch.float32)
+
+
 def _refreshes(g: Tensor, t: int, hp: Hyperparameters, **_: Tensor) -> tuple[Tensor, ...]:
     every_step = hp["refresh"] == "every_step"
-    return torch.tensor(float(t if every_step else t.bit_length())), torch.tensor(1.0)
+    return _number(t if every_step else t.bit_length()), _number(1)
 
 
 def _steps_since_refresh(g: Tensor, t: int, hp: Hyperparameters, **_: Tensor) -> tuple[Tensor, ...]:
     every_step = hp["refresh"] == "every_step"
-    return torch.tensor(0.0 if every_step else float(t - 2 ** (t.bit_length() - 1))), torch.tensor(1.0)
+    return _number(0 if every_step else t - 2 ** (t.bit_length() - 1)), _number(1)
 
 
 ANON = ElementwiseRule(

@@ -122,7 +122,7 @@ def _along(x: Tensor, axis: int, matrix: Tensor) -> Tensor:
 
 
 def _basis_error_sums(g: Tensor, t: int, hp: Hyperparameters, **state: Tensor) -> tuple[Tensor, ...]:
-    off_diagonal = everything = torch.zeros((), device=g.device)
+    off_diagonal = everything = torch.zeros((), dtype=torch.float32, device=g.device)
     for name, gram in state.items():
         if name.startswith("gram"):
             basis = state[name.replace("gram", "basis")]

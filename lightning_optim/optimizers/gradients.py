@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .execution import compute_dtype
+from .rule import largest_gradient
 
 
 def inspect_gradients(grads: list[Tensor]) -> tuple[bool | Tensor, list[float] | list[Tensor]]:
@@ -45,12 +46,12 @@ def inspect_gradients(grads: list[Tensor]) -> tuple[bool | Tensor, list[float] |
     return torch.cat([v.to(home) for v in verdicts]).all(), [factors[i] for i in range(len(grads))]
 
 
+def _bound(dtype: torch.dtype) -> float:
+    return largest_gradient(compute_dtype(dtype))
+
+
 def _known_on_host(grads: list[Tensor]) -> bool:
     return all(g.is_cpu for g in grads)
-
-
-def _bound(dtype: torch.dtype) -> float:
-    return torch.finfo(compute_dtype(dtype)).max ** 0.4
 
 
 def _largest_norm(grads: list[Tensor]) -> float:

@@ -26,7 +26,6 @@ from .rule import (
     weight_decay,
 )
 
-_LARGEST = 1e38  # What may be averaged in float32 without ever becoming infinite.
 _RESTART_BELOW = 0.1  # The smoothed cosine below which the hidden vector starts anew.
 
 
@@ -53,7 +52,8 @@ def _update(
     from_momentum = squared_difference(g, m)
     # from_hidden^2 / (...), in the order that cannot overflow where the result does not.
     target = from_hidden / (from_momentum + gamma * from_hidden).add_(eps) * from_hidden
-    ema_(s, target.clamp_(max=_LARGEST), b2).add_(eps)
+    # Infinity would stay in the average, and become NaN with b2 = 0.
+    ema_(s, target.clamp_(max=torch.finfo(s.dtype).max / 4), b2).add_(eps)
 
 
 def _sums(m: Tensor, s: Tensor, v: Tensor, **_: Any) -> tuple[Tensor, ...]:

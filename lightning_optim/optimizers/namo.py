@@ -80,8 +80,8 @@ def _namo_d(
     observe("momentum", n)
     observe("orthogonal_factor", o)
     observe("adaptive_scale", d)
-    keep = 1 - wd * lr * d
-    p.mul_(keep if max_step == float("inf") else keep.clamp_(0, 1))
+    keep = 1 - wd * (lr * d).clamp_(max=max_step)
+    p.mul_(keep if max_step == float("inf") else keep.clamp_(min=0))
     p.sub_(o * (lr * factor * d).clamp_(max=max_step))
 
 
@@ -211,7 +211,8 @@ class NAMOD(MatrixOptimizer):
         W_t = W_{t-1} - \eta\,(\mathrm{polar}(M_t) + \lambda W_{t-1})\, D_t
 
     with :math:`\bar d_t` the mean of :math:`d_t`. The additions of the released code are those of :class:`NAMO`
-    (``max_step`` bounds every column's step; the decay's factor stays in [0, 1]). **The paper's algorithm** is
+    (``max_step`` bounds every column's step, and :math:`\eta d_t` in the decay, whose factor then stays at or above
+    0). **The paper's algorithm** is
     ``nesterov=False, scale=None, max_step=None``. State: ``m`` of the parameter's shape, ``v`` one number per
     column.
 

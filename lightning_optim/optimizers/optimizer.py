@@ -55,7 +55,10 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
 
     - ``step(closure)`` works as PyTorch and Lightning call it; ``p.grad`` is never modified; parameters without a
       gradient are left alone.
-    - State is float32 (float64 for float64 parameters), also after ``load_state_dict``, and consists of tensors.
+    - State is float32 (float64 for float64 parameters), also after ``load_state_dict``, and consists of tensors. It
+      follows parameters that are cast or moved.
+    - Hyperparameters that are edited in ``param_groups`` are validated at the next step; a step that is refused has
+      changed nothing.
     - A step whose gradients hold NaN or infinity changes nothing and is counted in :attr:`skipped_steps`, unless
       ``skip_nonfinite=False``. Gradients so large that their squares would overflow are scaled down first, per
       tensor, to ``finfo.max ** 0.4`` (about 2.6e15 in float32).
@@ -216,7 +219,9 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
                     raise ValueError(
                         f"{type(self).__name__}: parameter group {i} has lost {name}={seen[name]!r}; put it back."
                     )
-            changed = [name for name in bounds if name in group and not (name in seen and _same(group[name], seen[name]))]
+            changed = [
+                name for name in bounds if name in group and not (name in seen and _same(group[name], seen[name]))
+            ]
             if changed or not seen:
                 self._check_hyperparameters(group, changed)
                 if not constraints.NUMBERS.keys() >= set(changed):

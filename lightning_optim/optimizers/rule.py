@@ -177,6 +177,11 @@ class GroupRule(Rule):
     kind: Literal["group"] = field(default="group", init=False)
 
 
+def largest_gradient(dtype: torch.dtype) -> float:
+    """The largest gradient whose powers, as rules take them, stay finite in arithmetic of a precision."""
+    return torch.finfo(dtype).max ** 0.4
+
+
 # --- weight decay -----------------------------------------------------------------------------------------------
 
 
@@ -209,8 +214,9 @@ def shrink_(p: Tensor, keep: Any) -> Tensor:
 
 
 def regularize(g: Tensor, p: Tensor, l2: Any) -> Tensor:
-    """``g + l2 * p``"""
-    return g if _is(l2, 0.0) else g + l2 * p
+    """``g + l2 * p``, bounded as gradients are."""
+    limit = largest_gradient(g.dtype)
+    return g if _is(l2, 0.0) else (g + l2 * p).clamp_(-limit, limit)
 
 
 # --- in-place operations on tensors with coefficients that are floats or 0-d tensors ---------------------------------
@@ -245,7 +251,7 @@ def add_quotient_(p: Tensor, x: Tensor, y: Tensor, factor: Any) -> Tensor:
 
 def mix(g: Tensor, m: Tensor, beta: Any) -> Tensor:
     """Nesterov's look-ahead ``(1 - beta) * g + beta * m``."""
-    return torch.lerp(g, m, beta)
+    return torch.lerp(m, g, 1 - beta)  # The small weight: float32 does not tell 1 - 1e-7 well from 1.
 
 
 def squared_difference(x: Tensor, y: Tensor) -> Tensor:

@@ -9,11 +9,10 @@ compared with the float64 references, which share no code with the engine.
 
 from __future__ import annotations
 
-import copy
 import math
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from itertools import zip_longest
 from typing import Any
 from unittest import mock
 
@@ -30,7 +29,7 @@ from . import references
 from .references import REFERENCES, Array, Reference
 from .rows import OURS
 
-DEFAULT_EXAMPLES = 2200
+DEFAULT_EXAMPLES = 2090
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", DEFAULT_EXAMPLES))
 
 fuzzed = settings(
@@ -123,7 +122,7 @@ class Plan:
     backend: str
     specs: list[tuple[tuple[int, ...], torch.dtype, str, float, int]]
     structure: dict[str, Any]
-    steps: list[tuple[list[str], list[str], tuple[Any, ...] | None]]
+    steps: list[tuple[list[str], str, tuple[Any, ...] | None]]
     seed: int
 
 
@@ -142,12 +141,16 @@ def plans(draw: Any, name: str) -> Plan:
         st.sampled_from([1.0, 1.0, 0.0, 1e-3, 1e3, 1e20]),
         st.integers(0, 1),  # The group.
     )
-    specs = draw(st.lists(spec, min_size=1, max_size=4))
+    specs = draw(st.lists(spec, min_size=1, max_size=3))
     structure = {}
     if matrix:
-        structure = draw(st.sampled_from([{}, {}, {"blocks": 2}, {"transposed": True}, {"blocks": 2, "transposed": True}]))
+        structure = draw(
+            st.sampled_from([{}, {}, {"blocks": 2}, {"transposed": True}, {"blocks": 2, "transposed": True}])
+        )
     editable = [key for key in [*info.defaults, "maximize"] if key in GOOD]
-    breakable = [key for key in [*info.defaults, "maximize", *(("role", "rule", "blocks") if matrix else ())] if key in BAD]
+    breakable = [
+        key for key in [*info.defaults, "maximize", *(("role", "rule", "blocks") if matrix else ())] if key in BAD
+    ]
 
     def events() -> st.SearchStrategy[Any]:
         index = st.integers(0, 3)
@@ -165,11 +168,9 @@ def plans(draw: Any, name: str) -> Plan:
             st.tuples(st.just("refuse"), st.sampled_from(["lr", "duplicate", "complex", "expanded", "twice"])),
         )
 
-    kinds = st.lists(st.sampled_from(KINDS), min_size=6, max_size=6)
-    if draw(st.integers(0, 3)) == 0:
-        kinds = st.lists(st.sampled_from(KINDS + BAD_KINDS), min_size=6, max_size=6)
-    layouts = st.lists(st.sampled_from([*LAYOUTS, "expanded"]), min_size=6, max_size=6)
-    steps = draw(st.lists(st.tuples(kinds, layouts, events()), min_size=1, max_size=5))
+    kinds = st.lists(st.sampled_from(KINDS + draw(st.sampled_from([[], [], [], BAD_KINDS]))), max_size=3)
+    layout = st.sampled_from([*LAYOUTS, "expanded"])
+    steps = draw(st.lists(st.tuples(kinds, layout, events()), min_size=1, max_size=4))
     backend = draw(st.sampled_from(["plain", "chunked"]))
     return Plan(arguments, backend, specs, structure, steps, draw(st.integers(0, 2**16)))
 
@@ -277,6 +278,7 @@ class Oracle:
                     self.unknown.add(key)  # Bases of a null space are arbitrary.
             if any(g.size and not 1e-70 < np.abs(g).max() < 1e70 and g.any() for g in grad):
                 self.unknown.add(key)  # The reference's own fourth powers leave the range.
+            hidden = self._flat(key, "v") if together else None
             news = []
             for j, reference in enumerate(self.references[key]):
                 for field in fields(reference):
@@ -288,13 +290,19 @@ class Oracle:
                 noise = self.noise if j else 0.0
                 reference.step([g * (1 + noise * self.rng.normal(size=g.shape)) for g in grad], lr=float(group["lr"]))
                 news.append(self._per_parameter(reference.params, [olds[i].shape for i in some], group))
+            if group.get("orthogonalizer") == "exact" and any(np.abs(g).max(initial=0) > 1e9 for g in grad):
+                self.unknown.add(key)  # What else is in the momentum is at the cutoff of singular values.
+            if not group.get("decoupled", True) and any(group["weight_decay"] * np.abs(x).max() > 1e15 for x in old):
+                self.unknown.add(key)  # What coupled decay makes of a gradient is bounded as gradients are.
+            if together and _is_collinear(hidden, self._flat(key, "m")):
+                self.unknown.add(key)  # The point nearest to the origin is the origin, up to rounding.
             for new, one, two in zip(*news):
                 spread = np.maximum(np.abs(one - new), np.abs(two - new))
                 results.append(None if key in self.unknown else (new, spread))
         return results
 
-    def forget(self, p: Tensor) -> None:
-        self.references.pop((id(p),), None)
+    def _flat(self, key: Any, name: str) -> Array:
+        return np.concatenate([np.ravel(state[name]) for state in self.references[key][0].states])
 
     def _new(self, group: dict[str, Any], old: list[Array]) -> Reference:
         return REFERENCES[group["rule"]](old)
@@ -304,8 +312,15 @@ class Oracle:
         return [joined(parts[i * n : (i + 1) * n], shape, group) for i, shape in enumerate(shapes)]
 
 
+def _is_collinear(v: Array, m: Array) -> bool:
+    """Whether two vectors, the first maybe zero yet, are within a hundredth of the same or the opposite direction."""
+    return len(v) == len(m) and bool(v.any()) and (v @ m) ** 2 >= (1 - 1e-4) * (v @ v) * (m @ m)
+
+
 def _is_degenerate(g: Array) -> bool:
-    """Whether the outer products of some axis have a null space or equal eigenvalues, up to rounding."""
+    """Whether the outer products of some axis have a null space or equal eigenvalues, up to rounding, or vanish."""
+    if 0 < np.abs(g).max(initial=0) < 1e-15:
+        return True
     for axis in range(g.ndim):
         unfolded = np.moveaxis(g, axis, 0).reshape(g.shape[axis], -1)
         sigma = np.linalg.svd(unfolded, compute_uv=False)
@@ -373,19 +388,20 @@ class Example:
     def params(self) -> list[Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def snapshot(self) -> list[Tensor]:
-        state = [x for p in self.params for x in self.optimizer.state.get(p, {}).values()]
-        return [x.detach().clone() for x in (*self.params, *state)]
+    def snapshot(self) -> dict[Any, Tensor]:
+        values: dict[Any, Tensor] = {(id(p), None): p for p in self.params}
+        values |= {(id(p), name): x for p in self.params for name, x in self.optimizer.state.get(p, {}).items()}
+        return {key: x.detach().clone() for key, x in values.items()}
 
-    def unchanged(self, before: list[Tensor]) -> None:
-        for x, y in zip(self.snapshot(), before):
-            assert torch.equal(x, y) or bool((x.isnan() & y.isnan()).any())
+    def unchanged(self, before: dict[Any, Tensor]) -> None:
+        after = self.snapshot()
+        assert all(torch.equal(after[key], x) for key, x in before.items())
 
     def run(self) -> None:
-        for kinds, layouts, event in self.plan.steps:
+        for kinds, layout, event in self.plan.steps:
             if event is not None:
                 getattr(self, event[0])(*event[1:])
-            self.step(kinds, layouts)
+            self.step(kinds, layout)
 
     def refused(self, *words: str) -> None:
         """The step is refused with these words, and nothing has happened."""
@@ -423,9 +439,18 @@ class Example:
 
     def cast(self, index: int, dtype: torch.dtype) -> None:
         p = self.params[index % len(self.params)]
-        if p.isfinite().all() and p.to(dtype).isfinite().all():
-            p.grad = None
-            p.data = p.data.to(dtype)
+        if not p.to(dtype).isfinite().all():
+            return
+        old, bound = p.data, torch.finfo(wide(dtype)).max ** 0.4
+        p.data = old.to(dtype)
+        p.grad = torch.ones_like(p)
+        if (
+            p.numel()
+            and wide(dtype) != wide(old.dtype)
+            and any(x.numel() and x.abs().max() > bound for x in self.optimizer.state.get(p, {}).values())
+        ):
+            self.refused("was cast", "too large")
+            p.data = old
 
     def replace(self, index: int) -> None:
         p = self.params[index % len(self.params)]
@@ -437,7 +462,8 @@ class Example:
         if p.numel() == 0 or p not in self.optimizer.state:
             return
         old = p.data
-        p.grad = torch.ones_like(p)
+        for q in self.params:
+            q.grad = torch.ones_like(q)
         p.data = torch.ones(*p.shape, 2, dtype=p.dtype)
         self.refused("gradient", str(tuple(p.shape)))
         p.grad = torch.ones_like(p)
@@ -446,7 +472,7 @@ class Example:
         p.data = old
 
     def add(self, spec: tuple[Any, ...]) -> None:
-        if len(self.params) >= 6:
+        if len(self.params) >= 4:
             return
         p = self.parameter(spec)
         role = {"role": "matrix" if p.ndim >= 2 else "fallback"} if self.matrix else {}
@@ -472,10 +498,10 @@ class Example:
 
     # The step
 
-    def step(self, kinds: list[str], layouts: list[str]) -> None:
+    def step(self, kinds: list[str], layout: str) -> None:
         hidden = [group for group in self.optimizer.param_groups if group["rule"] == "HVAdam"]
         together = {id(p) for group in hidden for p in group["params"]}  # Their reference has one clock for all.
-        for p, kind, layout in zip(self.params, kinds, layouts):
+        for p, kind in zip_longest(self.params, kinds[: len(self.params)], fillvalue="normal"):
             if kind == "none" and id(p) not in together:
                 p.grad = None
             else:
@@ -505,10 +531,13 @@ class Example:
                 expected = self.oracle.step(
                     group, params, [olds[id(p)] for p in params], [signs * bounded(p.grad) for p in params]
                 )
+            largest = max(float(np.abs(bounded(p.grad)).max()) for p in params)
             for p, result in zip(params, expected):
-                self.compare(group, p, olds[id(p)], result)
+                self.compare(group, p, olds[id(p)], result, largest)
 
-    def compare(self, group: dict[str, Any], p: Tensor, old: Array, result: tuple[Array, Array] | None) -> None:
+    def compare(
+        self, group: dict[str, Any], p: Tensor, old: Array, result: tuple[Array, Array] | None, largest: float
+    ) -> None:
         new = p.detach().double().numpy()
         assert not np.isnan(new).any(), f"NaN from finite input: {group['rule']}"
         if result is None:
@@ -524,9 +553,13 @@ class Example:
         beta2 = group.get("betas", (0, 0))[1]
         vanishing = math.sqrt(torch.finfo(wide(p.dtype)).smallest_normal) * math.sqrt(p.numel())
         floor = float(group["lr"]) * vanishing / group.get("eps", 1.0) / math.sqrt(1 - beta2)
+        if group["rule"] == "HVAdam":  # Its variance of fourth powers ends at a quarter of the largest number.
+            floor += float(group["lr"]) * largest / math.sqrt(torch.finfo(wide(p.dtype)).max / 4 * (1 - beta2))
         # Rounding of the parameter, twice (decay and step, or arithmetic and storage); of the update, which sums and
         # powers amplify; and what the noise, tens of roundings large, tells of the rest.
-        relative = 1e-10 if self.double else 1e-5
+        relative = (
+            1e-10 if self.double and group["rule"] not in ("SOAP", "DeVA") else 1e-5
+        )  # Their bases: a ramp of 1e-9.
         tolerance = 2 * info.eps * np.maximum(np.abs(old), np.abs(expected)) + info.smallest_normal * 2
         tolerance += floor + relative * np.abs(expected - old) + 100 * spread
         wrong = ~(np.abs(new - expected) <= tolerance)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rule import LIKE_PARAMETER, GroupRule, MatrixRule, Rule, Scalars, Shape
+from ..rule import LIKE_PARAMETER, GroupRule, MatrixRule, Rule, Scalars, Shape, largest_gradient
 
 State = MutableMapping[str, Any]
 
@@ -86,10 +86,11 @@ def state_shapes(rule: Rule, p: Tensor, group: Mapping[str, Any]) -> dict[str, S
 def new_state(rule: Rule, p: Tensor, group: Mapping[str, Any]) -> State:
     """Zero state for one parameter: its step count, the rule's host scalars and the rule's tensors.
 
-    Counts and host scalars live on the CPU whatever the device, since the host computes with them.
+    Counts and host scalars live on the CPU whatever the device, since the host computes with them, and have the same
+    precision whatever torch's default, which Lightning lowers in training steps that step by hand at 16-true.
     """
     dtype = compute_dtype(p.dtype)
-    state: State = {"step": torch.tensor(0.0, device="cpu")}
+    state: State = {"step": torch.tensor(0.0, dtype=torch.float32, device="cpu")}
     for name in rule.host_state:
         state[name] = torch.tensor(0.0, dtype=torch.float64, device="cpu")
     for name, shape in state_shapes(rule, p, group).items():
@@ -107,7 +108,7 @@ def follow(rule: Rule, params: Sequence[Tensor], states: Sequence[State], group:
     """Bring state to the precision and device of parameters that were cast or moved.
 
     Raises:
-        ValueError: A parameter was replaced by one of another shape.
+        ValueError: A parameter was replaced by one of another shape, or of a precision too narrow for its state.
     """
     shapes = state_shapes(rule, params[0], group)
     alike = next((name for name, shape in shapes.items() if shape is LIKE_PARAMETER), None)
@@ -121,10 +122,22 @@ def follow(rule: Rule, params: Sequence[Tensor], states: Sequence[State], group:
                 "does not fit: delete optimizer.state[parameter] to start it anew, or build a new optimizer."
             )
         if x.dtype != dtype or x.device != p.device:
-            for name in shapes:
-                state[name] = state[name].to(p.device, dtype)
-            for name in rule.group_state if isinstance(rule, GroupRule) else ():
-                state[name] = state[name].to(p.device, accumulation_dtype(p.device))
+            _convert(rule, p, state, group)
+
+
+def _convert(rule: Rule, p: Tensor, state: State, group: Mapping[str, Any]) -> None:
+    dtype = compute_dtype(p.dtype)
+    limit = largest_gradient(dtype)
+    names = list(state_shapes(rule, p, group))
+    if any(state[name].dtype != dtype and state[name].abs().max() > limit for name in names):
+        raise ValueError(
+            f"A parameter of shape {tuple(p.shape)} was cast to {p.dtype}, for which its state is too large "
+            f"(above {limit:.1e}): delete optimizer.state[parameter] to start it anew, or cast it back."
+        )
+    for name in names:
+        state[name] = state[name].to(p.device, dtype)
+    for name in rule.group_state if isinstance(rule, GroupRule) else ():
+        state[name] = state[name].to(p.device, accumulation_dtype(p.device))
 
 
 # --- matrices inside parameters ---------------------------------------------------------------------------------
