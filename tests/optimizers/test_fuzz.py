@@ -288,7 +288,7 @@ class Oracle:
                     reference.orthogonalizer = "exact" if group["orthogonalizer"] == "exact" else "kj5"
                 reference.params = [x.copy() for x in old]
                 noise = self.noise if j else 0.0
-                reference.step([g * (1 + noise * self.rng.normal(size=g.shape)) for g in grad], lr=float(group["lr"]))
+                reference.step([self._disturbed(g, noise) for g in grad], lr=float(group["lr"]))
                 news.append(self._per_parameter(reference.params, [olds[i].shape for i in some], group))
             if group.get("orthogonalizer") == "exact" and any(np.abs(g).max(initial=0) > 1e9 for g in grad):
                 self.unknown.add(key)  # What else is in the momentum is at the cutoff of singular values.
@@ -300,6 +300,11 @@ class Oracle:
                 spread = np.maximum(np.abs(one - new), np.abs(two - new))
                 results.append(None if key in self.unknown else (new, spread))
         return results
+
+    def _disturbed(self, g: Array, noise: float) -> Array:
+        """By relative noise and, as float32's smallest numbers have few bits, by some of the smallest."""
+        smallest = 1e-42 if noise >= 1e-6 else 0.0
+        return g + (noise * g + smallest) * self.rng.normal(size=g.shape)
 
     def _flat(self, key: Any, name: str) -> Array:
         return np.concatenate([np.ravel(state[name]) for state in self.references[key][0].states])
