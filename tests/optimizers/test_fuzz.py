@@ -288,7 +288,7 @@ class Oracle:
                     reference.orthogonalizer = "exact" if group["orthogonalizer"] == "exact" else "kj5"
                 reference.params = [x.copy() for x in old]
                 noise = self.noise if j else 0.0
-                reference.step([self._disturbed(g, noise) for g in grad], lr=float(group["lr"]))
+                reference.step([self._disturbed(g, noise, group["rule"]) for g in grad], lr=float(group["lr"]))
                 news.append(self._per_parameter(reference.params, [olds[i].shape for i in some], group))
             if group.get("orthogonalizer") == "exact" and any(np.abs(g).max(initial=0) > 1e9 for g in grad):
                 self.unknown.add(key)  # What else is in the momentum is at the cutoff of singular values.
@@ -301,10 +301,14 @@ class Oracle:
                 results.append(None if key in self.unknown else (new, spread))
         return results
 
-    def _disturbed(self, g: Array, noise: float) -> Array:
-        """By relative noise and, where float32 has few bits for what is made of it, by some of the smallest numbers."""
-        smallest = 1e-42 if noise >= 1e-6 and 0 < np.abs(g).max(initial=0) < 1e-30 else 0.0
-        return g + (noise * g + smallest) * self.rng.normal(size=g.shape)
+    def _disturbed(self, g: Array, noise: float, rule: str) -> Array:
+        """By relative noise, and where that is not what rounding does: small numbers of which float32 has few bits, and
+        small entries that a rotation adds to large ones."""
+        largest = np.abs(g).max(initial=0)
+        added = 0.1 * noise * largest if rule in ("SOAP", "DeVA") else 0.0
+        if noise >= 1e-6 and 0 < largest < 1e-30:
+            added = max(added, 1e-42)
+        return g + (noise * np.abs(g) + added) * self.rng.normal(size=g.shape)
 
     def _flat(self, key: Any, name: str) -> Array:
         return np.concatenate([np.ravel(state[name]) for state in self.references[key][0].states])
