@@ -293,7 +293,7 @@ class Oracle:
             if group.get("orthogonalizer") == "exact" and any(np.abs(g).max(initial=0) > 1e9 for g in grad):
                 self.unknown.add(key)  # What else is in the momentum is at the cutoff of singular values.
             decay = 0.0 if group.get("decoupled", True) else group["weight_decay"]
-            if decay and any(np.abs(g).max() + decay * np.abs(x).max() > 2.6e15 for g, x in zip(grad, old)):
+            if decay and any(np.abs(g).max() + decay * np.abs(x).max() > 2.5e15 for g, x in zip(grad, old)):
                 self.unknown.add(key)  # The sum is bounded as gradients are.
             if together and _is_collinear(hidden, self._flat(key, "m")):
                 self.unknown.add(key)  # The point nearest to the origin is the origin, up to rounding.
