@@ -19,8 +19,11 @@ from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy
 from torch import Tensor, nn
+from torch.distributed.fsdp import ShardingStrategy
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.optim.optimizer import _default_to_fused_or_foreach
@@ -28,6 +31,7 @@ from torch.optim.optimizer import _default_to_fused_or_foreach
 from . import schedules
 from .optimizers import registry
 from .optimizers.hybrid import MatrixOptimizer
+from .optimizers.optimizer import RuleOptimizer
 from .routing import Route, clean_name, route, routing_table
 
 __all__ = [
@@ -155,6 +159,9 @@ def build_optimizer(
     Lightning refuses to clip the gradients of fused optimizers. HVAdam takes its inner products over one group:
     ``Grouping(no_decay=[])`` keeps all parameters in one when there is weight decay.
 
+    The optimizer is told how the Trainer's strategy spreads parameters over processes: under DDP the processes share
+    the work of orthogonalisation.
+
     Args:
         module: The module to train, usually a LightningModule.
         optimizer: A name, an :class:`OptimizerConfig`, or a mapping with the keys ``name`` and ``args``, or
@@ -168,7 +175,8 @@ def build_optimizer(
 
     Raises:
         ValueError: A name or an argument is unknown, a pattern applies to nothing, the module has no
-            trainable parameter, or ``layer_decay`` is set and there is no timm model.
+            trainable parameter, ``layer_decay`` is set and there is no timm model, or an optimizer with a matrix
+            rule is to train flattened parameters (FSDPStrategy, DeepSpeedStrategy).
 
     Example:
         >>> net = nn.Sequential(nn.Linear(8, 32), nn.LayerNorm(32), nn.Linear(32, 32), nn.Linear(32, 4))
@@ -194,7 +202,38 @@ def build_optimizer(
     def construct(groups: list[dict[str, Any]]) -> Optimizer:
         return _construct(f"optimizer {config.name}", cls, groups, args)
 
-    return construct(_groups(module, grouping or Grouping(), issubclass(cls, MatrixOptimizer), construct))
+    processes = _processes(module, cls)
+    built = construct(_groups(module, grouping or Grouping(), issubclass(cls, MatrixOptimizer), construct))
+    if isinstance(built, RuleOptimizer):
+        built.process_group, built.shard_group = processes
+    return built
+
+
+def _processes(module: nn.Module, cls: type[Optimizer]) -> tuple[Any, Any]:
+    """The processes that hold equal parameters and gradients, and those that hold flat parts of them, if any.
+
+    FSDP2's parameters say themselves which process has what.
+
+    Raises:
+        ValueError: The optimizer has a matrix rule, and the strategy leaves no matrices.
+    """
+    trainer = _trainer(module)
+    strategy = None if trainer is None else trainer.strategy
+    flat = isinstance(strategy, DeepSpeedStrategy) or (
+        isinstance(strategy, FSDPStrategy) and strategy.sharding_strategy is not ShardingStrategy.NO_SHARD
+    )
+    if flat and issubclass(cls, MatrixOptimizer):
+        raise ValueError(
+            f"{cls.__name__} needs whole matrices, and {type(strategy).__name__} cuts flattened parameters up: use "
+            "ModelParallelStrategy (FSDP2), DDPStrategy, or an optimizer with an element-wise rule."
+        )
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return None, None
+    if flat:
+        return None, getattr(strategy.model, "process_group", dist.group.WORLD)  # type: ignore[union-attr]
+    # Where models are averaged now and then, gradients differ in between.
+    equal = isinstance(strategy, DDPStrategy) and strategy._model_averaging_period is None
+    return dist.group.WORLD if equal else None, None
 
 
 def _optimizer_class(name: str) -> type[Optimizer]:

@@ -80,6 +80,7 @@ def _update(
     if start:
         basis.accumulate(g, shampoo_beta)
         basis.start()
+        basis.report(observe)
         return
     rotated = basis.rotate(g)
     ema_(m, rotated, b1)
@@ -97,8 +98,6 @@ def _update(
     if form in ("sign", "efficient"):
         n = n.sign()
     o = yield n, method
-    observe("momentum", n)
-    observe("orthogonal_factor", o)
     observe("variance_adaptation", gamma)
     add_(p, basis.rotate_back(gamma * o), -step_size)
     p.mul_(keep)
@@ -108,6 +107,7 @@ def _update(
         statistics = (row_v, column_v) if form == "efficient" else (v, v)
         basis.refresh(lambda axis, order: permute_(statistics[axis], axis, order))
         m.copy_(basis.rotate(raw))
+    basis.report(observe)
 
 
 def _spread_sums(gamma: Tensor) -> tuple[Tensor, ...]:

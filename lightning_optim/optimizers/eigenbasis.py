@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .rule import Hyperparameters, Internal, Shape
+from .rule import Hyperparameters, Internal, Observer, Shape, ignore, squared_norm
 
 _RIDGE = 1e-9  # Far below float32's resolution of the average, far above float64's.
 
@@ -80,6 +80,20 @@ class Eigenbasis:
             permute(axis, order)
             basis.copy_(torch.linalg.qr(image.gather(-1, order.unsqueeze(-2).expand_as(image))).Q)
 
+    def report(self, observe: Observer) -> None:
+        """Report, for each tensor, the squares off the diagonals of the averages in the bases, and all squares."""
+        if observe is ignore:
+            return
+        squares = [torch.zeros_like(next(iter(self.state.values()))[:, 0, 0])] * 2 if self.axes else []
+        for axis in self.axes:
+            gram, basis = self.state[f"gram{axis}"], self.state[f"basis{axis}"]
+            rotated = basis.mT @ gram @ basis
+            everything = squared_norm(rotated)[:, 0, 0]
+            diagonal = rotated.diagonal(dim1=-2, dim2=-1).square().sum(-1)
+            squares = [squares[0] + everything - diagonal, squares[1] + everything]
+        if squares:
+            observe("basis_squares", torch.stack(squares, -1))
+
 
 def phases(hp: Hyperparameters) -> int:
     """Over how many steps the refreshes of different parameters are spread."""
@@ -121,20 +135,10 @@ def _along(x: Tensor, axis: int, matrix: Tensor) -> Tensor:
     return (y.flatten(1, -2) @ matrix).view(y.shape).movedim(-1, axis + 1).contiguous()
 
 
-def _basis_error_sums(g: Tensor, t: int, hp: Hyperparameters, **state: Tensor) -> tuple[Tensor, ...]:
-    off_diagonal = everything = torch.zeros((), dtype=torch.float32, device=g.device)
-    for name, gram in state.items():
-        if name.startswith("gram"):
-            basis = state[name.replace("gram", "basis")]
-            rotated = basis.mT @ gram @ basis
-            squares, diagonal = rotated.square().sum(), rotated.diagonal(dim1=-2, dim2=-1).square().sum()
-            off_diagonal, everything = off_diagonal + squares - diagonal, everything + squares
-    return off_diagonal, everything
-
-
 #: Zero when the basis consists of eigenvectors; near 1 it is refreshed too rarely.
 BASIS_ERROR = Internal(
     "share of the preconditioner's norm that is off the diagonal in the basis in use",
-    _basis_error_sums,
+    lambda squares: squares.sum(0).unbind(),
+    reported="basis_squares",
     value=lambda off_diagonal, everything: (off_diagonal.clamp(min=0) / everything).sqrt(),
 )

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .execution import compute_dtype
+from .execution import Group, compute_dtype, sharding
 from .rule import largest_gradient
 
 
-def inspect_gradients(grads: list[Tensor]) -> tuple[bool | Tensor, list[float] | list[Tensor]]:
+def inspect_gradients(
+    grads: list[Tensor], groups: Sequence[Group] = (), alike: bool = True
+) -> tuple[bool | Tensor, list[float] | list[Tensor]]:
     """Whether all gradients are finite, and the factor that keeps the squares of each so.
 
     The factor is 1 unless the largest entry exceeds ``finfo.max ** 0.4`` of the arithmetic's precision, to which it is
-    scaled down then.
+    scaled down then. Where processes hold parts of the gradients, both are those of the whole.
+
+    Args:
+        grads: The gradients, or what this process has of them.
+        groups: The process groups that hold other parts.
+        alike: Whether they hold parts of the same gradients in the same order. Otherwise all get one factor.
 
     Returns:
         The verdict and a factor for each gradient: plain values for gradients on the CPU, and 0-d tensors, which the
@@ -25,25 +34,40 @@ def inspect_gradients(grads: list[Tensor]) -> tuple[bool | Tensor, list[float] |
         >>> inspect_gradients([torch.ones(3), torch.tensor([0.0, float("nan")])])
         (False, [1.0, 1.0])
     """
+    bounds = [_bound(g.dtype) for g in grads]
     if _known_on_host(grads):
         # Nearly every step ends here: no entry exceeds the norm.
-        if _largest_norm(grads) <= _bound(torch.float32):
+        if _largest_norm(grads, groups) <= _bound(torch.float32):
             return True, [1.0] * len(grads)
-        largest = [peak.item() for peak in torch._foreach_norm(grads, math.inf)]
-        bounds = [_bound(g.dtype) for g in grads]
-        finite = [math.isfinite(x) for x in largest]
-        return all(finite), [b / x if ok and x > b else 1.0 for b, x, ok in zip(bounds, largest, finite)]
-    verdicts: list[Tensor] = []
-    factors: dict[int, Tensor] = {}
-    kinds = {(g.device, g.dtype) for g in grads}
-    for device, dtype in kinds:
-        indices = [i for i, g in enumerate(grads) if (g.device, g.dtype) == (device, dtype)]
-        peaks = torch.stack(torch._foreach_norm([grads[i] for i in indices], math.inf)).to(compute_dtype(dtype))
-        verdicts.append(peaks.isfinite())
-        factor = torch.where(verdicts[-1], (_bound(dtype) / peaks).clamp(max=1.0), 1.0)
-        factors |= dict(zip(indices, factor.unbind()))
+        on_host = _peaks(grads, groups, alike).tolist()
+        finite = [math.isfinite(x) for x in on_host]
+        return all(finite), [b / x if ok and x > b else 1.0 for b, x, ok in zip(bounds, on_host, finite)]
+    peaks = _peaks(grads, groups, alike)
+    same = all(bound == bounds[0] for bound in bounds)
+    verdicts = peaks.isfinite()
+    bound = peaks.new_full((), bounds[0]) if same else torch.tensor(bounds, dtype=peaks.dtype).to(peaks.device)
+    factors = torch.where(verdicts, (bound / peaks).clamp(max=1.0), 1.0).unbind()
+    return verdicts.all(), [factor.to(g.device) for factor, g in zip(factors, grads)]
+
+
+def _peaks(grads: list[Tensor], groups: Sequence[Group], alike: bool) -> Tensor:
+    """The largest entry of each gradient over all processes, infinite where there is NaN, on the first one's device."""
     home = grads[0].device
-    return torch.cat([v.to(home) for v in verdicts]).all(), [factors[i] for i in range(len(grads))]
+    dtype = torch.float64 if any(g.dtype == torch.float64 for g in grads) else torch.float32
+    peaks = [torch.zeros((), dtype=dtype, device=home)] * len(grads)
+    kinds: dict[Any, list[int]] = {}
+    for i, g in enumerate(grads):
+        if g.numel():
+            kinds.setdefault((g.device, g.dtype), []).append(i)
+    for indices in kinds.values():
+        some = torch.stack(torch._foreach_norm([grads[i] for i in indices], math.inf)).to(home, dtype)
+        for i, peak in zip(indices, some.unbind()):
+            peaks[i] = peak
+    stacked = torch.stack(peaks)
+    if not groups:
+        return stacked
+    stacked = stacked.nan_to_num_(nan=math.inf, posinf=math.inf)
+    return sharding.largest(stacked if alike else stacked.max(), groups).expand(len(grads))
 
 
 def _bound(dtype: torch.dtype) -> float:
@@ -54,10 +78,13 @@ def _known_on_host(grads: list[Tensor]) -> bool:
     return all(g.is_cpu for g in grads)
 
 
-def _largest_norm(grads: list[Tensor]) -> float:
+def _largest_norm(grads: list[Tensor], groups: Sequence[Group]) -> float:
     """The largest Euclidean norm; infinite or NaN if any entry is, or if squares overflow."""
     wide = [g for g in grads if g.dtype in (torch.float32, torch.float64)]
     narrow = [g for g in grads if g.dtype not in (torch.float32, torch.float64)]
     norms = torch._foreach_norm(wide) if wide else ()
     norms += torch._foreach_norm(narrow, dtype=torch.float32) if narrow else ()
-    return float(torch.stack(norms).max())
+    largest = torch.stack(norms).max()
+    if groups:
+        largest = sharding.largest(largest.float().nan_to_num_(nan=math.inf, posinf=math.inf), groups)
+    return float(largest)

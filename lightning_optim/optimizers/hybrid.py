@@ -14,6 +14,7 @@ from .adabelief import AdaBelief
 from .adamw import ADAMW, ADAMW_DEFAULTS
 from .anon import Anon
 from .deva_vector import DeVAVector
+from .execution import sharding
 from .hvadam import HVAdam
 from .laprop import LaProp
 from .mvn_grad import MVNGrad
@@ -125,6 +126,7 @@ class MatrixOptimizer(RuleOptimizer):
         rule, blocks = self.rule(group), group["blocks"]
         least = 2 if isinstance(rule, MatrixRule) and (rule.flatten or group["transposed"]) else 1
         for p in group["params"]:
+            sharding.sharding(p)  # Raises where a matrix rule cannot run.
             if p.ndim < least:
                 raise ValueError(
                     f"{rule.name} takes parameters of at least {least} axes, got shape {tuple(p.shape)}; "

@@ -49,8 +49,6 @@ def _update(
     ema_(m, g, mu)
     n = mix(g, m, mu) if nesterov else m
     o = yield n, method
-    observe("momentum", n)
-    observe("orthogonal_factor", o)
     add_(p, o, -step_size)
 
 
@@ -59,6 +57,7 @@ MUON = MatrixRule(
     state=like("m"),
     scalars=_scalars,
     update=_update,
+    by_rows=True,
     constraints={"scale": one_of(*_SCALES), **ORTHOGONALIZER},
 )
 

@@ -48,12 +48,10 @@ def _namo(
     mu1, mu2, lr, bias, eps, wd, factor, max_step, nesterov, method, observe: Observer = ignore,
 ) -> Orthogonalizing:  # fmt: skip
     ema_(m, g, mu1)
-    ema_(v, squared_norm(g), mu2)
     n = mix(g, m, mu1) if nesterov else m
-    o = yield n, method
-    a = bias * squared_norm(n).sqrt_() / v.sqrt().add_(eps)
-    observe("momentum", n)
-    observe("orthogonal_factor", o)
+    o, gg, nn = yield n, method, squared_norm(g), squared_norm(n)
+    ema_(v, gg, mu2)
+    a = bias * nn.sqrt_() / v.sqrt().add_(eps)
     observe("adaptive_scale", a)
     p.mul_(1 - wd * (lr * a).clamp_(max=max_step))
     p.sub_((lr * factor * a).clamp_(max=max_step) * o)
@@ -68,17 +66,15 @@ def _namo_d(
     mu1, mu2, lr, bias, eps, wd, factor, max_step, clamp, nesterov, method, observe: Observer = ignore,
 ) -> Orthogonalizing:  # fmt: skip
     ema_(m, g, mu1)
-    ema_(v, squared_norm(g, axes=(-2,)), mu2)
     n = mix(g, m, mu1) if nesterov else m
-    o = yield n, method
-    d = bias * squared_norm(n, axes=(-2,)).sqrt_() / v.sqrt().add_(eps)
+    o, gg, nn = yield n, method, squared_norm(g, axes=(-2,)), squared_norm(n, axes=(-2,))
+    ema_(v, gg, mu2)
+    d = bias * nn.sqrt_() / v.sqrt().add_(eps)
     if clamp is not None:
         mean = d.mean(-1, keepdim=True)
         free = d
         d = torch.minimum(torch.maximum(d, clamp * mean), mean / clamp)
         observe("clamp_rate", (d != free).to(d.dtype).mean(-1))
-    observe("momentum", n)
-    observe("orthogonal_factor", o)
     observe("adaptive_scale", d)
     keep = 1 - wd * (lr * d).clamp_(max=max_step)
     p.mul_(keep if max_step == float("inf") else keep.clamp_(min=0))
@@ -97,6 +93,7 @@ NAMO_RULE = MatrixRule(
     state=lambda shape, hp: {"m": LIKE_PARAMETER, "v": (1, 1)},
     scalars=_scalars,
     update=_namo,
+    by_rows=True,
     constraints=_CONSTRAINTS,
     internals={"adaptive_scale": mean_of("adaptive_scale", "mean over matrices of the adaptive scale a")},
 )
@@ -105,6 +102,7 @@ NAMO_D_RULE = MatrixRule(
     state=lambda shape, hp: {"m": LIKE_PARAMETER, "v": (1, torch.Size(shape[1:]).numel())},
     scalars=_namo_d_scalars,
     update=_namo_d,
+    by_rows=True,
     constraints=_CONSTRAINTS,
     internals={
         "adaptive_scale": mean_of("adaptive_scale", "mean over columns of the adaptive scale d, after the clamp"),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import constraints, execution
 from .constraints import Constraint, count, one_of, optional
-from .execution import BACKENDS, ROUNDINGS, Backend, Batch, ParameterObserver, Rounding, State, Task
+from .execution import BACKENDS, ROUNDINGS, Backend, Batch, Group, ParameterObserver, Rounding, State, Task, sharding
 from .gradients import inspect_gradients
 from .rule import MatrixRule, Rule, Scalars
 
@@ -97,6 +97,14 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         max_consecutive_skips: After so many skipped steps in a row ``step`` raises :class:`NonFiniteGradientsError`;
             ``None`` for no limit. The count starts anew after the error and after loading a checkpoint. On an
             accelerator the host learns of a step at the next one, which raises then.
+
+    Attributes:
+        skipped_steps: How many steps were skipped.
+        observer: Called as ``observer(parameter, name, value)`` with what matrix rules compute on the way.
+        process_group: Processes that hold equal parameters and gradients, as under DDP. Set, they share the work of
+            orthogonalisation, and all have to make every step.
+        shard_group: Processes that hold parts of the parameters without saying which, as under FSDP1 and DeepSpeed.
+            (``DTensor`` parameters, as under FSDP2, say so themselves.) Set, all have to make every step.
     """
 
     #: The rules that parameter groups may name; groups that name none get the first.
@@ -114,6 +122,8 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         self.skipped_steps = 0
         self.consecutive_skips = 0
         self.observer: ParameterObserver | None = None
+        self.process_group: Group | None = None
+        self.shard_group: Group | None = None
         self._unsettled: _Verdict | None = None
         self._seen: list[dict[str, Any]] = []
         super().__init__(params, hyperparameters | {"maximize": options.maximize})
@@ -128,6 +138,8 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
             "skipped_steps": self.skipped_steps,
             "consecutive_skips": self.consecutive_skips,
             "observer": None,
+            "process_group": None,
+            "shard_group": None,
             "_unsettled": None,
         }
 
@@ -194,6 +206,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
             raise ValueError(f"{type(self).__name__}: a parameter is twice in one parameter group; list it once.")
         for p in group["params"]:
             execution.residual_dtype(self.rounding, p.dtype)
+            sharding.check(p)
             if p.is_complex():
                 raise ValueError(
                     f"{type(self).__name__} does not take complex parameters (shape {tuple(p.shape)}); "
@@ -268,13 +281,16 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         self.settle()
         self._check_edits()
         self._check_skips()
-        groups = [(g, [p for p in g["params"] if p.grad is not None and p.numel() > 0]) for g in self.param_groups]
+        groups = [(g, [p for p in g["params"] if self._takes_part(p)]) for g in self.param_groups]
         params = [p for _, params in groups for p in params]
         if not params:
             return loss
         self._check_gradients(params)
-        grads = [_narrowed(p.grad, p) for p in params]
-        finite, gains = inspect_gradients(grads)
+        grads = [_gradient(p) for p in params]
+        parts, replicas = sharding.several(self.shard_group), sharding.several(self.process_group)
+        # Replicas have equal gradients; but a defect in one's must not part it from the others, who wait for it.
+        everybody = dict.fromkeys((*(group for p in params for group in sharding.groups(p)), *parts, *replicas))
+        finite, gains = inspect_gradients(grads, tuple(everybody), alike=not parts)
         if self.skip_nonfinite and finite is False:
             self._count_skip()
             self._check_skips()
@@ -283,16 +299,21 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         each = zip(grads, gains)
         positions = self._noisy_positions()
         batches = [self._batch(group, params, each, verdict, positions) for group, params in groups if params]
-        execution.run(batches, self.backend, verdict.finite, self.observer)
+        execution.run(batches, self.backend, verdict.finite, self.observer, replicas, parts)
         self._unsettled = verdict
         if verdict.finite is None:
             self.settle()
         return loss
 
+    def _takes_part(self, p: Tensor) -> bool:
+        """Whether a parameter is updated. One of which this process has no element is, if another may have some."""
+        return p.numel() > 0 if p.grad is not None else p.numel() == 0 and self.shard_group is not None
+
     def _check_gradients(self, params: list[Tensor]) -> None:
         for p in params:
             g = p.grad
-            assert g is not None
+            if g is None:
+                continue
             if g.layout is not torch.strided:
                 raise ValueError(
                     f"{type(self).__name__} does not take sparse gradients (parameter of shape {tuple(g.shape)}); "
@@ -351,8 +372,9 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
             tick.states.append(state)
             g, gain = next(each)
             gain = -gain if group["maximize"] else gain
-            noise = execution.first_number(tick.t, noisy[p]) if p in noisy else None
-            tasks.append(Task(tick.t, p, g, gain, state, tick.scalars, noise))
+            noise = execution.first_number(tick.t, noisy[p]) + sharding.offset(p) if p in noisy else None
+            held, held_state = sharding.local(p), sharding.local_state(p, state)
+            tasks.append(Task(tick.t, held, g, gain, held_state, tick.scalars, p, noise=noise))
         verdict.ticks.extend(known.values())
         idle = [self.state[p] for p in group["params"] if p.grad is None and self.state.get(p)]
         return Batch(rule, group, tasks, idle)
@@ -450,8 +472,14 @@ def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _narrowed(g: Tensor, p: Tensor) -> Tensor:
-    """A gradient of more precision than the arithmetic: what is beyond its range becomes infinite and is found."""
+def _gradient(p: Tensor) -> Tensor:
+    """What this process has of a parameter's gradient.
+
+    One of more precision than the arithmetic is converted: what is beyond its range becomes infinite and is found.
+    """
+    if p.grad is None:
+        return torch.zeros_like(p)
+    g = sharding.gradient(p)
     return g.to(execution.compute_dtype(p.dtype)) if g.dtype == torch.float64 else g
 
 

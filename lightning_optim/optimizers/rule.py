@@ -32,8 +32,8 @@ Shape = tuple[int, ...]
 Hyperparameters = Mapping[str, Any]
 Scalars = dict[str, Any]
 Observer = Callable[[str, Tensor], None]
-#: What an update that orthogonalises is: it yields ``(matrices, method)`` and is sent their polar factor.
-Orthogonalizing = Generator[tuple[Tensor, str], Tensor, None]
+#: What an update that orthogonalises is; see :class:`MatrixRule`.
+Orthogonalizing = Generator[tuple[Any, ...], Any, None]
 
 #: A state tensor of the parameter's own shape.
 LIKE_PARAMETER = None
@@ -142,15 +142,23 @@ class MatrixRule(Rule):
 
     ``update`` gets one more keyword, ``observe(name, value)``, to call with intermediate results worth watching. It
     may be a generator: ``factor = yield matrices, method`` orthogonalises a stack of matrices by a method of
-    :func:`lightning_optim.polar.orthogonalize`. The factor is read only.
+    :func:`lightning_optim.polar.orthogonalize`. The factor is read only. The engine reports both, as ``"momentum"`` and
+    ``"orthogonal_factor"``.
+
+    Where processes hold some rows each of a matrix, a rule that is ``by_rows`` runs on those. What it needs to know of
+    all rows it adds up over its own and yields, too: ``factor, norm = yield matrices, method, squared_norm(g)`` returns
+    the sum over all processes.
 
     Args:
+        by_rows: Whether the update needs whole matrices for the polar factor and for such sums only. Its state that is
+            not of the parameter's shape has to come of such sums.
         flatten: Whether tensors with more than two axes arrive as matrices ``(k, shape[0], rest)``; otherwise as
             they are, ``(k, *shape)``.
         phases: ``None``, or ``hyperparameters -> n``: parameters are dealt to ``n`` schedules, and ``scalars`` also
             gets ``phase=``, the parameter's position in its group modulo ``n``.
     """
 
+    by_rows: bool = False
     flatten: bool = True
     phases: Callable[[Hyperparameters], int] | None = None
     kind: Literal["matrix"] = field(default="matrix", init=False)

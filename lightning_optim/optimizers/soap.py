@@ -87,6 +87,7 @@ def _update(
     if start:
         basis.accumulate(g, shampoo_beta)
         basis.start()
+        basis.report(observe)
         return
     rotated = basis.rotate(g)
     ema_(m, rotated, b1)
@@ -99,6 +100,7 @@ def _update(
         raw = basis.rotate_back(m)
         basis.refresh(lambda axis, order: permute_(v, axis, order))
         m.copy_(basis.rotate(raw))
+    basis.report(observe)
 
 
 SOAP_RULE = MatrixRule(

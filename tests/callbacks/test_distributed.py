@@ -126,6 +126,7 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[], Any]]] = {
     "ddp unused SGD": ({"optimizer": "SGD", "unused": True}, lambda: DDPStrategy(find_unused_parameters=True)),
     "ddp NAMO": ({"optimizer": "NAMO"}, DDPStrategy),
     "fsdp2 AdamW": ({"optimizer": "AdamW", "shards": "fsdp2"}, lambda: ModelParallelStrategy(2, 1)),
+    "fsdp2 NAMO": ({"optimizer": "NAMO", "shards": "fsdp2"}, lambda: ModelParallelStrategy(2, 1)),
     "fsdp2 unused SGD": (
         {"optimizer": "SGD", "unused": True, "shards": "fsdp2"},
         lambda: ModelParallelStrategy(2, 1),
@@ -148,7 +149,7 @@ def monitors(name: str) -> list[pl.Callback]:
         OptimizerInternals(**settings),
         GradientHealth(**settings),
         SpikeResponse(),  # looks at every step
-    ] + [OrthogonalityError(**settings)] * (not name.startswith("fsdp1"))
+    ] + [OrthogonalityError(**settings, polar=True)] * (not name.startswith("fsdp1"))
 
 
 class CountCollectives(pl.Callback):

@@ -8,7 +8,9 @@ state in place. Rules stay free of everything that changes with the way of runni
 - :mod:`.call`: one call of a rule's function;
 - :mod:`.flat`: element-wise and group rules, joined and cut;
 - :mod:`.kernels`: the same, compiled;
-- :mod:`.stacks`: matrix rules, stacked, and the orthogonalisation they share.
+- :mod:`.stacks`: matrix rules, stacked, and the orthogonalisation they share;
+- :mod:`.spread`: matrix rules on many processes;
+- :mod:`.sharding`: which process has which part of a parameter, and communication.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ import torch
 from torch import Tensor
 
 from ..rule import MatrixRule
-from . import flat, stacks
+from . import flat, sharding, spread
+from .sharding import Group
 from .stacks import ParameterObserver
 from .storage import RESIDUAL, ROUNDINGS, Rounding, first_number, is_narrow, load, prepare_residual, residual_dtype
 from .tensors import (
@@ -44,6 +47,7 @@ __all__ = [
     "ROUNDINGS",
     "Backend",
     "Batch",
+    "Group",
     "ParameterObserver",
     "Rounding",
     "State",
@@ -60,6 +64,7 @@ __all__ = [
     "prepare_residual",
     "residual_dtype",
     "run",
+    "sharding",
     "state_shapes",
     "to_blocks",
 ]
@@ -73,6 +78,8 @@ def run(
     backend: str = "auto",
     finite: Tensor | None = None,
     observer: ParameterObserver | None = None,
+    replicas: Sequence[Group] = (),
+    parts: Sequence[Group] = (),
 ) -> None:
     """Update parameters and state in place.
 
@@ -81,10 +88,17 @@ def run(
         backend: One of :data:`BACKENDS`.
         finite: ``None``, or a 0-d boolean tensor: where it is ``False`` nothing may change.
         observer: Called as ``observer(p, name, value)`` with what matrix rules report.
+        replicas: The processes that hold equal parameters and gradients and share orthogonalisation, if any do.
+        parts: Processes that hold other parts of the parameters where those do not say so themselves.
     """
     with _without_autocast({task.p.device.type for batch in batches for task in batch.tasks}):
-        flat.run([batch for batch in batches if not isinstance(batch.rule, MatrixRule)], backend, finite)
-        stacks.run([batch for batch in batches if isinstance(batch.rule, MatrixRule)], backend, finite, observer)
+        matrices = spread.run(
+            [batch for batch in batches if isinstance(batch.rule, MatrixRule)], backend, finite, observer, replicas
+        )
+        next(matrices, None)  # While the first matrices travel, the other rules run.
+        flat.run([batch for batch in batches if not isinstance(batch.rule, MatrixRule)], backend, finite, parts)
+        for _ in matrices:
+            pass
 
 
 @contextmanager

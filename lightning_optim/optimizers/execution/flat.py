@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..rule import GroupRule, Rule
-from . import kernels
+from . import kernels, sharding
 from .call import call
 from .storage import joined_numbers, numbers
 from .tensors import Batch, Task, number_names
@@ -51,19 +51,26 @@ class Work:
     noise: Tensor | None
 
 
-def run(batches: Sequence[Batch], backend: str, finite: Tensor | None) -> None:
-    """Update the parameters and state of element-wise and group rules in place."""
+def run(batches: Sequence[Batch], backend: str, finite: Tensor | None, groups: Sequence[sharding.Group] = ()) -> None:
+    """Update the parameters and state of element-wise and group rules in place.
+
+    Args:
+        batches: Rules and the parameters they run on.
+        backend: One of :data:`.BACKENDS`.
+        finite: ``None``, or a 0-d boolean tensor: where it is ``False`` nothing may change.
+        groups: Processes that hold other parts of parameters without saying so.
+    """
     if backend == "auto":
         elements = sum(task.p.numel() for batch in batches for task in batch.tasks)
         compilable = all(task.p.device.type in ("cpu", "cuda") for batch in batches for task in batch.tasks)
         backend = "compiled or chunked" if compilable and elements >= COMPILE_FROM else "chunked"
     for batch in batches:
-        if isinstance(batch.rule, GroupRule):
-            _run_group(batch.rule, batch, backend, finite)
-        else:
+        if not isinstance(batch.rule, GroupRule):
             for tasks in _alike(batch.tasks):
                 names = _state_names(batch.rule, tasks)
                 _each(batch.rule.update, tasks, names, {}, backend, finite)
+    grouped = [_Grouped(batch.rule, batch, backend, finite) for batch in batches if isinstance(batch.rule, GroupRule)]
+    _run_groups(grouped, tuple(groups))
 
 
 def _state_names(rule: Rule, tasks: Sequence[Task]) -> list[str]:
@@ -71,9 +78,11 @@ def _state_names(rule: Rule, tasks: Sequence[Task]) -> list[str]:
 
 
 def _alike(tasks: Iterable[Task]) -> list[list[Task]]:
-    """Split into tasks that one call can take together."""
+    """Split into tasks that one call can take together, leaving out what this process has no element of."""
     groups: dict[Any, list[Task]] = {}
     for task in tasks:
+        if not task.p.numel():
+            continue
         gain = task.gain if isinstance(task.gain, float) else None
         key = (id(task.scalars), task.p.dtype, task.g.dtype, task.p.device, gain)
         groups.setdefault(key, []).append(task)
@@ -164,30 +173,76 @@ def _then_sum(update: Callable[..., None], sums: Callable[..., Any]) -> Callable
     return update_and_sum
 
 
-def _run_group(rule: GroupRule, batch: Batch, backend: str, finite: Tensor | None) -> None:
-    tasks = batch.tasks
-    names = _state_names(rule, tasks)
-    alike = _alike(tasks)
-    update = _then_sum(rule.update, rule.sums)
-    # Inductor makes one loop of the update and one of the sums: the second should find the vectors in cache.
-    parts = [
-        part for some in alike for part in _each(update, some, names, {}, backend, finite, moves=False, longest=CHUNK)
-    ]
-    device = tasks[0].p.device
-    totals = [torch.stack([part.to(device) for part in column]).sum(0) for column in zip(*parts)]
-    # A parameter that gets its first gradient late joins the group's state, it does not reset it. One that is without
-    # a gradient for a while is kept up to date.
-    oldest = max(tasks, key=lambda task: task.t)
-    old = {name: oldest.state[name].to(device) for name in rule.group_state}
-    new, coefficients = rule.combine(*totals, **old, **oldest.scalars)
-    for some in alike:
-        local = {name: x.to(some[0].p.device) for name, x in coefficients.items()}
-        _each(rule.finish, some, names, local, backend, finite, takes_gradient=False)
-    states = [*(task.state for task in tasks), *batch.idle]
-    for name, value in new.items():
-        if finite is not None:
-            value = torch.where(finite.to(device), value, old[name])
-        torch._foreach_copy_([state[name] for state in states], [value] * len(states))
+#: Sums over the tensors of a parameter group, apart for each set of processes over which they have to be added up.
+Sums = dict[tuple[sharding.Group, ...], Tensor]
+
+
+@dataclass
+class _Grouped:
+    """The step of a group rule, which is in two halves."""
+
+    rule: GroupRule
+    batch: Batch
+    backend: str
+    finite: Tensor | None
+
+    def __post_init__(self) -> None:
+        self.names = _state_names(self.rule, self.batch.tasks)
+        self.device = self.batch.tasks[0].p.device
+
+    def update(self, groups: tuple[sharding.Group, ...]) -> Sums:
+        """Change the state; returns what the rule wants to have added up.
+
+        Args:
+            groups: The processes that hold the other parts of parameters that do not say who does.
+        """
+        update = _then_sum(self.rule.update, self.rule.sums)
+        apart: dict[tuple[sharding.Group, ...], list[Task]] = {}
+        for task in self.batch.tasks:
+            apart.setdefault(sharding.groups(task.parameter) or groups, []).append(task)
+        sums = {}
+        for key, tasks in apart.items():
+            # Inductor makes one loop of the update and one of the sums: the second should find the vectors in cache.
+            parts = [
+                part
+                for some in _alike(tasks)
+                for part in _each(update, some, self.names, {}, self.backend, self.finite, moves=False, longest=CHUNK)
+            ]
+            if not parts:  # This process has no element of them, but the others wait for its zeros.
+                task = tasks[0]
+                parts = [self.rule.sums(**{name: task.state[name] for name in self.names}, **task.scalars)]
+            sums[key] = torch.stack([torch.stack([x.to(self.device) for x in column]).sum(0) for column in zip(*parts)])
+        return sums
+
+    def finish(self, totals: Tensor) -> None:
+        """Change the parameters and the group's own state."""
+        rule, tasks, finite = self.rule, self.batch.tasks, self.finite
+        # A parameter that gets its first gradient late joins the group's state, it does not reset it. One that is
+        # without a gradient for a while is kept up to date.
+        oldest = max(tasks, key=lambda task: task.t)
+        old = {name: oldest.state[name].to(self.device) for name in rule.group_state}
+        new, coefficients = rule.combine(*totals.unbind(), **old, **oldest.scalars)
+        for some in _alike(tasks):
+            local = {name: x.to(some[0].p.device) for name, x in coefficients.items()}
+            _each(rule.finish, some, self.names, local, self.backend, finite, takes_gradient=False)
+        states = [*(task.state for task in tasks), *self.batch.idle]
+        for name, value in new.items():
+            if finite is not None:
+                value = torch.where(finite.to(self.device), value, old[name])
+            torch._foreach_copy_([state[name] for state in states], [value] * len(states))
+
+
+def _run_groups(grouped: Sequence[_Grouped], groups: tuple[sharding.Group, ...]) -> None:
+    sums = [one.update(groups) for one in grouped]
+    totals = [torch.zeros_like(next(iter(each.values()))) for each in sums]
+    for key in dict.fromkeys(key for each in sums for key in each):
+        members = [i for i, each in enumerate(sums) if key in each]
+        device = totals[members[0]].device
+        added = sharding.total(torch.cat([sums[i][key].to(device) for i in members]), key)
+        for i, part in zip(members, added.split([len(totals[i]) for i in members])):
+            totals[i] += part.to(totals[i].device)
+    for one, total in zip(grouped, totals):
+        one.finish(total)
 
 
 # --- planning ---------------------------------------------------------------------------------------------------
@@ -216,8 +271,8 @@ def plan(tasks: Sequence[Task], names: Sequence[str], limit: int | None, noisy: 
             yield from _slices(task, names, limit, noisy)
 
 
-def packs(items: Sequence[Item], sizes: Sequence[int]) -> Iterator[list[Item]]:
-    """Split ``items`` into runs whose ``sizes`` add up to at most a chunk.
+def packs(items: Sequence[Item], sizes: Sequence[int], limit: int = CHUNK) -> Iterator[list[Item]]:
+    """Split ``items`` into runs whose ``sizes`` add up to at most ``limit``, or that are one item.
 
     >>> list(packs(["a", "b", "c"], [2**17, 2**17, 1]))
     [['a', 'b'], ['c']]
@@ -225,7 +280,7 @@ def packs(items: Sequence[Item], sizes: Sequence[int]) -> Iterator[list[Item]]:
     pack: list[Item] = []
     total = 0
     for item, size in zip(items, sizes):
-        if pack and total + size > CHUNK:
+        if pack and total + size > limit:
             yield pack
             pack, total = [], 0
         pack.append(item)

@@ -2,14 +2,15 @@
 
 Parameters of one group whose matrices have the same shape run as one stack ``(k, m, n)``, if they are so small that
 copying them costs less than running one after the other; larger ones run alone, on views. An update that needs a polar
-factor yields the matrices instead of computing it, so that :func:`_drive` can gather what all stacks ask for and
+factor yields the matrices instead of computing it, so that :func:`drive` can gather what all stacks ask for and
 orthogonalise everything of one shape, tall and wide twins included, in one call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -18,11 +19,15 @@ from torch import Tensor
 
 from ...polar import orthogonalize
 from ..rule import LIKE_PARAMETER, MatrixRule
+from .flat import packs
 from .storage import RESIDUAL, joined_numbers, load, numbers, store_
 from .tensors import Batch, Task, block_shape, compute_dtype, from_blocks, to_blocks
 
 ParameterObserver = Callable[[Tensor, str, Tensor], None]
-Request = tuple[Tensor, str]
+#: What becomes of something that a rule reports of a task's matrices.
+Report = Callable[[Task, str, Tensor], None]
+#: Matrices, method of orthogonalisation, and what is to be added up over processes.
+Request = tuple[Any, ...]
 
 #: Matrices up to this many elements are stacked: below it copying them costs less than dispatching their operations.
 STACK = {"cpu": 2**14, "cuda": 2**20}
@@ -51,17 +56,45 @@ class Stack:
         return tuple(sorted((rows, torch.Size(rest).numel())))
 
 
-def run(batches: Sequence[Batch], backend: str, finite: Tensor | None, observer: ParameterObserver | None) -> None:
-    """Update the parameters and state of matrix rules in place."""
-    plain = backend == "plain"
-    stacks = [stack for batch in batches for stack in _stacks(batch, plain)]
-    stacks.sort(key=lambda stack: stack.shape)
-    for _, same_shape in groupby(stacks, key=lambda stack: stack.shape):
-        for wave in _waves(same_shape, 0 if plain else WAVE):
-            _drive([_update(stack, finite, observer) for stack in wave])
+#: Answers what stacks ask for with the help of other processes, on which it waits where it yields.
+Solver = Callable[[Sequence[tuple[Stack, Request]]], Generator[None, None, list[Any]]]
 
 
-def _stacks(batch: Batch, plain: bool) -> Iterator[Stack]:
+def jobs(
+    batches: Iterable[Batch],
+    plain: bool,
+    finite: Tensor | None,
+    report: Report | None,
+    solve: Solver | None = None,
+    processes: int = 1,
+) -> Iterator[Iterator[None]]:
+    """Updates of the parameters and state of matrix rules, a wave of them at a time; each is to be run to its end.
+
+    Args:
+        batches: Rules and the parameters they run on, of which this process has everything.
+        plain: Whether to run one parameter at a time.
+        finite: ``None``, or a 0-d boolean tensor: where it is ``False`` nothing may change.
+        report: Called with what rules report.
+        solve: What orthogonalises; by default this process alone.
+        processes: How many processes share a wave's orthogonalisation.
+    """
+    stacks = [stack for batch in batches for stack in split(batch, plain)]
+    stacks.sort(key=lambda stack: stack.shape, reverse=True)
+    # Alone, one shape at a time keeps memory low. Several processes should all have something to do in each wave.
+    for _, some in groupby(stacks, key=lambda stack: stack.shape if processes == 1 else None):
+        alike = list(some)
+        sizes = [stack.elements for stack in alike]
+        for wave in packs(alike, sizes, 0 if plain else wave_limit(sizes, processes)):
+            yield drive(wave, finite, report, solve)
+
+
+def wave_limit(elements: Sequence[int], processes: int) -> int:
+    """How many elements a wave may have: enough for each process to work on the largest."""
+    return WAVE if processes == 1 else max(WAVE, processes * max(elements, default=0))
+
+
+def split(batch: Batch, plain: bool) -> Iterator[Stack]:
+    """Join what can run as one."""
     rule = batch.rule
     assert isinstance(rule, MatrixRule)
     alike: dict[Any, list[Task]] = {}
@@ -74,19 +107,8 @@ def _stacks(batch: Batch, plain: bool) -> Iterator[Stack]:
         yield Stack(rule, batch.group, tasks)
 
 
-def _waves(stacks: Iterable[Stack], limit: int) -> Iterator[list[Stack]]:
-    wave: list[Stack] = []
-    for stack in stacks:
-        if wave and sum(other.elements for other in wave) + stack.elements > limit:
-            yield wave
-            wave = []
-        wave.append(stack)
-    if wave:
-        yield wave
-
-
-def _update(stack: Stack, finite: Tensor | None, observer: ParameterObserver | None) -> Iterator[Request]:
-    """Run the rule on a stack; yields what it wants orthogonalised and is sent the factor."""
+def _update(stack: Stack, finite: Tensor | None, report: Report | None) -> Iterator[Request]:
+    """Run the rule on a stack; yields what it wants orthogonalised and added up, and is sent the result."""
     rule, group, tasks = stack.rule, stack.group, stack.tasks
     finite = None if finite is None else finite.to(tasks[0].p.device)
     shapes = rule.state(block_shape(tasks[0].p.shape, group), group)
@@ -110,8 +132,8 @@ def _update(stack: Stack, finite: Tensor | None, observer: ParameterObserver | N
     written = [*tensors.values(), *([p] if exact else [])]
     before = [x.clone() for x in written] if finite is not None else []
     kwargs = dict(tasks[0].scalars)
-    if observer is not None:
-        kwargs["observe"] = lambda name, x: _observe(observer, stack, name, x)
+    if report is not None:
+        kwargs["observe"] = partial(_report, report, stack)
     update = rule.update(p, g, **tensors, **kwargs)
     if update is not None:
         yield from update
@@ -157,34 +179,57 @@ def _store(stacked: Tensor, targets: list[Tensor], group: Mapping[str, Any] | No
     torch._foreach_copy_(targets, list(parts))
 
 
-def _observe(observer: ParameterObserver, stack: Stack, name: str, x: Tensor) -> None:
+def _report(report: Report, stack: Stack, name: str, x: Tensor) -> None:
     for task, part in zip(stack.tasks, x.split(len(x) // len(stack.tasks))):
-        observer(task.p, name, part)
+        report(task, name, part)
 
 
 # --- orthogonalisation ------------------------------------------------------------------------------------------
 
 
-def _drive(updates: list[Iterator[Request]]) -> None:
-    """Run updates side by side and orthogonalise together what they ask for at the same time."""
-    waiting = [(update, request) for update in updates if (request := next(update, None)) is not None]
+def drive(
+    stacks: Sequence[Stack], finite: Tensor | None, report: Report | None, solve: Solver | None
+) -> Iterator[None]:
+    """Run stacks side by side and orthogonalise together what they ask for at the same time."""
+    updates = [(stack, _update(stack, finite, report)) for stack in stacks]
+    waiting = [(stack, update, request) for stack, update in updates if (request := next(update, None)) is not None]
     while waiting:
-        factors = _orthogonalize([request for _, request in waiting])
+        asked = [(stack, request) for stack, _, request in waiting]
+        answers = (yield from solve(asked)) if solve is not None else _alone(asked, report)
         waiting = [
-            (update, request)
-            for (update, _), factor in zip(waiting, factors)
-            if (request := _send(update, factor)) is not None
+            (stack, update, request)
+            for (stack, update, _), answer in zip(waiting, answers)
+            if (request := _send(update, answer)) is not None
         ]
 
 
-def _send(update: Any, factor: Tensor) -> Request | None:
+def _send(update: Any, answer: Any) -> Request | None:
     try:
-        return update.send(factor)
+        return update.send(answer)
     except StopIteration:
         return None
 
 
-def _orthogonalize(requests: Sequence[Request]) -> list[Tensor]:
+def _alone(asked: Sequence[tuple[Stack, Request]], report: Report | None) -> list[Any]:
+    factors = orthogonalized([request[:2] for _, request in asked])
+    report_factors(report, asked, factors)
+    return [answer(factor, sums) for factor, (_, (_, _, *sums)) in zip(factors, asked)]
+
+
+def answer(factor: Tensor, sums: Sequence[Tensor]) -> Any:
+    """What an update is sent for ``yield matrices, method, *sums``."""
+    return (factor, *sums) if sums else factor
+
+
+def report_factors(report: Report | None, asked: Iterable[tuple[Stack, Request]], factors: Iterable[Tensor]) -> None:
+    """Report what was orthogonalised and what came of it."""
+    if report is not None:
+        for (stack, (matrices, *_)), factor in zip(asked, factors):
+            _report(report, stack, "momentum", matrices)
+            _report(report, stack, "orthogonal_factor", factor)
+
+
+def orthogonalized(requests: Sequence[Request]) -> list[Tensor]:
     """The polar factors of ``(matrices, method)`` requests, one call for all small ones of a method and shape."""
     factors: list[Any] = [None] * len(requests)
     together: dict[Any, list[int]] = {}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..rule import LIKE_PARAMETER, GroupRule, MatrixRule, Rule, Scalars, Shape, largest_gradient
+from . import sharding
 
 State = MutableMapping[str, Any]
 
@@ -20,12 +21,14 @@ class Task:
 
     Args:
         t: The number of this step for the parameter, from 1.
-        p: The parameter.
+        p: The parameter, or what this process holds of it.
         g: Its gradient; read only.
         gain: What the gradient is multiplied by: -1 to ascend, less than 1 in size to bound it. A 0-d tensor where
             the host does not know it.
         state: The rule's state tensors.
         scalars: What the rule's ``scalars`` returned; the same object for all parameters that share them.
+        parameter: The parameter as the optimizer has it.
+        first: The first of its matrices that the task is about, if not all.
         noise: The number of the first element in the stream of random numbers; ``None`` where none are needed.
     """
 
@@ -35,6 +38,8 @@ class Task:
     gain: float | Tensor
     state: State
     scalars: Scalars
+    parameter: Tensor
+    first: int = 0
     noise: int | None = None
 
 
@@ -95,9 +100,9 @@ def new_state(rule: Rule, p: Tensor, group: Mapping[str, Any]) -> State:
         state[name] = torch.tensor(0.0, dtype=torch.float64, device="cpu")
     for name, shape in state_shapes(rule, p, group).items():
         if shape is LIKE_PARAMETER:
-            state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.contiguous_format)
+            state[name] = sharding.zeros(p, dtype)
         else:
-            state[name] = p.new_zeros(shape, dtype=dtype)
+            state[name] = sharding.zeros_beside(p, shape, dtype, whole=stays_in_rows(rule, p, group))
     if isinstance(rule, GroupRule):
         for name, value in rule.group_state.items():
             state[name] = torch.tensor(value, dtype=accumulation_dtype(p.device), device=p.device)
@@ -138,6 +143,14 @@ def _convert(rule: Rule, p: Tensor, state: State, group: Mapping[str, Any]) -> N
         state[name] = state[name].to(p.device, dtype)
     for name in rule.group_state if isinstance(rule, GroupRule) else ():
         state[name] = state[name].to(p.device, accumulation_dtype(p.device))
+
+
+def stays_in_rows(rule: Rule, p: Tensor, group: Mapping[str, Any]) -> bool:
+    """Whether processes that hold some rows each of a parameter's matrices run the rule on those."""
+    if not isinstance(rule, MatrixRule) or not rule.by_rows or group["transposed"]:
+        return False
+    cut = sharding.sharding(p)
+    return cut is not None and cut.axis == 0
 
 
 # --- matrices inside parameters ---------------------------------------------------------------------------------

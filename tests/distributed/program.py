@@ -1,0 +1,343 @@
+"""What each process of the tests on many processes does: every case with the others, and the same case alone."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec
+
+from lightning_optim import NAMO, MVNGrad
+from lightning_optim.optimizers import gradients
+from lightning_optim.optimizers.execution import sharding
+from lightning_optim.optimizers.hybrid import MatrixOptimizer
+from lightning_optim.optimizers.optimizer import RuleOptimizer
+from lightning_optim.optimizers.registry import OPTIMIZERS
+from tests.optimizers.rows import OURS, ROWS
+
+#: Shape, number of matrices, whether they are transposed. What shards awkwardly:
+SHAPES: dict[str, tuple[tuple[int, ...], int, bool]] = {
+    "qkv": ((18, 6), 3, False),  # two shards of nine rows, or four of five, cut matrices
+    "gates": ((8, 5), 4, False),  # no matrix is cut by two or four
+    "up": ((9, 6), 1, False),  # tall, and not divisible
+    "down": ((6, 9), 1, False),
+    "row": ((1, 6), 1, False),  # all shards but one are empty
+    "experts": ((5, 4, 3), 5, False),
+    "conv": ((3, 4, 2, 2), 1, False),
+    "grouped": ((4, 2, 3, 3), 2, False),
+    "transposed": ((5, 3, 2, 2), 1, True),
+    "columns": ((4, 6), 1, False),  # cut along its second axis
+    "bias": ((7,), 0, False),
+    "short": ((1,), 0, False),
+    "replicated": ((5, 4), 1, False),  # a DTensor of which all have everything
+    "plain": ((3,), 0, False),  # no DTensor
+}
+#: What four processes can share evenly.
+EVEN: dict[str, tuple[tuple[int, ...], int, bool]] = {
+    "even tall": ((16, 8), 1, False),
+    "even wide": ((8, 32), 1, False),
+    "even experts": ((4, 4, 8), 4, False),
+    "even bias": ((8,), 0, False),
+}
+STEPS = 5
+#: In one step one shard of one gradient is not finite, in the last one is too large to be squared.
+NOT_FINITE, HUGE = 3, STEPS
+
+
+def placed(name: str, x: Tensor, mesh: DeviceMesh | None) -> Tensor:
+    """A tensor as FSDP2 would have it; HSDP with two dimensions of the mesh."""
+    if mesh is None or name == "plain":
+        return x.clone()
+    how = Replicate() if name == "replicated" else Shard(1 if name == "columns" else 0)
+    return distribute_tensor(x.clone(), mesh, [*[Replicate()] * (mesh.ndim - 1), how], src_data_rank=None)
+
+
+def here(x: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """What this process has of ``like``, and the same part of ``x``."""
+    if not isinstance(like, DTensor):
+        return x, like
+    return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None).to_local(), like.to_local()
+
+
+def start(dtype: torch.dtype, mesh: DeviceMesh | None = None, shapes: Any = SHAPES) -> dict[str, nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    values = {
+        name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, (shape, *_) in shapes.items()
+    }
+    return {name: nn.Parameter(placed(name, x.to(dtype), mesh)) for name, x in values.items()}
+
+
+def build(name: str, parameters: dict[str, nn.Parameter], **arguments: Any) -> RuleOptimizer:
+    cls: Any = OPTIMIZERS[name].cls
+    if not issubclass(cls, MatrixOptimizer):
+        return cls(list(parameters.values()), **arguments)
+    groups: dict[Any, dict[str, Any]] = {}
+    for key, p in parameters.items():
+        _, blocks, transposed = (SHAPES | EVEN)[key]
+        settings = {"role": "matrix", "blocks": blocks, "transposed": transposed} if blocks else {"role": "fallback"}
+        groups.setdefault((blocks, transposed), {"params": [], **settings})["params"].append(p)
+    return cls(list(groups.values()), **arguments)
+
+
+def set_gradients(parameters: dict[str, nn.Parameter], t: int, mesh: DeviceMesh | None = None) -> None:
+    """The same whatever the mesh."""
+    generator = torch.Generator().manual_seed(1000 + t)
+    for name, p in parameters.items():
+        g = torch.randn(p.shape, generator=generator, dtype=torch.float64).add_(0.5)
+        if name == "up" and t == NOT_FINITE:
+            g[-1, 0] = torch.nan
+        g = g.to(p.dtype)
+        if name in ("up", "bias") and t == HUGE:
+            g[-1] *= torch.finfo(torch.promote_types(p.dtype, torch.float32)).max / 1e3
+        p.grad = placed(name, g, mesh)
+
+
+def run(
+    name: str,
+    arguments: dict[str, Any],
+    dtype: torch.dtype = torch.float64,
+    mesh: DeviceMesh | None = None,
+    group: Any = None,
+    without: Callable[[str, int], bool] = lambda name, t: False,
+) -> dict[str, Any]:
+    """Run an optimizer with the other processes and alone: how far are parameters and state from one another?"""
+    parameters, others = start(dtype, mesh), start(dtype)
+    optimizer, alone = build(name, parameters, **arguments), build(name, others, **arguments)
+    optimizer.process_group = group
+    seen: list[dict[Any, Tensor]] = [{}, {}]
+    optimizer.observer, alone.observer = (observer(x, y) for x, y in zip(seen, (parameters, others)))
+    worst = 0.0
+    for t in range(1, STEPS + 1):
+        set_gradients(parameters, t, mesh)
+        set_gradients(others, t)
+        for key in [key for key in parameters if without(key, t)]:
+            parameters[key].grad = others[key].grad = None
+        if t == HUGE:
+            optimizer.observer = alone.observer = None
+        optimizer.step()
+        alone.step()
+        # What the last gradient is in leaves the rest below the resolution.
+        worst = max(worst, compare(optimizer, parameters, alone, others)) if t >= STEPS - 1 else worst
+    optimizer.settle()
+    reports = {key: difference(expected, seen[0][key]) for key, expected in seen[1].items() if key in seen[0]}
+    return {
+        "difference": worst,
+        "skipped": optimizer.skipped_steps,
+        "same": same_everywhere(list(parameters.values())) if mesh is None else None,
+        "reports": reports,
+        "missing": seen[1].keys() - seen[0].keys(),
+    }
+
+
+def observer(seen: dict[Any, Tensor], parameters: dict[str, nn.Parameter]) -> Callable[[Tensor, str, Tensor], None]:
+    names = {p: name for name, p in parameters.items()}
+    step: Counter[tuple[str, str]] = Counter()
+
+    def observe(p: Tensor, name: str, value: Tensor) -> None:
+        key = (names[p], name)
+        step[key] += 1
+        seen[(*key, step[key])] = value.clone()
+
+    return observe
+
+
+def difference(expected: Tensor, found: Tensor) -> float:
+    """Largest difference of what this process has, relative to the largest element of the whole."""
+    assert found.shape == expected.shape
+    assert found.dtype == expected.dtype
+    largest = expected.abs().double().max().clamp(min=1e-30)
+    a, b = here(expected, found)
+    assert a.isfinite().all()
+    assert b.isfinite().all()
+    return ((a.double() - b.double()).abs().amax() / largest).item() if a.numel() else 0.0
+
+
+@torch.no_grad()
+def compare(optimizer: RuleOptimizer, parameters: dict[str, nn.Parameter], alone: RuleOptimizer, others: Any) -> float:
+    differences = []
+    for name, p in parameters.items():
+        differences.append(difference(others[name].detach(), p.detach()))
+        state, expected = optimizer.state[p], alone.state[others[name]]
+        assert state.keys() == expected.keys(), (name, state.keys(), expected.keys())
+        differences += [difference(x, state[key]) for key, x in expected.items()]
+    return max(differences)
+
+
+def same_everywhere(tensors: list[Tensor]) -> bool:
+    """Whether all processes hold the same bits."""
+    flat = torch.cat([x.detach().double().view(-1) for x in tensors])
+    all_of_them = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
+    dist.all_gather(all_of_them, flat)
+    return all(torch.equal(x, flat) for x in all_of_them)
+
+
+# --- cases ----------------------------------------------------------------------------------------------------------
+
+
+def configurations() -> Iterator[tuple[str, dict[str, Any]]]:
+    for name in OURS:
+        for i, arguments in enumerate(ROWS[name]):
+            if i == 0 or "fallback" in arguments or name in ("NAMO", "NAMOD"):
+                yield name, arguments
+
+
+def each(**settings: Any) -> dict[str, Any]:
+    return {f"{name} {arguments}": run(name, arguments, **settings) for name, arguments in configurations()}
+
+
+def few(**settings: Any) -> dict[str, Any]:
+    """One optimizer of each kind."""
+    return {name: run(name, ROWS[name][0], **settings) for name in ("NAMO", "SOAP", "HVAdam", "MVNGrad")}
+
+
+def unused() -> dict[str, Any]:
+    """One parameter gets a gradient only later, one only in the beginning."""
+    return few(mesh=line(), without=lambda name, t: name == ("up" if t < 3 else "qkv"))
+
+
+def on_accelerators() -> dict[str, Any]:
+    """The verdict as it is on accelerators, where the host does not wait for it."""
+    known, gradients._known_on_host = gradients._known_on_host, lambda grads: False
+    try:
+        return few(mesh=line())
+    finally:
+        gradients._known_on_host = known
+
+
+def bytes_sent() -> dict[str, Any]:
+    """What one step sends, by operation and optimizer."""
+    results = {}
+    for name in ("Muon", "NAMO", "NAMOD", "SOAP", "MVNGrad", "HVAdam"):
+        parameters = start(torch.float32, line(), EVEN)
+        optimizer = build(name, parameters)
+        set_gradients(parameters, 1, line())
+        optimizer.step()
+        before = sharding.sent.copy()
+        optimizer.step()
+        results[name] = sharding.sent - before
+    parameters = start(torch.float32, None, EVEN)
+    optimizer = build("NAMO", parameters)
+    optimizer.process_group = dist.group.WORLD
+    set_gradients(parameters, 1)
+    before = sharding.sent.copy()
+    optimizer.step()
+    results["DDP"] = sharding.sent - before
+    return results
+
+
+def leaked() -> dict[str, Any]:
+    """How many objects of DTensor there are after some steps and after 1,000 more."""
+    parameters = {key: p for key, p in start(torch.float32, line()).items() if key in ("qkv", "bias")}
+    optimizer = build("NAMO", parameters)
+    counts = []
+    for steps in (10, 1000):
+        for t in range(steps):
+            if t % 100 == 0:
+                set_gradients(parameters, 1, line())
+            optimizer.step()
+        gc.collect()
+        counts.append(sum(isinstance(x, (DTensor, DTensorSpec)) for x in gc.get_objects()))
+    return {"counts": counts}
+
+
+def checkpoint() -> dict[str, Any]:
+    """Going on after torch.distributed.checkpoint's own way through a flattened state against going on."""
+    results = {}
+    for name in ("NAMO", "SOAP", "HVAdam"):
+        model, copy = nn.ParameterDict(start(torch.float64, line())), nn.ParameterDict(start(torch.float64, line()))
+        optimizer, resumed = (build(name, dict(m.items()), **ROWS[name][0]) for m in (model, copy))
+        options = StateDictOptions(flatten_optimizer_state_dict=True)
+        for t in (1, 2):
+            set_gradients(dict(model.items()), t, line())
+            optimizer.step()
+        saved = get_optimizer_state_dict(model, optimizer, options=options)
+        for m in (model, copy):
+            m.zero_grad()
+        with torch.no_grad():
+            for p, q in zip(model.values(), copy.values()):
+                q.copy_(p)
+        set_optimizer_state_dict(copy, resumed, saved, options=options)
+        for m, o in ((model, optimizer), (copy, resumed)):
+            set_gradients(dict(m.items()), 4, line())
+            o.step()
+        mine = [[sharding.local(p.detach()) for p in m.values()] for m in (model, copy)]
+        results[name] = all(torch.equal(p, q) for p, q in zip(*mine))
+    return results
+
+
+def refused() -> dict[str, str]:
+    """What is said of placements that a rule does not take."""
+    square = init_device_mesh("cpu", (2, 2))
+    twice = nn.Parameter(distribute_tensor(torch.ones(8, 8), square, [Shard(0), Shard(1)], src_data_rank=None))
+    summand = nn.Parameter(DTensor.from_local(torch.ones(4, 4), square, [Replicate(), Partial()]))
+    messages = {}
+    for what, cls, p in (("twice", NAMO, twice), ("summand", MVNGrad, summand)):
+        try:
+            cls([{"params": [p], "role": "matrix"}])
+        except ValueError as error:
+            messages[what] = str(error)
+    optimizer = MVNGrad([twice])
+    twice.grad = torch.ones_like(twice)
+    optimizer.step()
+    messages["element-wise"] = str(tuple(twice.shape))
+    return messages
+
+
+@cache
+def line() -> DeviceMesh:
+    return init_device_mesh("cpu", (dist.get_world_size(),))
+
+
+CASES: dict[int, dict[str, Callable[[], Any]]] = {
+    2: {
+        "fsdp2": lambda: each(mesh=line()),
+        "fsdp2 bf16": lambda: few(mesh=line(), dtype=torch.bfloat16),
+        "ddp": lambda: each(group=dist.group.WORLD),
+        "ddp float32": lambda: each(group=dist.group.WORLD, dtype=torch.float32),
+        "on accelerators": on_accelerators,
+        "unused": unused,
+        "checkpoint": checkpoint,
+        "bytes": bytes_sent,
+    },
+    4: {
+        "fsdp2": lambda: each(mesh=line()),
+        "hsdp": lambda: each(mesh=init_device_mesh("cpu", (2, 2))),
+        "bytes": bytes_sent,
+        "refused": refused,
+        "leaked": leaked,
+    },
+}
+
+
+def main(out: Path, only: list[str]) -> None:
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    results = {}
+    for name, case in CASES[dist.get_world_size()].items():
+        if not only or name in only:
+            begin = time.perf_counter()
+            results[name] = case()
+            if dist.get_rank() == 0:
+                print(f"{name}: {time.perf_counter() - begin:.1f} s", flush=True)
+    torch.save(results, out / f"{dist.get_rank()}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

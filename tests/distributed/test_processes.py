@@ -1,0 +1,177 @@
+"""Steps on two and four processes are those of one.
+
+``program.py`` is what the processes run; all cases of a number of processes share one start.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed import program
+
+pytestmark = pytest.mark.distributed
+
+ROOT = Path(__file__).parents[2]
+CONFIGURATIONS = [f"{name} {arguments}" for name, arguments in program.configurations()]
+REPORTING = [c for c in CONFIGURATIONS if c.startswith(("NAMO", "Muon", "DeVA ", "SOAP"))]
+#: Processes and case.
+SPREAD = [
+    (2, "fsdp2"),
+    (2, "ddp"),
+    pytest.param(4, "fsdp2", marks=pytest.mark.slow),
+    pytest.param(4, "hsdp", marks=pytest.mark.slow),
+]
+Results = Callable[[int, str], list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """What each process of a case returned, by number of processes and case."""
+    known: dict[int, list[dict[str, Any]]] = {}
+
+    def get(processes: int, case: str) -> list[dict[str, Any]]:
+        if processes not in known:
+            known[processes] = []  # They do not start again where they fail.
+            known[processes] = start(processes, tmp_path_factory.mktemp("processes"))
+        assert known[processes], "the processes have failed"
+        return [result[case] for result in known[processes]]
+
+    return get
+
+
+def start(processes: int, out: Path) -> list[dict[str, Any]]:
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*run, program.__file__, str(out)], capture_output=True, text=True, timeout=120, env=environment
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    # Weights only would refuse counters and sets.
+    return [torch.load(out / f"{rank}.pt", weights_only=False) for rank in range(processes)]
+
+
+def is_element_wise(configuration: str) -> bool:
+    return configuration.split()[0] in ("MVNGrad", "DeVAVector", "Anon", "AdaBelief", "LaProp")
+
+
+@pytest.mark.parametrize("configuration", CONFIGURATIONS)
+@pytest.mark.parametrize(("processes", "case"), SPREAD)
+def test_a_step_on_many_processes_is_that_of_one(
+    processes: int, case: str, configuration: str, results: Results
+) -> None:
+    for result in results(processes, case):
+        found = result[configuration]
+        # Float64: what differs is the order of additions in norms, inner products and the orthogonalisation's matrix
+        # products, 1e-16 each. Slices of a tensor get the very same arithmetic.
+        assert found["difference"] <= (0.0 if is_element_wise(configuration) else 1e-13)
+        assert found["skipped"] == 1  # the step in which one shard holds NaN
+        assert found["same"] is not False
+
+
+def test_bfloat16_parameters_keep_float32_state(results: Results) -> None:
+    for result in results(2, "fsdp2 bf16"):
+        for name, found in result.items():
+            # Float32 state is compared, too: sums in another order, 6e-8 each.
+            assert found["difference"] <= 1e-6, name
+
+
+@pytest.mark.parametrize("configuration", CONFIGURATIONS)
+def test_ddp_in_float32(configuration: str, results: Results) -> None:
+    for result in results(2, "ddp float32"):
+        redundant = is_element_wise(configuration) or configuration.startswith(("HVAdam", "SOAP"))
+        # Matrices that are orthogonalised alone or with others get other matrix products.
+        assert result[configuration]["difference"] <= (0.0 if redundant else 1e-6)
+        assert result[configuration]["same"]  # bit for bit, on all processes
+
+
+@pytest.mark.parametrize(("processes", "case"), SPREAD)
+@pytest.mark.parametrize(
+    "configuration", [c for c in CONFIGURATIONS if c.startswith(("NAMO", "Muon", "DeVA ", "SOAP"))]
+)
+def test_observers_get_whole_matrices_on_one_process(
+    processes: int, case: str, configuration: str, results: Results
+) -> None:
+    found = [result[configuration] for result in results(processes, case)]
+    # Newton-Schulz takes small singular values times 3.4 in each of five steps: 500 roundings of 1e-16.
+    assert max(x for each in found for x in each["reports"].values()) <= 1e-13
+    assert not set.intersection(*(each["missing"] for each in found))
+    if case == "fsdp2":
+        reports = [key for each in found for key in each["reports"] if key[0] not in ("replicated", "plain")]
+        assert len(reports) == len(set(reports))
+
+
+def test_the_verdict_is_common_where_the_host_does_not_wait_for_it(results: Results) -> None:
+    for result in results(2, "on accelerators"):
+        for name, found in result.items():
+            assert found["difference"] <= 1e-13, name
+            assert found["skipped"] == 1
+
+
+def test_parameters_without_a_gradient_for_a_while(results: Results) -> None:
+    for result in results(2, "unused"):
+        for name, found in result.items():
+            assert found["difference"] <= 1e-13, name
+
+
+def test_distributed_checkpoint_takes_the_state(results: Results) -> None:
+    for result in results(2, "checkpoint"):
+        assert all(result.values()), result
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_bytes_are_at_their_minimum(processes: int, results: Results) -> None:
+    n = processes
+    rows = 4 * (16 * 8 + 8 * 32)  # the two matrices in float32; the experts are where they are needed already
+    there_and_back = 2 * rows * (n - 1) // n
+    # Two norms of each of two matrices, and of four experts, go to the owner and come back from it.
+    norms = 2 * (2 + 4) * 2 * 4 * (n - 1)
+    column_norms = 2 * (8 + 32 + 4 * 8) * 2 * 4 * (n - 1)
+    # SOAP: parameter, gradient, m and v there, all but the gradient back, and for each axis gram and basis both ways.
+    # The experts are one parameter.
+    elements = 16 * 8 + 8 * 32 + 4 * 4 * 8
+    bases = 2 * 2 * (16**2 + 8**2 + 8**2 + 32**2 + 4 * (4**2 + 8**2))
+    soap = 4 * (7 * elements + bases) * (n - 1) // n
+    verdict = 4 * 2 * (n - 1)
+    inner_products = 3 * 8 * 2 * (n - 1)
+    expected = {
+        "Muon": (there_and_back, verdict),
+        "NAMO": (there_and_back + norms, verdict),
+        "NAMOD": (there_and_back + column_norms, verdict),
+        "SOAP": (soap, verdict),
+        "MVNGrad": (0, verdict),
+        "HVAdam": (0, verdict + inner_products),
+    }
+    found = results(processes, "bytes")
+    for name, (exchanged, reduced) in expected.items():
+        assert sum(result[name]["all_to_all"] for result in found) == exchanged, name
+        # Each process rounds what it sends down to whole bytes.
+        assert sum(result[name]["all_reduce"] for result in found) == pytest.approx(reduced, abs=2 * n), name
+
+
+def test_ddp_gathers_what_the_busiest_process_made(results: Results) -> None:
+    # The wide matrix costs most, and the other process makes the rest: (16 * 8 + 4 * 4 * 8) * 4 bytes.
+    assert [result["DDP"] for result in results(2, "bytes")] == [{"all_gather": 8 * 32 * 4, "all_reduce": 4}] * 2
+
+
+@pytest.mark.slow
+def test_no_dtensor_stays_behind(results: Results) -> None:
+    for result in results(4, "leaked"):
+        before, after = result["counts"]
+        assert after == before > 0
+
+
+@pytest.mark.slow
+def test_placements_that_cannot_work_are_refused(results: Results) -> None:
+    for result in results(4, "refused"):
+        assert "sharded over 2 dimensions of its device mesh" in result["twice"]
+        assert "fallback" in result["twice"]
+        assert "Redistribute" in result["summand"]
+        assert result["element-wise"] == "(8, 8)"
