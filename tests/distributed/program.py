@@ -202,9 +202,9 @@ def each(**settings: Any) -> dict[str, Any]:
     return {f"{name} {arguments}": run(name, arguments, **settings) for name, arguments in configurations()}
 
 
-def few(**settings: Any) -> dict[str, Any]:
+def few(extra: Any = {}, **settings: Any) -> dict[str, Any]:  # noqa: B006
     """One optimizer of each kind."""
-    return {name: run(name, ROWS[name][0], **settings) for name in ("NAMO", "SOAP", "HVAdam", "MVNGrad")}
+    return {name: run(name, ROWS[name][0] | extra, **settings) for name in ("NAMO", "SOAP", "HVAdam", "MVNGrad")}
 
 
 def unused() -> dict[str, Any]:
@@ -309,6 +309,8 @@ CASES: dict[int, dict[str, Callable[[], Any]]] = {
     2: {
         "fsdp2": lambda: each(mesh=line()),
         "fsdp2 bf16": lambda: few(mesh=line(), dtype=torch.bfloat16),
+        "fsdp2 stochastic": lambda: few(mesh=line(), dtype=torch.bfloat16, extra={"rounding": "stochastic"}),
+        "fsdp2 split": lambda: few(mesh=line(), dtype=torch.bfloat16, extra={"rounding": "split"}),
         "ddp": lambda: each(group=dist.group.WORLD),
         "ddp float32": lambda: each(group=dist.group.WORLD, dtype=torch.float32),
         "on accelerators": on_accelerators,
