@@ -183,11 +183,35 @@ def _polar_quality() -> str:
     return "\n\n".join(parts)
 
 
+def _scaling() -> str:
+    parts = []
+    for content in figures("scaling").values():
+        processes = sorted({row["processes"] for row in content["measured"]})
+        times = {
+            (row["strategy"], row["optimizer"], row["processes"]): (row["median_ms"], row["sent_bytes"])
+            for row in content["measured"]
+        }
+        heads = [f"{n} process{'es' * (n > 1)}" for n in processes]
+        lines = [_line(["strategy", "optimizer", *heads]), _line(["---"] * (len(heads) + 2))]
+        for strategy, name in dict.fromkeys(key[:2] for key in times):
+            each = [times[strategy, name, n] for n in processes]
+            lines.append(_line([strategy, name, *(f"{ms:.3g} ms, {sent / 1e6:.3g} MB" for ms, sent in each)]))
+        assumed = "; ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in content["assumed"].items())
+        kinds = ("orthogonalisation", "memory", "links", "starts", "total")
+        model = [_line(["model", "strategy", "GPUs", *kinds]), _line(["---"] * (len(kinds) + 3))]
+        for row in content["modelled"]:
+            values = (f"{row[f'{kind}_ms']:.3g}" for kind in kinds)
+            model.append(_line([row["model"], row["strategy"], str(row["gpus"]), *values]))
+        parts += [_machine(content["machine"]), "\n".join(lines), f"Assumed: {assumed}.", "\n".join(model)]
+    return "\n\n".join(parts)
+
+
 #: What stands between the markers of each page.
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "performance.md": {"step-time": _step_times, "growth": _growths},
     "optimizers.md": {"polar-quality": _polar_quality},
     "precision.md": {"rounding": _roundings},
+    "processes.md": {"scaling": _scaling},
     "diagnostics.md": {"checks": _checks, "overhead": _overhead},
 }
 

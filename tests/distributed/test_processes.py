@@ -76,9 +76,11 @@ def test_a_step_on_many_processes_is_that_of_one(
         assert found["same"] is not False
 
 
-# Float32 state is compared, too: sums in another order, 6e-8 each; of "split" the lowest of 16 bits that were rounded off.
+# Float32 state is compared, too: sums in another order, 6e-8 each; of "split" the lowest of the 16 bits rounded off.
 # Random numbers are those of one process in rows; columns get others, and round to the other neighbour.
-@pytest.mark.parametrize(("case", "close"), [("fsdp2 bf16", 1e-6), ("fsdp2 split", 2**-14), ("fsdp2 stochastic", 2**-7)])
+@pytest.mark.parametrize(
+    ("case", "close"), [("fsdp2 bf16", 1e-6), ("fsdp2 split", 2**-12), ("fsdp2 stochastic", 2**-7)]
+)
 def test_bfloat16_parameters_keep_float32_state(case: str, close: float, results: Results) -> None:
     for result in results(2, case):
         for name, found in result.items():
