@@ -186,10 +186,10 @@ def _polar_quality() -> str:
 def _scaling() -> str:
     parts = []
     for content in figures("scaling").values():
-        processes = sorted({row["processes"] for row in content["measured"]})
+        processes = sorted({row["processes"] for row in content["rows"]})
         times = {
             (row["strategy"], row["optimizer"], row["processes"]): (row["median_ms"], row["sent_bytes"])
-            for row in content["measured"]
+            for row in content["rows"]
         }
         heads = [f"{n} process{'es' * (n > 1)}" for n in processes]
         lines = [_line(["strategy", "optimizer", *heads]), _line(["---"] * (len(heads) + 2))]

@@ -209,7 +209,7 @@ def main() -> None:
     content = {
         "machine": machine,
         "settings": {"rounds": options.rounds, "layers": LAYERS, "width": WIDTH},
-        "measured": list(measure(options.rounds)),
+        "rows": list(measure(options.rounds)),
         "assumed": ASSUMED | {"orthogonalisation_share_of_matmul_rate": round(share, 3)},
         "modelled": list(model(share)),
     }
