@@ -27,7 +27,9 @@ from torch.optim.optimizer import _default_to_fused_or_foreach
 
 from . import schedules
 from .optimizers import registry
+from .optimizers.checkpoint import matched
 from .optimizers.hybrid import MatrixOptimizer
+from .optimizers.optimizer import RuleOptimizer
 from .routing import Route, clean_name, route, routing_table
 
 __all__ = [
@@ -194,7 +196,10 @@ def build_optimizer(
     def construct(groups: list[dict[str, Any]]) -> Optimizer:
         return _construct(f"optimizer {config.name}", cls, groups, args)
 
-    return construct(_groups(module, grouping or Grouping(), issubclass(cls, MatrixOptimizer), construct))
+    built = construct(_groups(module, grouping or Grouping(), issubclass(cls, MatrixOptimizer), construct))
+    if not isinstance(built, RuleOptimizer):  # Those check themselves what they load.
+        built.register_load_state_dict_pre_hook(matched)
+    return built
 
 
 def _optimizer_class(name: str) -> type[Optimizer]:
