@@ -6,12 +6,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
-from lightning_optim.optimizers.checkpoint import LABELS, SCHEDULED, STRUCTURE, CheckpointError
+from lightning_optim.optimizers.checkpoint import LABELS, SCHEDULED, STRUCTURE
 
 # How torch's optimizers compute, not what.
 _IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")
@@ -57,16 +56,6 @@ class Resume(pl.Callback):
                     f"resume.override: no parameter group has {name!r}. Known: {', '.join(sorted(known))}."
                 )
 
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        fits = trainer.state.fn == TrainerFn.FITTING
-        if fits and trainer.strategy.lightning_restore_optimizer and "optimizer_states" not in checkpoint:
-            raise CheckpointError(
-                "The checkpoint holds the model alone (save_weights_only=True), with which training cannot go on. Use "
-                "another one, or load its weights with module.load_state_dict and begin a new run."
-            )
-
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         differences = [difference for built in self._built for difference in built.differences()]
         for built in self._built:
@@ -90,11 +79,11 @@ class _Built:
 
     def __init__(self, optimizer: Optimizer, schedulers: Iterable[Any]) -> None:
         self.optimizer = optimizer
+        self.schedulers = [scheduler for scheduler in schedulers if scheduler.optimizer is optimizer]
         self.groups = [dict(group) for group in optimizer.param_groups]
         self.schedules = [
             (schedule, {key: list(vars(schedule)[key]) for key in ("base_lrs", "max_lrs") if key in vars(schedule)})
-            for scheduler in schedulers
-            if scheduler.optimizer is optimizer
+            for scheduler in self.schedulers
             for schedule in _with_parts(scheduler)
         ]
 
@@ -103,25 +92,27 @@ class _Built:
         values: dict[tuple[str, str, str], list[str]] = {}
         for i, (built, loaded) in enumerate(zip(self.groups, self.optimizer.param_groups)):
             for name in _hyperparameters(built):
-                if name in ("betas", "momentum") and "max_momentum" in loaded:
-                    continue  # OneCycleLR and CyclicLR move it
-                ours, saved = (_base_lr(g) if name == "lr" else g.get(name) for g in (built, loaded))
-                if _plain(ours) != _plain(saved):
+                ours, saved = _value(built, name), _value(loaded, name)
+                if ours != saved:
                     values.setdefault((name, f"{ours}", f"{saved}"), []).append(repr(built.get("name", i)))
         for (name, ours, saved), groups in values.items():
             yield name, f"{name}={ours} now, {saved} in the checkpoint (group {', '.join(groups)})"
 
     def take(self, names: Iterable[str]) -> None:
         """Replace hyperparameters of the checkpoint."""
+        begins = any(scheduler.last_epoch == 0 for scheduler in self.schedulers)
         for built, loaded in zip(self.groups, self.optimizer.param_groups):
             for name in names:
                 if name == "lr":
-                    old, position = _base_lr(loaded), loaded["lr"]
-                    known = "initial_lr" in loaded and old > 0
-                    loaded["lr"] = position * (_base_lr(built) / old) if known else built["lr"]
+                    old, new, position = _value(loaded, "lr"), _value(built, "lr"), loaded["lr"]
+                    loaded["lr"] = built["lr"] if begins or not old else position * (new / old)
                     loaded.update({key: built[key] for key in ("initial_lr", "max_lr", "min_lr") if key in built})
-                elif name in built:
+                elif name == "betas" and _is_cycled(loaded):
+                    loaded["betas"] = (loaded["betas"][0], *built["betas"][1:])
+                elif name in built and not (name == "momentum" and _is_cycled(loaded)):
                     loaded[name] = built[name]
+            # Most schedules note it down, but not ReduceLROnPlateau. From here it goes into checkpoints.
+            loaded.setdefault("initial_lr", built.get("initial_lr", loaded["lr"]))
         if "lr" in names:
             for schedule, lrs in self.schedules:
                 vars(schedule).update(lrs)
@@ -132,13 +123,19 @@ def _hyperparameters(group: dict[str, Any]) -> list[str]:
     return [name for name in group if name not in (*LABELS, *STRUCTURE, *SCHEDULED, *_IMPLEMENTATION)]
 
 
-def _base_lr(group: dict[str, Any]) -> Any:
-    """The learning rate that a schedule's factors multiply, where there is a schedule."""
-    return group.get("initial_lr", group.get("lr"))
-
-
-def _plain(value: Any) -> Any:
+def _value(group: dict[str, Any], name: str) -> Any:
+    """A hyperparameter without what a schedule makes of it."""
+    if name == "lr":
+        return group.get("initial_lr", group["lr"])
+    value = group.get(name)
+    if name in ("betas", "momentum") and _is_cycled(group):
+        value = value[1:] if name == "betas" else None
     return list(value) if isinstance(value, tuple) else value
+
+
+def _is_cycled(group: dict[str, Any]) -> bool:
+    """Whether OneCycleLR or CyclicLR moves the momentum, the first of the betas."""
+    return "max_momentum" in group
 
 
 def _with_parts(scheduler: Any) -> Iterator[Any]:

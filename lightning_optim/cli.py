@@ -119,6 +119,14 @@ class OptimCLI(LightningCLI):
             self.parser.error(str(error), error)
         except CheckpointError as error:
             self.parser.error(f"--ckpt_path {self._get(self.config, 'ckpt_path')}: {error}", error)
+        except KeyError as error:
+            if "contains only the model" not in str(error):
+                raise
+            self.parser.error(
+                f"--ckpt_path {self._get(self.config, 'ckpt_path')} holds the model alone (save_weights_only), with "
+                "which training cannot go on. Use another checkpoint.",
+                error,
+            )
         except RuntimeError as error:
             if "loading state_dict" not in str(error):
                 raise

@@ -66,7 +66,7 @@ def matched(optimizer: Optimizer, state_dict: Any) -> dict[str, Any]:
     origins = (_by_name if named else _by_position)(name, here, saved)
     groups = []
     for group, i in zip(here, origins):
-        hyperparameters = {key: value for key, value in group.items() if key not in LABELS}
+        hyperparameters = {key: value for key, value in group.items() if key not in (*LABELS, "initial_lr")}
         merged = hyperparameters | dict(saved[i])
         if named:
             keys = dict(zip(saved[i]["param_names"], saved[i]["params"]))
