@@ -127,7 +127,7 @@ def _value(group: dict[str, Any], name: str) -> Any:
     """A hyperparameter without what a schedule makes of it."""
     if name == "lr":
         return group.get("initial_lr", group["lr"])
-    value = group.get(name)
+    value: Any = group.get(name)
     if name in ("betas", "momentum") and _is_cycled(group):
         value = value[1:] if name == "betas" else None
     return list(value) if isinstance(value, tuple) else value

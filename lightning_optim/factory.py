@@ -406,9 +406,20 @@ def _run_length(module: nn.Module, interval: str) -> int | None:
         return None
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return _FAST_DEV_RUN_LENGTH
-    length = trainer.estimated_stepping_batches if interval == "step" else trainer.max_epochs
+    length = _number_of_steps(trainer) if interval == "step" else trainer.max_epochs
     # -1 and inf stand for training without end.
     return int(length) if length is not None and 0 < length < math.inf else None
+
+
+def _number_of_steps(trainer: pl.Trainer) -> int | float:
+    """The Trainer's estimate, for which it builds the training data loaders."""
+    loop = trainer.fit_loop
+    were_built = loop._combined_loader is not None
+    length = trainer.estimated_stepping_batches
+    if trainer.ckpt_path and not were_built:
+        # It gives loaders their place in the epoch from the checkpoint when it builds them, which is to come.
+        loop._combined_loader = None
+    return length
 
 
 def _trainer(module: nn.Module) -> pl.Trainer | None:
