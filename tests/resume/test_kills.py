@@ -21,7 +21,7 @@ import torch
 from lightning_optim.checkpoint_io import look_at_checkpoint
 from lightning_optim.cli import find_checkpoint, main
 
-STEPS = 40
+STEPS = 30
 ARGS = [
     *("fit", "-c", "digits", "--model.backbone", "test_resnet", "--model.stem_stride", "2", "--model.mixup", "0.2"),
     *(
