@@ -21,6 +21,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.optim.optimizer import _default_to_fused_or_foreach
@@ -191,7 +192,9 @@ def build_optimizer(
     if cls in (SGD, Adam, AdamW) and args.get("fused") is None and args.get("foreach") is None:
         fused, _ = _default_to_fused_or_foreach(trainable, args.get("differentiable", False), use_fused=True)
         # Otherwise None, with which torch chooses between the other two.
-        args["fused"] = True if fused and not _is_mixed_precision(module) else None
+        # torch's fused SGD does not know sharded parameters.
+        unknown = cls is SGD and any(isinstance(p, DTensor) for p in trainable)
+        args["fused"] = True if fused and not unknown and not _is_mixed_precision(module) else None
 
     def construct(groups: list[dict[str, Any]]) -> Optimizer:
         return _construct(f"optimizer {config.name}", cls, groups, args)
