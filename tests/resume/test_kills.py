@@ -21,19 +21,11 @@ import torch
 from lightning_optim.checkpoint_io import look_at_checkpoint
 from lightning_optim.cli import find_checkpoint, main
 
-STEPS = 30
+STEPS = 24
 ARGS = [
-    *("fit", "-c", "digits", "--model.backbone", "test_resnet", "--model.stem_stride", "2", "--model.mixup", "0.2"),
-    *(
-        "--model.backbone_args",
-        "null",
-        "--optimizer",
-        "NAMO",
-        "--data.batch_size",
-        "16",
-        "--trainer.accelerator",
-        "cpu",
-    ),
+    *("fit", "-c", "digits", "--model.backbone_args", "{channels: [4, 8, 8, 8], stem_width: 4}"),
+    *("--model.mixup", "0.2", "--model.stem_stride", "2", "--optimizer", "NAMO", "--data.batch_size", "16"),
+    *("--trainer.accelerator", "cpu"),
     *("--trainer.max_steps", str(STEPS), "--trainer.val_check_interval", "7", "--trainer.limit_val_batches", "1"),
     *("--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"),
     *("--trainer.callbacks", "RNGState", "--trainer.callbacks+", "ModelCheckpoint"),
@@ -50,7 +42,7 @@ class SlowFile:
 
     def write(self, data: Any) -> int:
         self.pending += len(data)
-        if self.pending > 50_000:
+        if self.pending > 10_000:
             self.file.flush()
             time.sleep(0.003)
             self.pending = 0
@@ -126,7 +118,7 @@ def test_a_run_that_is_killed_ends_as_one_that_is_not(tmp_path: Path, kills: int
             if any(path.stat().st_mtime_ns != before.get(path) for path in killed.rglob("last.ckpt")):
                 break
             time.sleep(0.005)
-        time.sleep(random.uniform(0, 1.5 if early else 0.6))
+        time.sleep(random.uniform(0, 1.5 if early else 0.8))
         if process.is_alive():
             process.kill()
             done += 1
