@@ -130,7 +130,9 @@ def _has_form(state_dict: Any) -> bool:
         names = group.get("param_names", [str(key) for key in group["params"]])
         if not isinstance(names, list) or len(names) != len(group["params"]):
             return False
-        if not all(isinstance(name, str) for name in (*names, group.get("rule", ""))):
+        if not all(isinstance(name, str) for name in names):
+            return False
+        if not all(isinstance(group.get(key, ""), (str, int)) for key in STRUCTURE):
             return False
         keys += group["params"]
     return (
