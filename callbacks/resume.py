@@ -112,7 +112,8 @@ class _Built:
                 elif name in built and not (name == "momentum" and _is_cycled(loaded)):
                     loaded[name] = built[name]
             # Most schedules note it down, but not ReduceLROnPlateau. From here it goes into checkpoints.
-            loaded.setdefault("initial_lr", built.get("initial_lr", loaded["lr"]))
+            if "lr" in loaded:
+                loaded.setdefault("initial_lr", built.get("initial_lr", loaded["lr"]))
         if "lr" in names:
             for schedule, lrs in self.schedules:
                 vars(schedule).update(lrs)
