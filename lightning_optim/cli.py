@@ -236,12 +236,16 @@ class RecordSettings(SaveConfigCallback):
         # What is said about one resumption does not hold for the next.
         self.config = self.config.clone()
         self.config.resume.override = None
+        # Written under another name and renamed, so that a killed run leaves no half of it.
+        self.final_name, self.config_filename = self.config_filename, f".{self.config_filename}.part"
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
             super().setup(trainer, pl_module, stage)
 
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        folder = Path(trainer.log_dir or "")
+        (folder / self.config_filename).replace(folder / self.final_name)
         config = yaml.safe_load(self.parser.dump(self.config, skip_link_targets=False))
         settings: dict[str, Any] = {"seed": config.get("seed_everything")}
         for key in ("optimizer", "lr_scheduler", "grouping", "model", "data"):
