@@ -6,6 +6,7 @@ from .optimizer_internals import OptimizerInternals
 from .optimizer_swap import OptimizerSwap
 from .orthogonality_error import OrthogonalityError
 from .rescue_checkpoint import RescueCheckpoint
+from .resume import Resume
 from .rng_state import RNGState
 from .sign_collapse import SignCollapse
 from .spike_response import SpikeResponse
@@ -20,6 +21,7 @@ __all__ = [
     "OrthogonalityError",
     "RNGState",
     "RescueCheckpoint",
+    "Resume",
     "SignCollapse",
     "SpikeResponse",
     "UpdateSize",

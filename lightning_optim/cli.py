@@ -21,7 +21,6 @@ import json
 import re
 import sys
 import warnings
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,6 +43,7 @@ from lightning.pytorch.cli import (
     SaveConfigCallback,
 )
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich import box
 from rich.console import Console
@@ -52,7 +52,8 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from . import factory, schedules
-from .callbacks import Diagnostics, RescueCheckpoint, RNGState
+from .callbacks import Diagnostics, RescueCheckpoint, Resume, RNGState
+from .checkpoint_io import CheckpointError, SafeCheckpointIO, look_at_checkpoint
 from .commands import spike
 from .data import DataError
 from .factory import Grouping, OptimizerConfig, OptimizerMixin, SchedulerConfig
@@ -90,6 +91,9 @@ class OptimCLI(LightningCLI):
     - Without ``--optimizer``, the model's own ``configure_optimizers`` is used.
     - ``-c`` also takes the name of a preset: ``-c namo``.
     - Wrong input ends in one message with exit status 2.
+    - ``--resume.override`` names the hyperparameters that a resumed run takes from the command line, and a warning
+      says where the two differ otherwise; see :class:`~lightning_optim.callbacks.Resume`.
+    - Local checkpoints are written and read by :class:`~lightning_optim.checkpoint_io.SafeCheckpointIO`.
     - TensorBoard's hyperparameters hold optimizer, schedule and grouping beside model and data.
 
     Example:
@@ -113,6 +117,25 @@ class OptimCLI(LightningCLI):
             super().__init__(model_class, datamodule_class, **(defaults | kwargs))
         except (UsageError, DataError, MisconfigurationException) as error:
             self.parser.error(str(error), error)
+        except CheckpointError as error:
+            self.parser.error(f"--ckpt_path {self._get(self.config, 'ckpt_path')}: {error}", error)
+        except KeyError as error:
+            if "contains only the model" not in str(error):
+                raise
+            self.parser.error(
+                f"--ckpt_path {self._get(self.config, 'ckpt_path')} holds the model alone (save_weights_only), with "
+                "which training cannot go on. Use another checkpoint.",
+                error,
+            )
+        except RuntimeError as error:
+            if "loading state_dict" not in str(error):
+                raise
+            self.parser.error(
+                f"--ckpt_path {self._get(self.config, 'ckpt_path')} is of another model: "
+                f"{'; '.join(line[:300] for line in str(error).splitlines()[1:])}. Give --model and its arguments as "
+                "in the run that wrote it.",
+                error,
+            )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         parser = OptimArgumentParser(**kwargs)
@@ -144,6 +167,7 @@ class OptimCLI(LightningCLI):
             help="When the schedule advances. Default: every step, and ReduceLROnPlateau every epoch.",
         )
         parser.add_argument("--grouping", type=Grouping, default=Grouping())
+        parser.add_lightning_class_args(Resume, "resume")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         if isinstance(args, (dict, Namespace)):
@@ -159,6 +183,13 @@ class OptimCLI(LightningCLI):
         if self.datamodule is not None:
             self.datamodule._log_hyperparams = False
         self._configure_late()
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        trainer = super().instantiate_trainer(**kwargs)
+        strategy = trainer.strategy
+        if type(strategy.checkpoint_io) is TorchCheckpointIO:  # and not one that the user has chosen
+            strategy.checkpoint_io = SafeCheckpointIO()
+        return trainer
 
     def _configure_late(self) -> None:
         model = self.model
@@ -202,12 +233,19 @@ class RecordSettings(SaveConfigCallback):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # A resumed run goes on in the folder of the first.
         super().__init__(*args, **({"overwrite": True} | kwargs))
+        # What is said about one resumption does not hold for the next.
+        self.config = self.config.clone()
+        self.config.resume.override = None
+        # Written under another name and renamed, so that a killed run leaves no half of it.
+        self.final_name, self.config_filename = self.config_filename, f".{self.config_filename}.part"
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
             super().setup(trainer, pl_module, stage)
 
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        folder = Path(trainer.log_dir or "")
+        (folder / self.config_filename).replace(folder / self.final_name)
         config = yaml.safe_load(self.parser.dump(self.config, skip_link_targets=False))
         settings: dict[str, Any] = {"seed": config.get("seed_everything")}
         for key in ("optimizer", "lr_scheduler", "grouping", "model", "data"):
@@ -539,23 +577,31 @@ class Invocation:
 def find_checkpoint(name: str, folder: Path) -> Path:
     """The path of a checkpoint that is named by its path, or as ``last`` or ``best`` of the newest run in a folder.
 
-    A file that a killed process has left half written is passed over.
+    One that is damaged or not written to its end is passed over with a warning.
 
     Raises:
         UsageError: There is none.
     """
-    checkpoints = list(folder.rglob("*/checkpoints/*.ckpt"))
+    checkpoints = [path for path in folder.rglob("*/checkpoints/*.ckpt") if not path.is_symlink()]
     if name not in ("last", "best"):
-        if Path(name).is_dir() or zipfile.is_zipfile(name) or "://" in name:
+        if "://" in name:
             return Path(name)
-        problem = "is not a checkpoint" if Path(name).is_file() else "does not exist"
-        raise UsageError(f"--ckpt_path {name} {problem}. {_nearest(name, map(str, checkpoints), '')}")
+        try:
+            look_at_checkpoint(Path(name))
+        except (FileNotFoundError, CheckpointError) as error:
+            raise UsageError(f"--ckpt_path: {error} {_nearest(name, map(str, checkpoints), '')}") from error
+        return Path(name)
     checkpoints.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    last = next((path for path in checkpoints if zipfile.is_zipfile(path)), None)
-    if last is None:
+    for last in checkpoints:
+        try:
+            checkpoint = look_at_checkpoint(last)
+            break
+        except CheckpointError as error:
+            warnings.warn(f"--ckpt_path {name} passes over a checkpoint: {error}", stacklevel=2)
+    else:
         raise UsageError(f"--ckpt_path {name}: there is no checkpoint in {folder} yet. Leave it out to begin a run.")
     if name == "best":
-        callbacks = torch.load(last, map_location="cpu", weights_only=True)["callbacks"]
+        callbacks = checkpoint["callbacks"]
         best = [state["best_model_path"] for key, state in callbacks.items() if key.startswith("ModelCheckpoint")]
         return last.with_name(Path(best[0]).name) if best and best[0] else last
     return last

@@ -24,12 +24,14 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import ShardingStrategy
+from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.optim.optimizer import _default_to_fused_or_foreach
 
 from . import schedules
 from .optimizers import registry
+from .optimizers.checkpoint import matched
 from .optimizers.hybrid import MatrixOptimizer
 from .optimizers.optimizer import RuleOptimizer
 from .routing import Route, clean_name, route, routing_table
@@ -197,7 +199,9 @@ def build_optimizer(
     if cls in (SGD, Adam, AdamW) and args.get("fused") is None and args.get("foreach") is None:
         fused, _ = _default_to_fused_or_foreach(trainable, args.get("differentiable", False), use_fused=True)
         # Otherwise None, with which torch chooses between the other two.
-        args["fused"] = True if fused and not _is_mixed_precision(module) else None
+        # torch's fused SGD does not know sharded parameters.
+        unknown = cls is SGD and any(isinstance(p, DTensor) for p in trainable)
+        args["fused"] = True if fused and not unknown and not _is_mixed_precision(module) else None
 
     def construct(groups: list[dict[str, Any]]) -> Optimizer:
         return _construct(f"optimizer {config.name}", cls, groups, args)
@@ -206,6 +210,8 @@ def build_optimizer(
     built = construct(_groups(module, grouping or Grouping(), issubclass(cls, MatrixOptimizer), construct))
     if isinstance(built, RuleOptimizer):
         built.process_group, built.shard_group = processes
+    else:  # The others check themselves what they load.
+        built.register_load_state_dict_pre_hook(matched)
     return built
 
 
@@ -440,9 +446,20 @@ def _run_length(module: nn.Module, interval: str) -> int | None:
         return None
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return _FAST_DEV_RUN_LENGTH
-    length = trainer.estimated_stepping_batches if interval == "step" else trainer.max_epochs
+    length = _number_of_steps(trainer) if interval == "step" else trainer.max_epochs
     # -1 and inf stand for training without end.
     return int(length) if length is not None and 0 < length < math.inf else None
+
+
+def _number_of_steps(trainer: pl.Trainer) -> int | float:
+    """The Trainer's estimate, for which it builds the training data loaders."""
+    loop = trainer.fit_loop
+    were_built = loop._combined_loader is not None
+    length = trainer.estimated_stepping_batches
+    if trainer.ckpt_path and not were_built:
+        # It gives loaders their place in the epoch from the checkpoint when it builds them, which is to come.
+        loop._combined_loader = None
+    return length
 
 
 def _trainer(module: nn.Module) -> pl.Trainer | None:

@@ -15,7 +15,8 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import Tensor
 
-from . import constraints, execution
+from . import checkpoint, constraints, execution
+from .checkpoint import CheckpointError
 from .constraints import Constraint, count, one_of, optional
 from .execution import BACKENDS, ROUNDINGS, Backend, Batch, Group, ParameterObserver, Rounding, State, Task, sharding
 from .gradients import inspect_gradients
@@ -442,26 +443,42 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state of an optimizer with the same rules for the same parameters.
 
-        State of the parameters' size takes the precision of the arithmetic on the parameters that are here now.
+        Parameters with names are found by name, others by position. State of the parameters' size takes the precision
+        of the arithmetic on the parameters that are here now. Nothing is changed unless everything fits.
 
         Raises:
-            ValueError: The checkpoint was written by another rule.
+            CheckpointError: The checkpoint is of another optimizer, of other parameters or groups of them, or damaged.
         """
-        for i, (group, saved) in enumerate(zip(self.param_groups, state_dict["param_groups"])):
-            if saved.get("rule") != group["rule"]:
-                raise ValueError(
-                    f"Parameter group {i} was saved by {saved.get('rule', 'another optimizer')!r} and cannot be "
-                    f"loaded into {group['rule']!r}; build the optimizer that wrote the checkpoint."
-                )
+        state_dict = checkpoint.matched(self, state_dict)
+        self._check_checkpoint(state_dict)
         super().load_state_dict(state_dict)
+        self._seen = [group.copy() for group in self.param_groups]  # Hyperparameters that go with the loaded state.
         # torch casts state to the parameter's dtype; the saved values are what continues the run exactly.
         for group, saved in zip(self.param_groups, state_dict["param_groups"]):
             keep = {*execution.number_names(self.rule(group)), execution.RESIDUAL}
             for p, key in zip(group["params"], saved["params"]):
                 for name, value in state_dict["state"].get(key, {}).items():
-                    if isinstance(value, Tensor):
-                        dtype = value.dtype if name in keep else execution.compute_dtype(p.dtype)
-                        self.state[p][name] = value.to(self.state[p][name].device, dtype, copy=True)
+                    dtype = value.dtype if name in keep else execution.compute_dtype(p.dtype)
+                    self.state[p][name] = value.to(self.state[p][name].device, dtype, copy=True)
+
+    def _check_checkpoint(self, state_dict: Mapping[str, Any]) -> None:
+        """Refuse hyperparameters out of range and state of other names, shapes or kinds than the rules'."""
+        states, expected = {}, {}
+        for i, (group, saved) in enumerate(zip(self.param_groups, state_dict["param_groups"])):
+            try:
+                self._check({**saved, "params": group["params"]})
+            except ValueError as error:
+                raise CheckpointError(f"Group {group.get('name', i)!r} of the checkpoint: {error}") from error
+            for j, (p, key) in enumerate(zip(group["params"], saved["params"])):
+                if state := state_dict["state"].get(key):
+                    name = checkpoint.label(group, i, j)
+                    like = torch.empty(p.shape, dtype=p.dtype, device="meta")
+                    states[name], expected[name] = state, execution.new_state(self.rule(group), like, saved)
+                    if execution.RESIDUAL in state:  # of whichever way of rounding; the step makes the one it needs
+                        kind = getattr(state[execution.RESIDUAL], "dtype", None)
+                        kind = kind if kind in (torch.bfloat16, torch.float16) else torch.int16
+                        expected[name][execution.RESIDUAL] = torch.empty(p.shape, dtype=kind, device="meta")
+        checkpoint.check_state(states, expected)
 
 
 def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:

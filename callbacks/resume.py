@@ -1,0 +1,146 @@
+"""Hyperparameters that are given anew when a run is resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.optim import Optimizer
+
+from lightning_optim.optimizers.checkpoint import LABELS, SCHEDULED, STRUCTURE
+
+# How torch's optimizers compute, not what.
+_IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")
+
+
+class Resume(pl.Callback):
+    """Decides between the checkpoint's hyperparameters and those that the optimizer is built with at resume.
+
+    A resumed optimizer has the checkpoint's learning rate, betas, weight decay and so on, whatever it was built with.
+    This callback warns where the two differ, and goes on with the new values of the hyperparameters in ``override``,
+    in all parameter groups: for ``"lr"`` that includes the fallback rule's learning rate, multipliers and overrides by
+    name.
+
+    A schedule goes on at its position: a new learning rate scales the current one, as the schedule and reductions
+    on plateaus have left it, by new over old, and is what the rest of the schedule is relative to. Absolute values
+    in a schedule's own arguments, such as OneCycleLR's ``max_lr``, are taken anew with ``"lr"``, too.
+
+    Works with any torch optimizer. Without a checkpoint it does nothing.
+
+    Args:
+        override: Names of hyperparameters, as in the optimizer's parameter groups: ``lr``, ``betas``,
+            ``weight_decay``, ...
+
+    Raises:
+        MisconfigurationException: When training starts, if no optimizer has such a hyperparameter.
+
+    Example:
+        >>> trainer = pl.Trainer(callbacks=[Resume(override=["lr", "weight_decay"])], accelerator="cpu", logger=False)
+    """
+
+    def __init__(self, override: list[str] | None = None) -> None:
+        self.override = override or []
+        self._built: list[_Built] = []
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Optimizers and schedules are there; the checkpoint's state of them is loaded after this.
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        self._built = [_Built(optimizer, schedulers) for optimizer in trainer.optimizers]
+        known = {name for built in self._built for group in built.groups for name in _hyperparameters(group)}
+        for name in self.override:
+            if name not in known:
+                raise MisconfigurationException(
+                    f"resume.override: no parameter group has {name!r}. Known: {', '.join(sorted(known))}."
+                )
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        differences = [difference for built in self._built for difference in built.differences()]
+        for built in self._built:
+            built.take(self.override)
+        self._built = []
+        new = [text for name, text in differences if name in self.override]
+        if new:
+            rank_zero_info(f"Resumed with hyperparameters given anew: {'; '.join(new)}.")
+        old = {text: name for name, text in differences if name not in self.override}
+        if old:
+            names = ",".join(dict.fromkeys([*self.override, *old.values()]))
+            rank_zero_warn(
+                f"The run goes on with hyperparameters of its checkpoint, not with those it is given now: "
+                f"{'; '.join(old)}. To take the new ones, add --resume.override '[{names}]', in Python the callback "
+                f"lightning_optim.callbacks.Resume(override={names.split(',')})."
+            )
+
+
+class _Built:
+    """What an optimizer and its schedules were built with."""
+
+    def __init__(self, optimizer: Optimizer, schedulers: Iterable[Any]) -> None:
+        self.optimizer = optimizer
+        self.schedulers = [scheduler for scheduler in schedulers if scheduler.optimizer is optimizer]
+        self.groups = [dict(group) for group in optimizer.param_groups]
+        self.schedules = [
+            (schedule, {key: list(vars(schedule)[key]) for key in ("base_lrs", "max_lrs") if key in vars(schedule)})
+            for scheduler in self.schedulers
+            for schedule in _with_parts(scheduler)
+        ]
+
+    def differences(self) -> Iterator[tuple[str, str]]:
+        """Hyperparameters that are not those of the checkpoint, and how they differ."""
+        values: dict[tuple[str, str, str], list[str]] = {}
+        for i, (built, loaded) in enumerate(zip(self.groups, self.optimizer.param_groups)):
+            for name in _hyperparameters(built):
+                ours, saved = _value(built, name), _value(loaded, name)
+                if ours != saved:
+                    values.setdefault((name, f"{ours}", f"{saved}"), []).append(repr(built.get("name", i)))
+        for (name, ours, saved), groups in values.items():
+            yield name, f"{name}={ours} now, {saved} in the checkpoint (group {', '.join(groups)})"
+
+    def take(self, names: Iterable[str]) -> None:
+        """Replace hyperparameters of the checkpoint."""
+        begins = any(scheduler.last_epoch == 0 for scheduler in self.schedulers)
+        for built, loaded in zip(self.groups, self.optimizer.param_groups):
+            for name in names:
+                if name == "lr":
+                    old, new, position = _value(loaded, "lr"), _value(built, "lr"), loaded["lr"]
+                    loaded["lr"] = built["lr"] if begins or not old else position * (new / old)
+                    loaded.update({key: built[key] for key in ("initial_lr", "max_lr", "min_lr") if key in built})
+                elif name == "betas" and _is_cycled(loaded):
+                    loaded["betas"] = (loaded["betas"][0], *built["betas"][1:])
+                elif name in built and not (name == "momentum" and _is_cycled(loaded)):
+                    loaded[name] = built[name]
+            # Most schedules note it down, but not ReduceLROnPlateau. From here it goes into checkpoints.
+            if "lr" in loaded:
+                loaded.setdefault("initial_lr", built.get("initial_lr", loaded["lr"]))
+        if "lr" in names:
+            for schedule, lrs in self.schedules:
+                vars(schedule).update(lrs)
+                schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+
+def _hyperparameters(group: dict[str, Any]) -> list[str]:
+    return [name for name in group if name not in (*LABELS, *STRUCTURE, *SCHEDULED, *_IMPLEMENTATION)]
+
+
+def _value(group: dict[str, Any], name: str) -> Any:
+    """A hyperparameter without what a schedule makes of it."""
+    if name == "lr":
+        return group.get("initial_lr", group["lr"])
+    value: Any = group.get(name)
+    if name in ("betas", "momentum") and _is_cycled(group):
+        value = value[1:] if name == "betas" else None
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _is_cycled(group: dict[str, Any]) -> bool:
+    """Whether OneCycleLR or CyclicLR moves the momentum, the first of the betas."""
+    return "max_momentum" in group
+
+
+def _with_parts(scheduler: Any) -> Iterator[Any]:
+    """A scheduler and those that it is made of, as SequentialLR is."""
+    yield scheduler
+    for part in getattr(scheduler, "_schedulers", ()):
+        yield from _with_parts(part)

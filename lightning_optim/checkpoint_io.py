@@ -1,0 +1,145 @@
+"""Checkpoint files: written whole or not at all, read without executing anything that is in them."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from .optimizers.checkpoint import CheckpointError
+
+__all__ = ["CheckpointError", "SafeCheckpointIO", "look_at_checkpoint", "read_checkpoint"]
+
+_OTHER = "Use another checkpoint of the run, which the command line does by itself for `--ckpt_path last`."
+
+
+class SafeCheckpointIO(TorchCheckpointIO):
+    """Lightning's checkpoint files, written atomically and loaded safely.
+
+    A local file is written beside its place under another name, flushed to disk and then renamed, so that there is no
+    moment at which a killed process leaves half a checkpoint, or none where there was one. Lightning writes to the
+    system's folder for temporary files first, from which a file is copied where that is another file system.
+
+    Files are read with ``weights_only=True`` whatever the version of Lightning (before 2.6 it does not), and after
+    their checksums have been compared, which ``torch.load`` does not do. That is one more pass over the file.
+
+    Example:
+        >>> import lightning.pytorch as pl
+        >>> trainer = pl.Trainer(plugins=[SafeCheckpointIO()], accelerator="cpu", logger=False)
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        """Write a checkpoint. Other places than local files are left to Lightning."""
+        if storage_options is not None or "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # One name for all attempts, so that what a killed process has left is overwritten and not collected.
+        part = path.with_name(f".{path.name}.part")
+        with part.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            CheckpointError: As for :func:`read_checkpoint`.
+            ValueError: ``weights_only=False``.
+        """
+        if weights_only is False:
+            raise ValueError(
+                "weights_only=False: SafeCheckpointIO executes nothing. Use Lightning's TorchCheckpointIO for a "
+                "checkpoint that holds other objects, if you trust it."
+            )
+        return read_checkpoint(path, map_location)
+
+
+def read_checkpoint(path: str | Path, map_location: Any = "cpu", *, mmap: bool = False) -> dict[str, Any]:
+    """Read a checkpoint file of Lightning without executing anything that is in it.
+
+    Args:
+        path: A file or an address that fsspec knows.
+        map_location: As in :func:`torch.load`.
+        mmap: As in :func:`torch.load`: leave the tensors of a local file there until they are used.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        CheckpointError: It is damaged, or not a checkpoint of Lightning, or holds more than tensors and plain values.
+    """
+    checkpoint = _load(path, map_location, mmap)
+    if not isinstance(checkpoint.get("state_dict"), dict):
+        raise CheckpointError(
+            f"{path} is not a checkpoint of Lightning: it has no state_dict but {sorted(map(str, checkpoint))[:5]}. "
+            "Weights alone are loaded by module.load_state_dict."
+        )
+    return checkpoint
+
+
+def look_at_checkpoint(path: Path) -> dict[str, Any]:
+    """What a local checkpoint holds, a folder of shards without its tensors.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint.
+        CheckpointError: As for :func:`read_checkpoint`, or a folder was not written to its end.
+    """
+    if not path.is_dir():
+        return read_checkpoint(path, mmap=True)
+    # Shards are written first, then the table of them, then what Lightning adds.
+    last, others = path / "meta.pt", [path / ".metadata", *path.glob("*.distcp")]
+    if not last.is_file() or any(not p.is_file() or p.stat().st_mtime_ns > last.stat().st_mtime_ns for p in others):
+        raise CheckpointError(f"{path} was not written to its end. {_OTHER}")
+    return _load(last, "cpu")
+
+
+def _load(path: str | Path, map_location: Any, mmap: bool = False) -> dict[str, Any]:
+    files = get_filesystem(path)
+    if not files.isfile(str(path)):
+        raise FileNotFoundError(f"There is no checkpoint {path}.")
+    with files.open(str(path), "rb") as file:
+        _check_archive(file, path)
+        file.seek(0)
+        try:
+            content = torch.load(path if mmap else file, map_location, weights_only=True, mmap=mmap)
+        except pickle.UnpicklingError as error:
+            reason = str(error).partition("WeightsUnpickler error: ")[2].partition("\n")[0] or "not a pickle"
+            raise CheckpointError(
+                f"{path} holds other things than tensors and plain values ({reason}), and was not loaded. Keep such "
+                "objects out of checkpoints; torch.load(..., weights_only=False) would execute what it says."
+            ) from error
+        except Exception as error:  # What a file that somebody made up leads to is anything.
+            reason = str(error).partition("\n")[0]
+            raise CheckpointError(
+                f"{path} is not a checkpoint that torch.save has written ({reason}). {_OTHER}"
+            ) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is not a checkpoint of Lightning: it holds a {type(content).__name__}.")
+    return content
+
+
+def _check_archive(file: IO[bytes], path: str | Path) -> None:
+    """Refuse files whose end is missing or whose contents do not agree with their checksums."""
+    start = file.read(4)
+    try:
+        with zipfile.ZipFile(file) as archive:
+            # torch takes an entry that is marked as a folder for one that needs no reading.
+            folders = [entry.filename for entry in archive.infolist() if entry.is_dir() or entry.external_attr & 0x10]
+            damaged = archive.testzip() or next(iter(folders), None)
+    except Exception as error:  # as above
+        if start == b"PK\x03\x04":
+            raise CheckpointError(f"{path} is damaged or was not written to its end ({error}). {_OTHER}") from error
+        raise CheckpointError(f"{path} is not a checkpoint: torch.save has not written it.") from error
+    if damaged is not None:
+        raise CheckpointError(f"{path} is damaged: its entry {damaged} is not what was written. {_OTHER}")

@@ -1,0 +1,216 @@
+"""Whether a checkpoint fits an optimizer, and where it does not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+Groups = Sequence[Mapping[str, Any]]
+
+#: Keys of a parameter group that say what is done with its parameters, ...
+STRUCTURE = ("rule", "role", "blocks", "transposed", "decoupled_weight_decay")
+#: ... what they are called, ...
+LABELS = ("params", "param_names", "name")
+#: ... and what schedules note down there. The others are hyperparameters.
+SCHEDULED = ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum")
+
+_REMEDY = (
+    "Build model and optimizer as in the run that wrote the checkpoint, or load only the model's weights and begin "
+    "with a new optimizer."
+)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be loaded. The message says what is wrong and what to do."""
+
+
+def matched(optimizer: Optimizer, state_dict: Any) -> dict[str, Any]:
+    """A checkpoint's parameter groups and parameters in the order in which an optimizer holds them.
+
+    Parameters are found by name where both sides have names, otherwise by position.
+
+    Args:
+        optimizer: Any torch optimizer.
+        state_dict: What its ``state_dict()`` has returned earlier.
+
+    Returns:
+        The state dict, reordered. Hyperparameters that it lacks are those of the optimizer.
+
+    Raises:
+        CheckpointError: It is of another optimizer, of other parameters, or of other groups of them.
+
+    Example:
+        >>> a, b = (torch.nn.Parameter(torch.zeros(2)) for _ in "ab")
+        >>> saved = torch.optim.SGD([("a", a), ("b", b)], lr=0.1).state_dict()
+        >>> matched(torch.optim.SGD([("b", b), ("a", a)], lr=0.1), saved)["param_groups"][0]["params"]
+        [1, 0]
+        >>> try:
+        ...     matched(torch.optim.SGD([("b", b), ("c", a)], lr=0.1), saved)
+        ... except CheckpointError as error:
+        ...     print(str(error).rpartition("Build")[0])
+        The checkpoint does not fit this SGD.
+        Only in the checkpoint: a.
+        Not in the checkpoint: c.
+        <BLANKLINE>
+    """
+    _check_form(state_dict)
+    name = type(optimizer).__name__
+    here, saved = optimizer.param_groups, state_dict["param_groups"]
+    _check_author(name, here, saved)
+    named = all("param_names" in group for group in (*here, *saved))
+    origins = (_by_name if named else _by_position)(name, here, saved)
+    groups = []
+    for group, i in zip(here, origins):
+        hyperparameters = {key: value for key, value in group.items() if key not in (*LABELS, "initial_lr")}
+        merged = hyperparameters | dict(saved[i])
+        if named:
+            keys = dict(zip(saved[i]["param_names"], saved[i]["params"]))
+            merged |= {"params": [keys[n] for n in group["param_names"]], "param_names": list(group["param_names"])}
+        groups.append(merged)
+    return {**state_dict, "param_groups": groups}
+
+
+def check_state(saved: Mapping[str, Mapping[str, Any]], expected: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Compare the saved state of parameters with what it has to be.
+
+    Args:
+        saved: For each parameter, by whatever it is to be called, its state in the checkpoint.
+        expected: Likewise tensors of the right names, shapes and dtypes; their values do not matter.
+
+    Raises:
+        CheckpointError: A tensor is missing, superfluous, or of another shape or kind.
+    """
+    problems = {name: _state_problems(state, expected[name]) for name, state in saved.items()}
+    if found := [f"{name} ({problem})" for name, problem in problems.items() if problem]:
+        raise CheckpointError(f"The checkpoint's state does not fit the parameters: {_several(found)}. {_REMEDY}")
+
+
+def _state_problems(saved: Mapping[str, Any], expected: Mapping[str, Tensor]) -> str:
+    problems = [f"{name} is missing" for name in expected if name not in saved]
+    problems += [f"{name} is unknown" for name in saved if name not in expected]
+    wide = (torch.float32, torch.float64)
+    for name, x in expected.items():
+        value = saved.get(name, x)
+        if not isinstance(value, Tensor):
+            problems.append(f"{name} is a {type(value).__name__} instead of a tensor")
+        elif value.shape != x.shape:
+            problems.append(f"{name} is of shape {tuple(value.shape)} instead of {tuple(x.shape)}")
+        elif value.dtype != x.dtype and not (value.dtype in wide and x.dtype in wide):
+            problems.append(f"{name} is {_short(value.dtype)} instead of {_short(x.dtype)}")
+    return ", ".join(problems)
+
+
+def label(group: Mapping[str, Any], i: int, j: int) -> str:
+    """What to call the ``j``-th parameter of the ``i``-th group: its name, or its place and shape."""
+    if "param_names" in group:
+        return group["param_names"][j]
+    return f"parameter {j} of group {i}, of shape {tuple(group['params'][j].shape)}"
+
+
+def _check_form(state_dict: Any) -> None:
+    if not _has_form(state_dict):
+        raise CheckpointError(f"This is not an optimizer's checkpoint. {_REMEDY}")
+
+
+def _has_form(state_dict: Any) -> bool:
+    if not isinstance(state_dict, Mapping):
+        return False
+    groups, state = state_dict.get("param_groups"), state_dict.get("state")
+    if not isinstance(groups, list) or not isinstance(state, Mapping):
+        return False
+    keys: list[Any] = []
+    for group in groups:
+        if not isinstance(group, Mapping) or not isinstance(group.get("params"), list):
+            return False
+        names = group.get("param_names", [str(key) for key in group["params"]])
+        if not isinstance(names, list) or len(names) != len(group["params"]):
+            return False
+        if not all(isinstance(name, str) for name in names):
+            return False
+        if not all(isinstance(group.get(key, ""), (str, int)) for key in STRUCTURE):
+            return False
+        keys += group["params"]
+    return (
+        all(isinstance(key, (int, str)) for key in keys)
+        and len({*keys}) == len(keys)
+        and all(isinstance(x, Mapping) for x in state.values())
+    )
+
+
+def _check_author(name: str, here: Groups, saved: Groups) -> None:
+    """Refuse what another optimizer has written, as far as the groups as a whole show it."""
+    rules_here, rules_saved = ({group.get("rule") for group in groups} for groups in (here, saved))
+    keys_here, keys_saved = ({key for group in groups for key in group} - {*SCHEDULED} for groups in (here, saved))
+    odd, lacking = sorted(keys_saved - keys_here - {*LABELS}), sorted(keys_here - keys_saved - {*LABELS})
+    if rules_here.isdisjoint(rules_saved) or (odd and lacking):
+        author = " and ".join(sorted(repr(rule) for rule in rules_saved if rule)) or "another optimizer"
+        details = f" Its groups have {', '.join(odd)} and no {', '.join(lacking)}." if odd and lacking else ""
+        raise CheckpointError(f"The checkpoint was written by {author} and does not fit {name}.{details} {_REMEDY}")
+
+
+def _by_name(optimizer: str, here: Groups, saved: Groups) -> list[int]:
+    """For each group the index of the saved group with the same parameters."""
+    now, then = ({n: i for i, group in enumerate(groups) for n in group["param_names"]} for groups in (here, saved))
+    # A group is the saved one that it shares most parameters with, so that the difference is the smaller part.
+    origin: dict[int, int] = {}
+    shared = Counter((now[n], then[n]) for n in now if n in then)
+    for i, j in sorted(shared, key=lambda ij: (-shared[ij], _name(here, ij[0]) != _name(saved, ij[1]))):
+        if i not in origin and j not in origin.values():
+            origin[i] = j
+    kept = [n for n in now if n in then]
+    changes = {n: _changes(here[now[n]], saved[then[n]]) for n in kept}
+    moved = [n for n in kept if not changes[n] and origin.get(now[n]) != then[n]]
+    differences = {
+        "Only in the checkpoint": [n for n in then if n not in now],
+        "Not in the checkpoint": [n for n in now if n not in then],
+        "Treated otherwise": [f"{n} ({change})" for n, change in changes.items() if change],
+        "Grouped otherwise": [f"{n} ({_name(saved, then[n])} in the checkpoint, {_name(here, now[n])})" for n in moved],
+    }
+    lines = [f"{what}: {_several(names)}." for what, names in differences.items() if names]
+    if lines:
+        raise CheckpointError("\n".join([f"The checkpoint does not fit this {optimizer}.", *lines, _REMEDY]))
+    return [origin[i] for i in range(len(here))]
+
+
+def _by_position(optimizer: str, here: Groups, saved: Groups) -> list[int]:
+    sizes_here, sizes_saved = ([len(group["params"]) for group in groups] for groups in (here, saved))
+    if sizes_here != sizes_saved:
+        raise CheckpointError(
+            f"The checkpoint does not fit this {optimizer}: its groups hold {_numbers(sizes_saved)} parameters, those "
+            f"here {_numbers(sizes_here)}. {_REMEDY} With named parameters, as build_optimizer gives them, this "
+            "message says which."
+        )
+    for i, (group, then) in enumerate(zip(here, saved)):
+        if changes := _changes(group, then):
+            raise CheckpointError(f"The checkpoint does not fit this {optimizer}. Group {i}: {changes}. {_REMEDY}")
+    return list(range(len(here)))
+
+
+def _changes(here: Mapping[str, Any], saved: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{key} {saved[key]!r} in the checkpoint, {here[key]!r} here"
+        for key in STRUCTURE
+        if key in here and key in saved and here[key] != saved[key]
+    )
+
+
+def _name(groups: Groups, i: int) -> str:
+    return f"group {groups[i].get('name', i)!r}"
+
+
+def _numbers(values: Sequence[int]) -> str:
+    return " + ".join(map(str, values)) or "no"
+
+
+def _several(names: Sequence[str], most: int = 10) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

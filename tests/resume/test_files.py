@@ -1,0 +1,204 @@
+"""Checkpoint files: whole or not at all, and read without executing anything."""
+
+from __future__ import annotations
+
+import os
+import sys
+import zipfile
+from collections.abc import Callable
+from contextlib import suppress
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from lightning_optim.checkpoint_io import CheckpointError, SafeCheckpointIO, look_at_checkpoint, read_checkpoint
+from lightning_optim.cli import OptimCLI, find_checkpoint, main
+
+QUIET: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+
+
+class Bomb:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.marker,)
+
+
+def checkpoint() -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    weights = {name: torch.randn(17, generator=generator) for name in "ab"}
+    return {"state_dict": weights, "epoch": 3, "callbacks": {"x": {"best": float("inf"), "names": ["y"]}}}
+
+
+def written(path: Path, content: Any = None) -> bytes:
+    SafeCheckpointIO().save_checkpoint(checkpoint() if content is None else content, path)
+    return path.read_bytes()
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    written(tmp_path / "folder" / "a.ckpt")
+    assert same(SafeCheckpointIO().load_checkpoint(tmp_path / "folder" / "a.ckpt"), checkpoint())
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["a.ckpt"]
+
+
+def test_a_file_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whenever the writing stops, what was there before is there; the next attempt leaves no rest of the last."""
+    path = tmp_path / "last.ckpt"
+    before = written(path)
+    seen: list[bytes] = []
+
+    def stops(content: Any, file: Any) -> None:
+        file.write(b"half")
+        file.flush()
+        seen.append(path.read_bytes())
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", stops)
+        with pytest.raises(KeyboardInterrupt):
+            SafeCheckpointIO().save_checkpoint({}, path)
+    assert seen == [before]
+    assert path.read_bytes() == before
+    written(path, checkpoint() | {"epoch": 4})
+    assert read_checkpoint(path)["epoch"] == 4
+    assert os.listdir(tmp_path) == ["last.ckpt"]
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_damaged_files_are_refused_or_read_right(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """Cut anywhere, and with any byte changed: a clear error, or what was written, never anything else."""
+    path = tmp_path_factory.mktemp("damaged") / "a.ckpt"
+    content = bytearray(written(path))
+    if data.draw(st.booleans(), label="cut"):
+        path.write_bytes(content[: data.draw(st.integers(0, len(content) - 1))])
+        with pytest.raises(CheckpointError, match=r"a\.ckpt is (damaged|not a checkpoint)"):
+            read_checkpoint(path)
+        return
+    content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
+    path.write_bytes(content)
+    with suppress(CheckpointError):
+        assert same(read_checkpoint(path), checkpoint())
+
+
+def zip_of_something_else(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("word/document.xml", "<xml/>")
+
+
+FOREIGN: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "a text": (lambda path: path.write_text("model: x"), "is not a checkpoint"),
+    "nothing": (lambda path: path.write_bytes(b""), "is not a checkpoint"),
+    "a zip of something else": (zip_of_something_else, "is not a checkpoint"),
+    "a pickle": (lambda path: torch.save({}, path, _use_new_zipfile_serialization=False), "is not a checkpoint"),
+    "a tensor": (lambda path: torch.save(torch.zeros(2), path), "holds a Tensor"),
+    "weights": (lambda path: torch.save({"layer.weight": torch.zeros(2)}, path), "no state_dict but ['layer.weight']"),
+    "an optimizer": (lambda path: torch.save({"state": {}, "param_groups": []}, path), "no state_dict"),
+    "objects": (lambda path: torch.save({"state_dict": {}, "args": Fraction(1, 2)}, path), "Fraction"),
+}
+
+
+@pytest.mark.parametrize("what", FOREIGN)
+def test_foreign_files_are_refused(what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write, message = FOREIGN[what]
+    path = tmp_path / "foreign.ckpt"
+    write(path)
+    with pytest.raises(CheckpointError) as caught:
+        SafeCheckpointIO().load_checkpoint(path)
+    assert str(path) in str(caught.value)
+    assert message in str(caught.value)
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--ckpt_path", str(path)])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("subcommand", ["fit", "validate", "test", "predict"])
+@pytest.mark.parametrize("place", ["state_dict", "optimizer_states", "hyper_parameters", "anything"])
+def test_the_command_line_executes_nothing(
+    subcommand: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    marker = tmp_path / "executed"
+    path = tmp_path / "runs" / "digits" / "version_0" / "checkpoints" / "last.ckpt"
+    path.parent.mkdir(parents=True)
+    torch.save(checkpoint() | {place: Bomb(marker)}, path)
+    with pytest.raises(SystemExit) as stop:
+        main([subcommand, "--ckpt_path", str(path)])
+    assert stop.value.code == 2
+    shown = capsys.readouterr().err
+    assert "last.ckpt" in shown
+    assert "getattr" in shown, "it names what was not executed"
+    with pytest.raises(SystemExit), pytest.warns(UserWarning, match="passes over a checkpoint"):
+        main([subcommand, "--ckpt_path", "last"])
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("call", ["fit", "validate", "test", "predict"])
+def test_a_trainer_with_it_executes_nothing(call: str, tmp_path: Path) -> None:
+    marker = tmp_path / "executed"
+    trainer = pl.Trainer(
+        plugins=[SafeCheckpointIO()], accelerator="cpu", max_steps=1, default_root_dir=tmp_path, **QUIET
+    )
+    trainer.fit(BoringModel())
+    good = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=True)  # type: ignore[union-attr]
+    torch.save(good | {"extra": Bomb(marker)}, tmp_path / "bad.ckpt")
+    with pytest.raises(CheckpointError, match=r"bad\.ckpt holds other things"):
+        getattr(trainer, call)(BoringModel(), ckpt_path=str(tmp_path / "bad.ckpt"))
+    assert not marker.exists()
+
+
+def test_the_bomb_would_go_off(tmp_path: Path) -> None:
+    torch.save({"x": Bomb(tmp_path / "executed")}, tmp_path / "a.ckpt")
+    torch.load(tmp_path / "a.ckpt", weights_only=False)
+    assert (tmp_path / "executed").exists()
+
+
+def test_weights_only_false_is_refused(tmp_path: Path) -> None:
+    written(tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match="TorchCheckpointIO"):
+        SafeCheckpointIO().load_checkpoint(tmp_path / "a.ckpt", weights_only=False)
+
+
+def test_a_folder_of_shards_is_complete_when_its_last_file_is_the_newest(tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    folder.mkdir(parents=True)
+    for time, name in enumerate(["__0_0.distcp", "__1_0.distcp", ".metadata"]):
+        (folder / name).touch()
+        os.utime(folder / name, (time, time))
+    with pytest.raises(CheckpointError, match="not written to its end"):
+        look_at_checkpoint(folder)
+    torch.save({"epoch": 3}, folder / "meta.pt")
+    os.utime(folder / "meta.pt", (3, 3))
+    assert look_at_checkpoint(folder)["epoch"] == 3
+    assert find_checkpoint("last", tmp_path) == folder
+    os.utime(folder / "__1_0.distcp", (4, 4))  # It is being overwritten.
+    with pytest.raises(CheckpointError, match="not written to its end"):
+        look_at_checkpoint(folder)
+
+
+def test_the_command_line_uses_it_unless_told_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Own(TorchCheckpointIO):
+        pass
+
+    monkeypatch.setattr(sys, "argv", ["program"])
+    for plugins, expected in (([], SafeCheckpointIO), ([Own()], Own)):
+        cli = OptimCLI(BoringModel, run=False, args=[], trainer_defaults={"plugins": plugins, "accelerator": "cpu"})
+        assert type(cli.trainer.strategy.checkpoint_io) is expected

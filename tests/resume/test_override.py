@@ -1,0 +1,238 @@
+"""Hyperparameters given anew at resume: honoured when the user says so, reported when not."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_optim import Grouping, build_optimizer
+from lightning_optim.callbacks import Resume
+from lightning_optim.cli import find_checkpoint, main
+
+STOP, END = 4, 10
+
+
+class Net(pl.LightningModule):
+    """Built with a learning rate; which schedule, the test says."""
+
+    def __init__(self, lr: float, schedule: Any = None, name: str = "NAMO", **args: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 4), nn.Linear(4, 2))
+        self.build = lambda: build_optimizer(
+            self, {"name": name, "args": {"lr": lr} | args}, Grouping(lr_multipliers={"net.3.*": 0.5})
+        )
+        self.schedule = schedule
+        self.seen: list[list[float]] = []
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        self.seen.append([group["lr"] for group in self.trainer.optimizers[0].param_groups])
+        loss = self.net(batch[0]).square().mean()
+        # ReduceLROnPlateau reduces at the second and third step. (Lightning writes checkpoints before it asks it for a
+        # step, and does not ask it again when a run is resumed: a reduction at the fourth would be lost.)
+        self.log("loss", 1.0 if self.global_step < 3 else -float(self.global_step))
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.build()
+        if self.schedule is None:
+            return optimizer
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self.schedule(optimizer), "interval": "step", "monitor": "loss"},
+        }
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(TensorDataset(torch.ones(END, 3)))
+
+
+def fit(model: Net, folder: Path, *callbacks: pl.Callback, steps: int = END, resume: bool = False) -> pl.Trainer:
+    keep = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=STOP, save_top_k=-1)
+    trainer = pl.Trainer(
+        accelerator="cpu", max_steps=steps, max_epochs=-1, callbacks=[*callbacks, keep],
+        logger=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(model, ckpt_path=folder / f"step={STOP}.ckpt" if resume else None)
+    return trainer
+
+
+optim = torch.optim.lr_scheduler
+SCHEDULES: dict[str, Any] = {
+    "none": None,
+    "lambda": lambda o: optim.LambdaLR(o, lambda t: 1 / (1 + t)),
+    "cosine": lambda o: optim.CosineAnnealingLR(o, T_max=END),
+    "step": lambda o: optim.StepLR(o, 2),
+    "exponential": lambda o: optim.ExponentialLR(o, 0.9),
+    "plateau": lambda o: optim.ReduceLROnPlateau(o, patience=0, factor=0.9),
+    "one after the other": lambda o: optim.SequentialLR(
+        o, [optim.LinearLR(o, 0.1, total_iters=3), optim.CosineAnnealingLR(o, T_max=8)], [3]
+    ),
+    "one cycle": lambda o: optim.OneCycleLR(o, max_lr=[30 * g["lr"] for g in o.param_groups], total_steps=END),
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", ["NAMO", "AdamW"])
+def test_the_schedule_goes_on_from_its_position_with_the_new_base(tmp_path: Path, schedule: str, name: str) -> None:
+    """Learning rates after the resumption are those of a run that had the new ones from the start."""
+    fallback = {"fallback_lr": 0.001} if name == "NAMO" else {}
+    changed = {"fallback_lr": 0.004} if name == "NAMO" else {}
+    fit(Net(0.01, SCHEDULES[schedule], name, **fallback), tmp_path, Resume(), steps=STOP)
+    whole = Net(0.03, SCHEDULES[schedule], name, **changed)
+    fit(whole, tmp_path / "whole")
+    resumed = Net(0.03, SCHEDULES[schedule], name, **changed)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*hyperparameters of its checkpoint")
+        fit(resumed, tmp_path, Resume(["lr"]), resume=True)
+    assert len(resumed.seen) == END - STOP
+    # Products of a few factors, in another order.
+    for found, expected in zip(resumed.seen, whole.seen[STOP:], strict=True):
+        assert found == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_without_it_the_checkpoint_holds_and_one_warning_says_so(tmp_path: Path, schedule: str) -> None:
+    before = Net(0.01, SCHEDULES[schedule])
+    fit(before, tmp_path, Resume())
+    resumed = Net(0.03, SCHEDULES[schedule], weight_decay=0.25)
+    with pytest.warns(UserWarning, match="hyperparameters of its checkpoint") as caught:
+        fit(resumed, tmp_path, Resume(), resume=True)
+    said = [str(w.message) for w in caught if "hyperparameters of its checkpoint" in str(w.message)]
+    assert len(said) == 1
+    if schedule != "one cycle":  # which replaces the optimizer's learning rates by its own
+        assert "lr=0.03 now, 0.01 in the checkpoint (group 'matrix')" in said[0]
+        assert "--resume.override '[lr,weight_decay]'" in said[0]
+    assert "weight_decay=0.25 now, 0.1 in the checkpoint (group 'matrix')" in said[0]
+    assert resumed.seen == before.seen[STOP:]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_equal_settings_are_not_worth_a_word_and_change_nothing(tmp_path: Path, schedule: str) -> None:
+    before = Net(0.01, SCHEDULES[schedule])
+    trainer = fit(before, tmp_path, Resume())
+    resumed = Net(0.01, SCHEDULES[schedule])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*hyperparameters of its checkpoint")
+        again = fit(resumed, tmp_path, Resume(["lr", "betas"]), resume=True)
+    assert resumed.seen == before.seen[STOP:]
+    for p, q in zip(before.parameters(), resumed.parameters()):
+        assert torch.equal(p, q)
+    for group, other in zip(trainer.optimizers[0].param_groups, again.optimizers[0].param_groups):
+        assert {key: group[key] for key in group if key != "params"}.items() <= other.items()
+
+
+def test_other_hyperparameters_are_taken_in_every_group_that_has_them(tmp_path: Path) -> None:
+    fit(Net(0.01), tmp_path, steps=STOP)
+    new = Net(0.02, betas=(0.8, 0.9), weight_decay=0.5, eps=1e-6, fallback_betas=(0.7, 0.9))
+    with pytest.warns(UserWarning, match=r"lr=0\.02 now.*eps=1e-06 now"):
+        trainer = fit(new, tmp_path, Resume(["betas", "weight_decay"]), resume=True, steps=STOP + 1)
+    groups = {group["name"]: group for group in trainer.optimizers[0].param_groups}
+    assert groups["matrix"]["betas"] == (0.8, 0.9)
+    assert groups["matrix"]["weight_decay"] == 0.5
+    assert groups["fallback/net.3.*"]["betas"] == (0.7, 0.9)
+    assert groups["matrix"]["lr"] == 0.01
+    assert groups["matrix"]["eps"] == 1e-8
+
+
+def test_a_name_that_no_group_has_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match=r"resume.override: no parameter group has 'beta'.*betas"):
+        fit(Net(0.01), tmp_path, Resume(["beta"]))
+
+
+def test_a_schedule_that_is_new_begins(tmp_path: Path) -> None:
+    fit(Net(0.01), tmp_path, steps=STOP)
+    resumed = Net(0.03, SCHEDULES["cosine"])
+    fit(resumed, tmp_path, Resume(["lr"]), resume=True)
+    assert resumed.seen[0][0] == 0.03
+
+
+# --- the command line ---------------------------------------------------------------------------------------------
+
+TINY = [
+    *("-c", "digits", "--model.backbone", "test_resnet", "--model.stem_stride", "2", "--model.backbone_args", "null"),
+    *("--trainer.limit_val_batches", "1", "--trainer.accelerator", "cpu", "--diagnostics.tier", "off"),
+    *("--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false", "--lr_scheduler", "null"),
+]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run of two steps, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lightning-optim"])
+    main(["fit", *TINY, "--trainer.max_steps", "2", "--optimizer", "NAMO", "--optimizer.lr", "0.01"])
+    return Path("runs/digits/version_0")
+
+
+def groups(folder: Path = Path("runs")) -> list[dict[str, Any]]:
+    return torch.load(find_checkpoint("last", folder), weights_only=True)["optimizer_states"][0]["param_groups"]
+
+
+def test_from_the_command_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    go_on = ["fit", "--ckpt_path", "last", "--optimizer.lr", "0.02", "--optimizer.fallback_lr", "0.005"]
+    with pytest.warns(UserWarning, match=r"lr=0\.02 now, 0\.01 in the checkpoint.*--resume\.override '\[lr\]'"):
+        main([*go_on, "--trainer.max_steps", "3"])
+    assert [group["lr"] for group in groups()] == [0.01, *[0.001] * (len(groups()) - 1)]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*hyperparameters of its checkpoint")
+        main([*go_on, "--trainer.max_steps", "4", "--resume.override", "[lr]"])
+    assert [group["lr"] for group in groups()] == [0.02, *[0.005] * (len(groups()) - 1)]
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    assert settings["optimizer"]["init_args"]["lr"] == 0.02
+    assert settings["resume"]["override"] is None, "it holds for one resumption"
+
+
+REFUSED = {
+    "grouping": (["--grouping.lr_multipliers", '{"*.bias": 2.0}'], ["Grouped otherwise", "(group 'fallback"]),
+    "fallback": (["--optimizer.fallback", "LaProp"], ["Treated otherwise", "'LaProp' here"]),
+    "no such hyperparameter": (["--resume.override", "[learning_rate]"], ["learning_rate", "lr"]),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_the_command_line_refuses(run: Path, what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    args, expected = REFUSED[what]
+    before = {path: path.read_bytes() for path in run.rglob("*.ckpt")}
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--ckpt_path", "last", "--trainer.max_steps", "4", *args])
+    assert stop.value.code == 2
+    shown = capsys.readouterr().err.strip().splitlines()[-1]
+    assert shown.startswith("lightning-optim: error: ")
+    for word in expected:
+        assert word in shown
+    assert before == {path: path.read_bytes() for path in run.rglob("*.ckpt")}
+
+
+DAMAGED = {
+    "another model": (lambda c: c["state_dict"].update(other=torch.zeros(3)), ["of another model", "other", "--model"]),
+    "weights alone": (lambda c: c.pop("optimizer_states"), ["the model alone"]),
+    "another optimizer": (
+        lambda c: c["optimizer_states"][0]["param_groups"][0].update(rule="Muon"),
+        ["Treated otherwise", "rule 'Muon' in the checkpoint, 'NAMO' here"],
+    ),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGED)
+def test_checkpoints_that_the_command_line_refuses(run: Path, what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    change, expected = DAMAGED[what]
+    content = torch.load(find_checkpoint("last", Path("runs")), weights_only=True)
+    change(content)
+    torch.save(content, "changed.ckpt")
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "-c", str(run / "config.yaml"), "--ckpt_path", "changed.ckpt"])
+    assert stop.value.code == 2
+    shown = capsys.readouterr().err.strip().splitlines()[-1]
+    for word in ["changed.ckpt", *expected]:
+        assert word in shown
