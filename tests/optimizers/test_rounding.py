@@ -231,7 +231,7 @@ def added(
             for i, (p, state) in enumerate(zip(params, states)):
                 g = 1e-3 * torch.randn(p.shape, generator=generator).to(device)
                 noise = execution.first_number(t, i) if rounding == "stochastic" else None
-                tasks.append(execution.Task(t, p, g, 1.0, state, scalars, noise))
+                tasks.append(execution.Task(t, p, g, 1.0, state, scalars, p, noise=noise))
             execution.run([execution.Batch(rule, group, tasks)], backend, finite)
     return [x for p, state in zip(params, states) for x in (p, *state.values())]
 
