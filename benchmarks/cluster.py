@@ -8,15 +8,16 @@ of the step nor with the backward pass.
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from lightning_optim.optimizers.execution.sharding import owners
+from lightning_optim.optimizers.execution.stacks import wave_limit
 from lightning_optim.polar import find
 
-Strategy = Literal["each for itself", "shared", "sharded"]
+Strategy = Literal["DDP, each for itself", "DDP, shared by all", "DDP, shared in nodes", "FSDP2"]
 
 ITERATIONS = len(find("kj5").coefficients)
 _FLOAT = 4
@@ -77,16 +78,16 @@ def orthogonalization_flops(m: int, n: int) -> float:
 
 
 def largest_share(costs: Sequence[float], shares: int) -> float:
-    """The largest of ``shares`` sums when every cost, largest first, goes where least is.
+    """What the busiest process has to do, as the optimizers deal out matrices.
 
     >>> largest_share([3, 3, 2, 2, 2], 2)
-    7
+    7.0
     >>> largest_share([5, 1], 8)
-    5
+    5.0
     """
-    loads: list[float] = [0] * shares
-    for cost in sorted(costs, reverse=True):
-        heapq.heappush(loads, heapq.heappop(loads) + cost)
+    loads = [0.0] * shares
+    for cost, owner in zip(costs, owners(tuple(costs), (None,) * len(costs), shares)):
+        loads[owner] += cost
     return max(loads)
 
 
@@ -99,7 +100,6 @@ def step_seconds(
     orthogonalized: bool,
     bandwidth_fraction: float,
     matmul_fraction: float,
-    waves: int = 1,
 ) -> dict[str, float]:
     """Seconds that a step takes on every GPU, by part.
 
@@ -107,26 +107,28 @@ def step_seconds(
         model: What is trained.
         cluster: What it is trained on.
         gpus: How many GPUs.
-        strategy: DDP with every GPU ``"each for itself"`` or with orthogonalisation ``"shared"``; ``"sharded"`` is
-            FSDP2.
+        strategy: Who orthogonalises what.
         bytes_per_parameter: What the element-wise part of the rule reads and writes.
         orthogonalized: Whether hidden matrices are orthogonalised.
         bandwidth_fraction: The share of the memory's bandwidth that the element-wise part reaches.
         matmul_fraction: The share of the rate of matrix products that orthogonalisation reaches.
-        waves: How many times per step matrices are exchanged.
     """
     elements = sum(m * n for m, n in model.matrices)
     costs = [orthogonalization_flops(m, n) for m, n in model.matrices] if orthogonalized else []
-    held = model.parameters / gpus if strategy == "sharded" else model.parameters
-    mine = sum(costs) if strategy == "each for itself" else largest_share(costs, gpus) if costs else 0.0
-    sent = rounds = 0.0
-    if orthogonalized and gpus > 1 and strategy != "each for itself":
+    sharded = strategy == "FSDP2"
+    together = {"DDP, each for itself": 1, "DDP, shared in nodes": min(gpus, cluster.gpus_per_node)}.get(strategy, gpus)
+    sent = latency = 0.0
+    if orthogonalized and together > 1:
         # An all-gather brings all factors; two all-to-alls bring the shards of a GPU there and back.
-        sent = _FLOAT * elements * (gpus - 1) / gpus * (2 / gpus if strategy == "sharded" else 1)
-        peers = gpus - 1 if strategy == "sharded" else math.log2(gpus)
-        rounds = waves * (2 if strategy == "sharded" else 1) * (cluster.latency + cluster.latency_per_peer * peers)
+        sent = _FLOAT * elements * (together - 1) / together * (2 / together if sharded else 1)
+        peers = together - 1 if sharded else math.log2(together)
+        sizes = [m * n for m, n in model.matrices]
+        waves = math.ceil(elements / wave_limit(sizes, together))
+        latency = waves * (2 if sharded else 1) * (cluster.latency + cluster.latency_per_peer * peers)
+    held = model.parameters / gpus if sharded else model.parameters
+    mine = largest_share(costs, together) if costs else 0.0
     return {
         "elementwise": held * bytes_per_parameter / (cluster.bandwidth * bandwidth_fraction),
         "orthogonalization": mine / (cluster.flops * matmul_fraction),
-        "communication": sent / cluster.link(gpus) + rounds,
+        "communication": sent / cluster.link(together) + latency,
     }

@@ -57,6 +57,8 @@ def images() -> Iterator[str]:
     """Names of the images that the pages show."""
     for name in figures("step-time"):
         yield f"{name}.png"
+    for name in figures("scaling"):
+        yield f"{name}.png"
     for name, content in figures("growth").items():
         yield from (f"{name}-{sweep}.png" for sweep, _ in _by(content["rows"], "sweep"))
 
@@ -185,25 +187,40 @@ def _polar_quality() -> str:
 
 def _scaling() -> str:
     parts = []
-    for content in figures("scaling").values():
-        processes = sorted({row["processes"] for row in content["rows"]})
-        times = {
-            (row["strategy"], row["optimizer"], row["processes"]): (row["median_ms"], row["sent_bytes"])
-            for row in content["rows"]
-        }
+    for name, content in figures("scaling").items():
+        measured = content["measured"]
+        processes = sorted({row["processes"] for row in measured})
         heads = [f"{n} process{'es' * (n > 1)}" for n in processes]
-        lines = [_line(["strategy", "optimizer", *heads]), _line(["---"] * (len(heads) + 2))]
-        for strategy, name in dict.fromkeys(key[:2] for key in times):
-            each = [times[strategy, name, n] for n in processes]
-            lines.append(_line([strategy, name, *(f"{ms:.3g} ms, {sent / 1e6:.3g} MB" for ms, sent in each)]))
-        assumed = "; ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in content["assumed"].items())
-        kinds = ("orthogonalisation", "memory", "links", "starts", "total")
-        model = [_line(["model", "strategy", "GPUs", *kinds]), _line(["---"] * (len(kinds) + 3))]
-        for row in content["modelled"]:
-            values = (f"{row[f'{kind}_ms']:.3g}" for kind in kinds)
-            model.append(_line([row["model"], row["strategy"], str(row["gpus"]), *values]))
-        parts += [_machine(content["machine"]), "\n".join(lines), f"Assumed: {assumed}.", "\n".join(model)]
+        lines = [_line(["model", "optimizer", "strategy", *heads]), _line(["---"] * (len(heads) + 3))]
+        alone = {(r["model"], r["optimizer"]): _milliseconds_and_bytes(r) for r in measured if r["processes"] == 1}
+        several: dict[tuple[str, str, str], dict[int, str]] = {}
+        for row in measured:
+            if row["processes"] > 1:
+                key = (row["model"], row["optimizer"], row["strategy"])
+                several.setdefault(key, {})[row["processes"]] = _milliseconds_and_bytes(row)
+        for key, shown in several.items():
+            lines.append(_line([*key, alone.get(key[:2], ""), *(shown.get(n, "") for n in processes if n > 1)]))
+        parts += [_machine(content["machine"]), "\n".join(lines)]
+        assumed = ", ".join(f"{key} {value:g}" for key, value in content["cluster"].items())
+        reached = content["fractions"]
+        parts.append(
+            f"Assumed (SI units): {assumed}. Measured here and carried over: {reached['bandwidth']:.0%} of the "
+            f"memory's bandwidth, {reached['matmul']:.0%} of the rate of matrix products.\n\n"
+            f"![Time of a step against the number of GPUs](images/{name}.png)"
+        )
+        for model, rows in _by(content["computed"], "model"):
+            gpus = sorted({row["gpus"] for row in rows})
+            size = f"{model} ({rows[0]['parameters'] / 1e9:.3g}e9 parameters), ms a step at"
+            lines = [_line([size, *(f"{n} GPUs" for n in gpus)]), _line(["---"] * (len(gpus) + 1))]
+            for strategy, points in _by(rows, "strategy"):
+                at = {row["gpus"]: f"{row['total_ms']:.3g}" for row in points}
+                lines.append(_line([strategy, *(at[n] for n in gpus)]))
+            parts.append("\n".join(lines))
     return "\n\n".join(parts)
+
+
+def _milliseconds_and_bytes(row: Row) -> str:
+    return f"{row['median_ms']:.3g} ms, {row['sent_bytes'] / 1e6:.3g} MB"
 
 
 #: What stands between the markers of each page.
@@ -251,6 +268,21 @@ def _draw_growth(name: str, content: Figures) -> None:
         figure.savefig(DOCS / "images" / f"{name}-{sweep}.png", dpi=110)
 
 
+def _draw_scaling(name: str, content: Figures) -> None:
+    models = _by(content["computed"], "model")
+    figure = _figure(5 * len(models), 4)
+    for axis, (model, rows) in zip(figure.subplots(1, len(models), squeeze=False)[0], models):
+        for strategy, points in _by(rows, "strategy"):
+            at = {row["gpus"]: row["total_ms"] for row in points}
+            axis.loglog(list(at), list(at.values()), marker="o", markersize=3, label=strategy)
+        axis.set_title(model, fontsize=10)
+        axis.set_xlabel("GPUs")
+        axis.set_ylabel("ms per step, computed")
+        axis.grid(True, which="major", alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.savefig(DOCS / "images" / f"{name}.png", dpi=110)
+
+
 def _figure(width: float, height: float) -> Any:
     from matplotlib.figure import Figure  # here, because the tables do without
 
@@ -263,6 +295,8 @@ def main() -> None:
         _draw_step_time(name, content)
     for name, content in figures("growth").items():
         _draw_growth(name, content)
+    for name, content in figures("scaling").items():
+        _draw_scaling(name, content)
     for name in PAGES:
         (DOCS / name).write_text(page(name, (DOCS / name).read_text()))
 

@@ -1,221 +1,188 @@
-"""What a step costs on many processes: measured on this machine's cores, and modelled for many GPUs.
+"""What more processes make of a step: measured on this machine, and computed for clusters of GPUs.
 
     python -m benchmarks.scaling --json benchmarks/results/scaling.json
 
-Measured: a small stack of transformer layers on 1, 2 and 4 processes of one thread each (gloo), with parameters sharded
-as FSDP2 does and, apart, replicated as under DDP. Sharded, every process has 1/N of the element-wise work and of the
-orthogonalisation; what does not shrink is communication.
+Measured: 1, 2 and 4 processes of one thread each, with gloo, which share the memory and caches of one machine. Replicas
+(``ddp``) hold all parameters and share the orthogonalisation, shards (``fsdp2``) hold a part of each. A step takes as
+long as on the slowest process, gradients are there already, and bytes are those that one process sends in a step.
 
-The model adds up, for a transformer's hidden matrices, what the busiest GPU has to do: its share of orthogonalisation
-(the engine's own assignment of matrices to processes), the momentum's traffic to memory, the bytes that the engine
-counts over the slowest link, and the start of each collective. Nothing overlaps in it. The rate of the
-orthogonalisation is the share of large matrix products' rate that its kernels reach on this machine, of the GPU's rate.
+Computed: :mod:`benchmarks.cluster`, with the fractions of this machine's limits that our kernels reach in the same run.
+The JSON file holds ``{"machine": ..., "cluster": ..., "fractions": ..., "measured": [...], "computed": [...]}``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 from rich.console import Console
-from torch import nn
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
+from lightning_optim import build_optimizer
 from lightning_optim.optimizers.execution import sharding
-from lightning_optim.optimizers.registry import OPTIMIZERS
+from lightning_optim.optimizers.optimizer import RuleOptimizer
 from lightning_optim.polar import orthogonalize
 
+from .cluster import Cluster, Strategy, Transformer, orthogonalization_flops, step_seconds
 from .machine import describe, limits
+from .step_time import at_least
+from .workload import MODELS
 
 PROCESSES = (1, 2, 4)
-STRATEGIES = ("fsdp2", "ddp")
-MEASURED = ("MVNGrad", "HVAdam", "Muon", "NAMO", "SOAP")
-LAYERS, WIDTH = 2, 256
+#: ``torch.optim.AdamW`` is what everybody knows; the others are one of each kind of rule.
+OPTIMIZERS = ("torch.optim.AdamW", "MVNGrad", "HVAdam", "Muon", "NAMO", "SOAP")
+WARM_UP = 3
 
-#: The assumptions of the model; rates are the makers' figures for an H100 SXM and for 400 Gb/s per GPU between nodes.
-ASSUMED = {
-    "gpus_per_node": 8,
-    "matmul_tflop_per_s": 989.0,  # bfloat16, dense
-    "memory_gb_per_s": 3350.0,
-    "link_in_node_gb_per_s": 450.0,  # NVLink 4, one direction
-    "link_between_nodes_gb_per_s": 50.0,
-    "start_of_a_collective_us": 20.0,
-    "start_per_process_us": 0.5,  # an all-to-all has a message for each
-}
-#: Layers and width of the transformers.
-MODELS = {"1.3B": (24, 2048), "13B": (40, 5120), "70B": (80, 8192)}
-GPUS = (8, 64, 512, 4096)
+GPUS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+TRANSFORMERS = {"124M": Transformer(768, 12, 50257), "6.6B": Transformer(4096, 32, 50257)}
+#: Bytes per parameter that the element-wise part of a step moves: gradient once, parameter and momentum twice.
+MOVED = 20.0
 
 
-def shapes(layers: int, width: int) -> list[tuple[int, int]]:
-    """The hidden matrices of a transformer, the packed projections as three."""
-    return [*[(width, width)] * 4, (4 * width, width), (width, 4 * width)] * layers
+def _module(model: str, strategy: str) -> nn.Module:
+    torch.manual_seed(0)
+    module = MODELS[model]()
+    if strategy == "fsdp2":
+        fully_shard(module, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    return module
 
 
-# --- measured -------------------------------------------------------------------------------------------------------
+def _gradient(p: Tensor) -> Tensor:
+    if not isinstance(p, DTensor):
+        return torch.randn_like(p)
+    part = torch.randn_like(p.to_local())
+    return DTensor.from_local(part, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
 
 
-def worker(rounds: int, out: Path) -> None:
-    """What each process does: times steps and counts bytes."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    processes = dist.get_world_size()
-    rows = []
-    for strategy in STRATEGIES:
-        for name in MEASURED:
-            step = _prepare(name, strategy)
-            step()  # makes the state
-            step()
-            before, times = sharding.sent.copy(), []
-            for _ in range(rounds):
-                dist.barrier()
-                start = time.perf_counter()
-                step()
-                times.append(1e3 * (time.perf_counter() - start))
-            sent = sum((sharding.sent - before).values()) / rounds
-            rows.append(
-                {
-                    "strategy": strategy,
-                    "optimizer": name,
-                    "processes": processes,
-                    "median_ms": statistics.median(times),
-                    "best_ms": min(times),
-                    "sent_bytes": sent,
-                }
-            )
-    if dist.get_rank() == 0:
-        out.write_text(json.dumps(rows))
-    dist.destroy_process_group()
-
-
-def _prepare(name: str, strategy: str) -> Any:
-    generator = torch.Generator().manual_seed(0)
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    parameters = []
-    for shape in shapes(LAYERS, WIDTH):
-        x, g = (torch.randn(shape, generator=generator) for _ in range(2))
-        if strategy == "fsdp2":
-            x, g = (distribute_tensor(y, mesh, [Shard(0)], src_data_rank=None) for y in (x, g))
-        parameters.append(nn.Parameter(x))
-        parameters[-1].grad = g
-    cls: Any = OPTIMIZERS[name].cls
-    matrix = "orthogonalizer" in cls.default_hyperparameters() or name == "SOAP"
-    optimizer = cls([{"params": parameters, "role": "matrix"}] if matrix else parameters, backend="chunked")
-    if strategy == "ddp":
-        optimizer.process_group = dist.group.WORLD
-    return optimizer.step
-
-
-def measure(rounds: int) -> Iterator[dict[str, Any]]:
-    """Rows for every number of processes."""
-    for processes in PROCESSES:
-        with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder) / "rows.json"
-            run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-            program = ["-m", "benchmarks.scaling", "--worker", str(out), "--rounds", str(rounds)]
-            subprocess.run([*run, *program], check=True, stderr=subprocess.DEVNULL)
-            yield from json.loads(out.read_text())
-
-
-# --- modelled -------------------------------------------------------------------------------------------------------
-
-
-def operations(m: int, n: int, steps: int = 5) -> float:
-    """Floating-point operations of Newton-Schulz on a matrix."""
-    m, n = sorted((m, n))
-    return steps * (4.0 * m * m * n + 2.0 * m**3)
-
-
-def efficiency(product_gflop_per_s: float, width: int = 1024) -> float:
-    """The share of the rate of large products that orthogonalisation reaches on this machine.
-
-    Of a square matrix: long ones need fewer operations than are counted.
-    """
-    x = torch.randn(width, width)
+def _time(model: str, strategy: str, optimizer: str, steps: int) -> dict[str, Any]:
+    """The time of the slowest process in each step, and what this one sends."""
+    module = _module(model, strategy)
+    built = build_optimizer(module, optimizer)
+    if strategy == "ddp" and isinstance(built, RuleOptimizer):
+        built.process_group = dist.group.WORLD
+    for p in module.parameters():
+        p.grad = _gradient(p)
     seconds = []
-    for _ in range(4):
+    for i in range(WARM_UP + steps):
+        if i == WARM_UP:
+            sharding.sent.clear()
+        if dist.is_initialized():
+            dist.barrier()
         start = time.perf_counter()
-        orthogonalize(x, "kj5")
+        built.step()
         seconds.append(time.perf_counter() - start)
-    return min(1.0, operations(width, width) / min(seconds) / 1e9 / product_gflop_per_s)
+    slowest = torch.tensor(seconds[WARM_UP:])
+    sent = sum(sharding.sent.values()) / steps
+    if dist.is_initialized():
+        dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    parameters = sum(p.numel() for p in module.parameters())
+    return {"parameters": parameters, "median_ms": round(1e3 * median(slowest.tolist()), 3), "sent_bytes": round(sent)}
 
 
-def model(share: float) -> Iterator[dict[str, Any]]:
-    """Milliseconds of a step of Muon or NAMO on many GPUs, by part.
-
-    Args:
-        share: The share of the rate of large products that orthogonalisation reaches.
-    """
-    a = ASSUMED
-    for name, (layers, width) in MODELS.items():
-        matrices = shapes(layers, width)
-        costs = tuple(operations(*shape) for shape in matrices)
-        elements = sum(m * n for m, n in matrices)
-        for gpus in GPUS:
-            owners = sharding.owners(costs, (None,) * len(costs), gpus)
-            busiest = [0.0] * gpus
-            for cost, owner in zip(costs, owners):
-                busiest[owner] += cost
-            waves = max(1, round(elements / max(2**24, gpus * 4 * width * width)))
-            link = a["link_in_node_gb_per_s" if gpus <= a["gpus_per_node"] else "link_between_nodes_gb_per_s"]
-            start = waves * (a["start_of_a_collective_us"] + a["start_per_process_us"] * gpus) / 1e3
-            for strategy in STRATEGIES:
-                sharded = strategy == "fsdp2"
-                local = elements / gpus if sharded else elements
-                sent = 4.0 * (2 * elements / gpus if sharded else elements) * (gpus - 1) / gpus
-                parts = {
-                    "orthogonalisation_ms": max(busiest) / (a["matmul_tflop_per_s"] * share) / 1e9,
-                    "memory_ms": 4.0
-                    * 7
-                    * local
-                    / a["memory_gb_per_s"]
-                    / 1e6,  # g, m, p in; m, p out; factor in and out
-                    "links_ms": sent / link / 1e6,
-                    "starts_ms": start * (2 if sharded else 1),
-                }
-                yield {
-                    "model": name,
-                    "strategy": strategy,
-                    "gpus": gpus,
-                    "sent_bytes": sent,
-                    **parts,
-                    "total_ms": sum(parts.values()),
-                }
-
-
-def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--rounds", type=int, default=30, help="samples of each step")
-    arguments.add_argument("--json", type=Path, help="write the figures to this file")
-    arguments.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
-    options = arguments.parse_args()
-    if options.worker:
-        worker(options.rounds, options.worker)
-        return
+def _work(rank: int, processes: int, folder: str, options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
-    machine = describe(torch.device("cpu"), ("lightning",)) | limits(torch.device("cpu"))
-    share = efficiency(machine["matmul_gflop_per_s"]["float32"])
-    content = {
-        "machine": machine,
-        "settings": {"rounds": options.rounds, "layers": LAYERS, "width": WIDTH},
-        "rows": list(measure(options.rounds)),
-        "assumed": ASSUMED | {"orthogonalisation_share_of_matmul_rate": round(share, 3)},
-        "modelled": list(model(share)),
-    }
-    Console().print_json(data=content)
+    if processes > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/{processes}", rank=rank, world_size=processes)
+    rows = []
+    for model in options.models:
+        for optimizer in options.optimizers:
+            for strategy in ("ddp", "fsdp2") if processes > 1 else ("one process",):
+                row = {"model": model, "optimizer": optimizer, "strategy": strategy, "processes": processes}
+                rows.append(row | _time(model, strategy, optimizer, options.steps))
+    if rank == 0:
+        Path(folder, f"{processes}.json").write_text(json.dumps(rows))
+    if processes > 1:
+        dist.destroy_process_group()
+
+
+def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Time every optimizer on every number of processes."""
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder, Progress(transient=True) as progress:
+        for processes in progress.track(options.processes, description="processes"):
+            mp.spawn(_work, (processes, folder, options), nprocs=processes)
+            rows += json.loads(Path(folder, f"{processes}.json").read_text())
+    return rows
+
+
+def fractions(machine: dict[str, Any], seconds: float = 2.0) -> dict[str, float]:
+    """Which part of the machine's bandwidth element-wise rules reach, and of its matrix products orthogonalisation."""
+    size, shape = 2**24, (4, 512, 2048)
+    p = nn.Parameter(torch.randn(size))
+    p.grad = torch.randn(size)
+    rule = build_optimizer(nn.ParameterDict({"p": p}), {"name": "LaProp"})
+    matrices = torch.randn(shape)
+    moved = size * 4 * 7
+    flops = shape[0] * orthogonalization_flops(*shape[1:])
+    bandwidth = moved / _best(rule.step, seconds) / 1e9 / machine["bandwidth_gb_per_s"]["best"]
+    products = flops / _best(lambda: orthogonalize(matrices, "kj5"), seconds) / 1e9
+    matmul = products / max(machine["matmul_gflop_per_s"].values())
+    # Tall matrices take fewer operations than are counted.
+    return {"bandwidth": round(min(bandwidth, 1.0), 3), "matmul": round(min(matmul, 1.0), 3)}
+
+
+def _best(work: Any, seconds: float) -> float:
+    work()
+    times: list[float] = []
+    while sum(times) < seconds:
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def compute(cluster: Cluster, reached: dict[str, float]) -> list[dict[str, Any]]:
+    """Milliseconds of a NAMO step by the cost model."""
+    rows = []
+    for name, model in TRANSFORMERS.items():
+        for strategy in get_args(Strategy):
+            for gpus in GPUS:
+                parts = step_seconds(
+                    model, cluster, gpus, strategy, MOVED, True, reached["bandwidth"], reached["matmul"]
+                )
+                row = {"model": name, "parameters": model.parameters, "strategy": strategy, "gpus": gpus}
+                row |= {f"{part}_ms": round(1e3 * x, 4) for part, x in parts.items()}
+                rows.append(row | {"total_ms": round(1e3 * sum(parts.values()), 4)})
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["vit-tiny", "d512"], choices=MODELS)
+    parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS))
+    parser.add_argument("--processes", nargs="+", type=at_least(1, int), default=list(PROCESSES))
+    parser.add_argument("--steps", type=at_least(1, int), default=10)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    machine = describe(torch.device("cpu")) | limits(torch.device("cpu"))
+    measured = measure(options)
+    table = Table("model", "optimizer", "strategy", "processes", "median ms", "MB sent")
+    for row in measured:
+        cells = [row[key] for key in ("model", "optimizer", "strategy", "processes", "median_ms")]
+        table.add_row(*map(str, cells), f"{row['sent_bytes'] / 1e6:.3g}")
+    Console().print(table)
+    reached = fractions(machine)
+    cluster = Cluster()
+    computed = compute(cluster, reached)
     if options.json:
-        options.json.write_text(json.dumps(content, indent=1) + "\n")
+        content = {"machine": machine, "steps": options.steps, "cluster": asdict(cluster), "fractions": reached}
+        options.json.write_text(json.dumps(content | {"measured": measured, "computed": computed}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

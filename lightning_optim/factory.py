@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
+from functools import cache
 from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 import lightning.pytorch as pl
@@ -161,7 +162,7 @@ def build_optimizer(
     Lightning refuses to clip the gradients of fused optimizers. HVAdam takes its inner products over one group:
     ``Grouping(no_decay=[])`` keeps all parameters in one when there is weight decay.
 
-    The optimizer is told how the Trainer's strategy spreads parameters over processes: under DDP the processes share
+    The optimizer is told how the Trainer's strategy spreads parameters over processes: under DDP those of a node share
     the work of orthogonalisation.
 
     Args:
@@ -209,14 +210,14 @@ def build_optimizer(
     processes = _processes(module, cls)
     built = construct(_groups(module, grouping or Grouping(), issubclass(cls, MatrixOptimizer), construct))
     if isinstance(built, RuleOptimizer):
-        built.process_group, built.shard_group = processes
+        built.process_group, built.work_group, built.shard_group = processes
     else:  # The others check themselves what they load.
         built.register_load_state_dict_pre_hook(matched)
     return built
 
 
-def _processes(module: nn.Module, cls: type[Optimizer]) -> tuple[Any, Any]:
-    """The processes that hold equal parameters and gradients, and those that hold flat parts of them, if any.
+def _processes(module: nn.Module, cls: type[Optimizer]) -> tuple[Any, Any, Any]:
+    """The processes that hold equal parameters and gradients, those of them on this node, and those with flat parts.
 
     FSDP2's parameters say themselves which process has what.
 
@@ -234,12 +235,19 @@ def _processes(module: nn.Module, cls: type[Optimizer]) -> tuple[Any, Any]:
             "ModelParallelStrategy (FSDP2), DDPStrategy, or an optimizer with an element-wise rule."
         )
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
-        return None, None
+        return None, None, None
     if flat:
-        return None, getattr(strategy.model, "process_group", dist.group.WORLD)  # type: ignore[union-attr]
+        return None, None, getattr(strategy.model, "process_group", dist.group.WORLD)  # type: ignore[union-attr]
     # Where models are averaged now and then, gradients differ in between.
-    equal = isinstance(strategy, DDPStrategy) and strategy._model_averaging_period is None
-    return dist.group.WORLD if equal else None, None
+    if isinstance(strategy, DDPStrategy) and strategy._model_averaging_period is None:
+        return dist.group.WORLD, _processes_of_node(dist.group.WORLD, trainer.num_devices), None  # type: ignore[union-attr]
+    return None, None, None
+
+
+@cache
+def _processes_of_node(everybody: Any, count: int) -> Any:
+    """From other nodes factors take longer to arrive than to compute."""
+    return everybody if count == dist.get_world_size(everybody) else dist.new_subgroups(count)[0]
 
 
 def _optimizer_class(name: str) -> type[Optimizer]:

@@ -104,6 +104,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         observer: Called as ``observer(parameter, name, value)`` with what matrix rules compute on the way.
         process_group: Processes that hold equal parameters and gradients, as under DDP. Set, they share the work of
             orthogonalisation, and all have to make every step.
+        work_group: Those of them that share the work, such as the processes of a node; ``None`` for all.
         shard_group: Processes that hold parts of the parameters without saying which, as under FSDP1 and DeepSpeed.
             (``DTensor`` parameters, as under FSDP2, say so themselves.) Set, all have to make every step.
     """
@@ -124,6 +125,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         self.consecutive_skips = 0
         self.observer: ParameterObserver | None = None
         self.process_group: Group | None = None
+        self.work_group: Group | None = None
         self.shard_group: Group | None = None
         self._unsettled: _Verdict | None = None
         self._seen: list[dict[str, Any]] = []
@@ -140,6 +142,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
             "consecutive_skips": self.consecutive_skips,
             "observer": None,
             "process_group": None,
+            "work_group": None,
             "shard_group": None,
             "_unsettled": None,
         }
@@ -300,7 +303,8 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         each = zip(grads, gains)
         positions = self._noisy_positions()
         batches = [self._batch(group, params, each, verdict, positions) for group, params in groups if params]
-        execution.run(batches, self.backend, verdict.finite, self.observer, replicas, parts)
+        workers = sharding.several(self.work_group or self.process_group)
+        execution.run(batches, self.backend, verdict.finite, self.observer, workers, parts)
         self._unsettled = verdict
         if verdict.finite is None:
             self.settle()

@@ -118,12 +118,17 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[], Any]]] = {
         f"ddp {name}": ({"optimizer": name, "partly": True}, lambda: DDPStrategy(find_unused_parameters=True))
         for name in ("NAMO", "MVNGrad")
     },
+    "two nodes NAMO": ({"optimizer": "NAMO"}, DDPStrategy),
     **{
         f"fsdp2 {name}": ({"optimizer": name, "strategy": "fsdp2"}, lambda: ModelParallelStrategy(2, 1))
         for name in ("NAMO", "SOAP", "HVAdam")
     },
     **{f"fsdp1 {name}": ({"optimizer": name, "strategy": "fsdp1"}, FSDP1OnCPU) for name in ("MVNGrad", "HVAdam")},
 }
+
+
+#: How many processes have the same, share the work and have flat parts.
+SPREAD = {"ddp": [2, 2, 0], "two": [2, 1, 0], "fsdp1": [0, 0, 2]}
 
 
 def fit(model: Model, **options: Any) -> dict[str, Any]:
@@ -157,15 +162,19 @@ def fit(model: Model, **options: Any) -> dict[str, Any]:
     trainer.fit(model)
     (optimizer,) = optimizers
     optimizer.settle()
-    spread = (optimizer.process_group is not None, optimizer.shard_group is not None)
+    groups = (optimizer.process_group, optimizer.work_group, optimizer.shard_group)
+    spread = [0 if group is None else dist.get_world_size(group) for group in groups]
     history = {tag: list(pairs) for tag, pairs in internals.history.items()}
     return {"weights": weights, "skipped": optimizer.skipped_steps, "spread": spread, "internals": history}
 
 
 def main(out: Path) -> None:
     """What each process does."""
+    environment = dict(os.environ)
     for name, (settings, strategy) in CASES.items():
-        result = fit(Model(**settings), strategy=strategy(), devices=2)
+        nodes = 2 if name.startswith("two nodes") else 1
+        os.environ |= {"LOCAL_RANK": "0", "GROUP_RANK": environment["RANK"]} if nodes == 2 else environment
+        result = fit(Model(**settings), strategy=strategy(), devices=2 // nodes, num_nodes=nodes)
         torch.save(result, out / f"{name} {os.environ['RANK']}.pt")
 
 
@@ -195,7 +204,7 @@ def test_training_is_that_of_a_single_process(name: str, results: Callable[..., 
         for tag, pairs in expected["internals"].items():
             near = [(i, pytest.approx(x, rel=10 * close, abs=10 * close)) for i, x in pairs]
             assert result["internals"][tag] == near, tag
-        assert result["spread"] == (name.startswith("ddp"), name.startswith("fsdp1"))
+        assert result["spread"] == SPREAD.get(name.split()[0], [0, 0, 0])
 
 
 @pytest.mark.parametrize("strategy", [FSDPStrategy(), DeepSpeedStrategy.__new__(DeepSpeedStrategy)])
