@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -95,18 +96,36 @@ def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
     >>> sum_of_squares([torch.tensor([3.0, 4.0]), torch.zeros(0)])
     tensor([25.,  0.])
     """
-    norms = torch._foreach_norm([_at_least_float32(x) for x in tensors])
-    return torch.stack([norm.to(norms[0].device) for norm in norms]).square()
+    dtype = reduce(torch.promote_types, (x.dtype for x in tensors), torch.float32)
+    blocks = [_blocks(x) for x in tensors]
+    norms = torch._foreach_norm(list(chain.from_iterable(blocks)), 2, dtype)
+    squares = torch.stack([norm.to(norms[0].device) for norm in norms]).square()
+    if len(squares) == len(tensors):
+        return squares
+    return torch.stack([of_one.sum() for of_one in squares.split([len(of_one) for of_one in blocks])])
 
 
 def inner_products(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
     """Inner product of each pair of tensors, shape ``(len(xs),)``."""
-    products = [torch.dot(x.reshape(-1), _at_least_float32(y).reshape(-1).to(x.dtype)) for x, y in zip(xs, ys)]
+    products = [torch.stack([_dot(a, b) for a, b in zip(_blocks(x), _blocks(y))]).sum() for x, y in zip(xs, ys)]
     return torch.stack([product.to(products[0].device) for product in products])
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return torch.dot(x.reshape(-1).to(dtype), y.reshape(-1).to(x.device, dtype))
+
+
+#: Elements that a CPU adds up at once. It does so one after another: of 5e7 in float32, squares lose 0.4 % to 6 %.
+_BLOCK = 1 << 18
+
+
+def _blocks(x: Tensor) -> Sequence[Tensor]:
+    """A tensor in blocks that are small enough to be added up in float32."""
+    if x.device.type != "cpu" or x.numel() <= _BLOCK:
+        return [x]
+    longest = max(range(x.ndim), key=lambda axis: x.shape[axis])
+    return x.split(max(1, _BLOCK * x.shape[longest] // x.numel()), longest)
 
 
 def sample(x: Tensor, most: int = 4096, start: int = 0, numel: int | None = None) -> Tensor:

@@ -61,23 +61,24 @@ class Memory(pl.Callback):
         return peak, held
 
 
-def measured(depth: int, *callbacks: pl.Callback) -> tuple[int, int]:
+def measured(depth: int, *callbacks: pl.Callback, **options: Any) -> tuple[int, int]:
     memory = Memory()
-    fit(Deep(depth), [memory, *callbacks], steps=STEP, accumulate_grad_batches=MICRO_BATCHES)
+    fit(Deep(depth), [memory, *callbacks], steps=STEP, accumulate_grad_batches=MICRO_BATCHES, **options)
     return memory.peak_and_rest
 
 
-def copies(make: Any) -> float:
-    """How many copies of the parameters are held at most, beyond a run without, by how that grows with the model."""
-    peaks = [measured(depth, make())[0] - measured(depth)[0] for depth in (4, 8)]
+def copies(make: Any, **options: Any) -> float:
+    """How many float32 copies of the parameters are held at most, beyond a run without, by how that grows with them."""
+    peaks = [measured(depth, make(), **options)[0] - measured(depth, **options)[0] for depth in (4, 8)]
     return (peaks[1] - peaks[0]) / (4 * LAYER)
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
 @pytest.mark.parametrize("tier", ["light", "standard"])
-def test_one_copy_of_the_parameters_is_held(tier: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_copy_of_the_parameters_is_held(tier: Any, precision: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     # What is worked with at once is a constant, if larger than this model.
     monkeypatch.setattr(orthogonality_error, "_MOST_AT_ONCE", WIDTH**2)
-    held = copies(lambda: Diagnostics(tier, every_n_steps=2))
+    held = copies(lambda: Diagnostics(tier, every_n_steps=2), precision=precision)
     samples = 8 * SAMPLE / LAYER  # of updates and of what is remembered of them, until they are replaced
     assert 0.9 < held < 1 + samples
 
