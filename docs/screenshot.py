@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("logdir", help="folder of TensorBoard logs")
     parser.add_argument("--out", default=str(IMAGE), help="image file")
     parser.add_argument("--browser", default="chromium", help="Chromium or Chrome")
-    parser.add_argument("--size", default="1500,2300", help="width and height of the window")
+    parser.add_argument("--size", default="1500,2050", help="width and height of the window")
     options = parser.parse_args()
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -300,12 +300,11 @@ def summary(runs: Sequence[Run]) -> Iterable[Table | Text]:
         if not findings:
             yield Text(f"{run.name}: no diagnostics in its logs. Add the callback Diagnostics() and train.")
             continue
-        table = Table(title=run.name, title_justify="left", box=None, padding=(0, 2, 0, 0))
-        for column in ("", "tag", "value", "healthy", "what it means"):
-            table.add_column(column, no_wrap=column in ("tag", "value"))
+        table = Table.grid(padding=(0, 2))
         for finding in sorted(findings, key=lambda finding: finding.healthy):
             mark = Text("ok", "green") if finding.healthy else Text("look", "bold yellow")
-            table.add_row(mark, finding.tag, f"{finding.value:.3g}", finding.bounds, finding.meaning)
+            table.add_row(mark, f"{finding.tag:<27}{finding.value:<10.3g}{finding.bounds}\n{finding.meaning}")
+        yield Text(run.name, "bold")
         yield table
 
 

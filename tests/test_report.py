@@ -85,7 +85,10 @@ def test_charts_hold_what_runs_have(folder):
 
 def test_the_command(folder, capsys):
     cli.main(["diagnostics", str(folder), "--out", str(folder / "figure.png")])
-    printed = " ".join(capsys.readouterr().out.split())
+    out = capsys.readouterr().out
+    # Sentences have the width of the terminal, of 80 columns here, and not of a column beside others.
+    assert "the learning rate" in next(line for line in out.splitlines() if "hundredth per step" in line)
+    printed = " ".join(out.split())
     assert printed.count("look") == 2
     assert "learning rate may be too large" in printed
     assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
