@@ -141,27 +141,27 @@ class UpdateVariance(ProbingMonitor):
         self._updates = []
         if self._source is not None and self.probes(step.index):
             with self.probing():
-                updates = self._source.collect(step)
-                self._updates = [[_sampled(update[w.parameter]) for w in step.watched] for update in updates]
-            if self.source == "ranks" and step.watched:
-                self._updates = _gathered(self._updates[0])
+                self._updates = self._source.collect(step)
         return bool(step.watched)
 
     def sums(self, step: Step) -> dict[str, Tensor]:
-        updates = [sample(u) for u in step.change.updates]
-        of_all = step.change.numel / step.change.numel.new_tensor([max(1, u.numel()) for u in updates])
+        updates = step.sampled(step.change.updates)
+        numel = step.change.numel
         means = self.remembered(step, "mean", updates)
-        moments = torch.stack(self.remembered(step, "moments", [of_all.new_zeros(3)] * len(updates)))
+        moments = torch.stack(self.remembered(step, "moments", [numel.new_zeros(3)] * len(updates)))
         means, moments = running_moments(updates, means, moments, self.decay)
         self.remember(step, "mean", means)
         self.remember(step, "moments", moments.unbind())
-        sums = {f"online_{name}": x * of_all for name, x in online_sums(means, moments).items()}
+        sums = {"numel": numel, "sampled": numel.new_tensor([u.numel() for u in updates])}
+        sums |= {f"online_{name}": x for name, x in online_sums(means, moments).items()}
         if len(self._updates) > 1:
-            sums |= {f"probe_{name}": x * of_all for name, x in conditional_sums(self._updates).items()}
+            sums |= {f"probe_{name}": x for name, x in conditional_sums(self._updates).items()}
         return sums
 
     def results(self, step: Step, sums: dict[str, Tensor]) -> Results:
-        online, probe = _of("online_", sums), _of("probe_", sums)
+        of_all = sums["numel"] / sums["sampled"].clamp(min=1)
+        scaled = {name: x * of_all for name, x in sums.items()}
+        online, probe = _of("online_", scaled), _of("probe_", scaled)
         together, each = _statistics(online, probe, lambda x: x.sum()), {}
         if self.layers:
             each = layers_of(step, _statistics(online, probe, lambda x: x))
@@ -223,8 +223,8 @@ def _of(prefix: str, sums: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): x for name, x in sums.items() if name.startswith(prefix)}
 
 
-def _sampled(update: Tensor) -> Tensor:
-    return sample(local(update)).clone()
+def _sampled(step: Step, update: Mapping[Tensor, Tensor]) -> list[Tensor]:
+    return [x.clone() for x in step.sampled([local(update[w.parameter]) for w in step.watched])]
 
 
 def _gathered(updates: list[Tensor]) -> list[list[Tensor]]:
@@ -250,8 +250,8 @@ class _Source:
     def after_backward(self) -> None:
         """Called after the backward pass, of every micro-batch."""
 
-    def collect(self, step: Step) -> list[dict[Tensor, Tensor]]:
-        """Called before the optimizer's step. The update of each mini-batch, by parameters."""
+    def collect(self, step: Step) -> list[list[Tensor]]:
+        """Called before the optimizer's step. Samples of the update of each mini-batch, for the step's parameters."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -291,11 +291,11 @@ class _Accumulation(_Source):
         # Lightning divides the loss by that number.
         n = self.trainer.accumulate_grad_batches
         gradients = {p: (g - self._before[p] if p in self._before else g) * n for p, g in now.items()}
-        self._updates.append({p: _sampled(u) for p, u in self.update(gradients).items()})
+        self._updates.append({p: sample(local(u)).clone() for p, u in self.update(gradients).items()})
         self._before = {p: g.clone() for p, g in now.items()}
 
-    def collect(self, step: Step) -> list[dict[Tensor, Tensor]]:
-        updates = self._updates
+    def collect(self, step: Step) -> list[list[Tensor]]:
+        updates = [[update[w.parameter] for w in step.watched] for update in self._updates]
         self._before, self._updates = {}, []
         return updates
 
@@ -320,10 +320,10 @@ class _Ranks(_Source):
     def _keep(self, p: Tensor) -> None:
         self._gradients[p] = p.grad.clone()  # type: ignore[union-attr]
 
-    def collect(self, step: Step) -> list[dict[Tensor, Tensor]]:
+    def collect(self, step: Step) -> list[list[Tensor]]:
         gradients = self._gradients
         self.close()
-        return [self.update(gradients)]
+        return _gathered(_sampled(step, self.update(gradients))) if step.watched else []
 
     def close(self) -> None:
         for handle in self._handles:
@@ -345,7 +345,7 @@ class _Batches(_Source):
             f"indices, got {what}; use source='accumulation' or 'ranks'."
         )
 
-    def collect(self, step: Step) -> list[dict[Tensor, Tensor]]:
+    def collect(self, step: Step) -> list[list[Tensor]]:
         optimizer = self.trainer.optimizers[0]
         with isolate_rng(include_cuda=False), fork_rng(self.module.device), torch.enable_grad():
             module = self._copy()
@@ -358,7 +358,7 @@ class _Batches(_Source):
                     self._backward(module, batch, number)
                     outside = gradients_of(optimizer)
                 gradients = outside | {p: copied.grad for copied, p in real.items() if copied.grad is not None}
-                updates.append({p: _sampled(u) for p, u in self.update(gradients).items()})
+                updates.append(_sampled(step, self.update(gradients)))
         return updates
 
     def _copy(self) -> pl.LightningModule:
