@@ -94,6 +94,12 @@ class VisionClassifier(OptimizerMixin, pl.LightningModule):
         if image_size is not None:
             self.example_input_array = torch.zeros(1, in_chans, image_size, image_size)
 
+    @pl.LightningModule.example_input_array.getter  # type: ignore[attr-defined]
+    def example_input_array(self) -> Any:
+        """One image in the precision of the weights, which a Trainer changes before it summarises the model."""
+        example = self._example_input_array
+        return example.to(next(self.parameters()).dtype) if isinstance(example, Tensor) else example
+
     def forward(self, images: Tensor) -> Tensor:
         """Logits (batch, num_classes) of images (batch, in_chans, height, width)."""
         return self.backbone(images)

@@ -211,6 +211,14 @@ def test_images_are_not_mixed_unless_asked_for() -> None:
 # --- the Trainer ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_the_summary_of_the_model_is_made_at_any_precision(precision: str, tmp_path) -> None:
+    trainer = pl.Trainer(accelerator="cpu", precision=precision, fast_dev_run=1, default_root_dir=tmp_path)  # type: ignore[arg-type]
+    trainer.fit(small_model(), loader())  # which summarises first
+    assert small_model().double().example_input_array.dtype == torch.float64
+    assert small_model(image_size=None).example_input_array is None
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
 def test_trains_validates_tests_and_predicts(precision: str, tmp_path) -> None:
     model = small_model(mixup=0.2, cutmix=0.2, label_smoothing=0.1)
