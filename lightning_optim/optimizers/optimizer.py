@@ -293,7 +293,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         grads = [_gradient(p) for p in params]
         parts, replicas = sharding.several(self.shard_group), sharding.several(self.process_group)
         # Replicas have equal gradients; but a defect in one's must not part it from the others, who wait for it.
-        everybody = dict.fromkeys((*(group for p in params for group in sharding.groups(p)), *parts, *replicas))
+        everybody = dict.fromkeys((*(group for p in params for group in sharding.peers(p)), *parts, *replicas))
         finite, gains = inspect_gradients(grads, tuple(everybody), alike=not parts)
         if self.skip_nonfinite and finite is False:
             self._count_skip()

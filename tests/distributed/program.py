@@ -101,8 +101,8 @@ def set_gradients(parameters: dict[str, nn.Parameter], t: int, mesh: DeviceMesh 
     generator = torch.Generator().manual_seed(1000 + t)
     for name, p in parameters.items():
         g = torch.randn(p.shape, generator=generator, dtype=torch.float64).add_(0.5)
-        if name == "up" and t == NOT_FINITE:
-            g[-1, 0] = torch.nan
+        if name == "up" and t == NOT_FINITE and (mesh is None or mesh.ndim == 1 or mesh.get_local_rank(0) == 1):
+            g[-1, 0] = torch.nan  # under HSDP of one replica
         g = g.to(p.dtype)
         if name in ("up", "bias") and t == HUGE:
             g[-1] *= torch.finfo(torch.promote_types(p.dtype, torch.float32)).max / 1e3
