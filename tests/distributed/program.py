@@ -282,6 +282,33 @@ def checkpoint() -> dict[str, Any]:
     return results
 
 
+def whole_state() -> dict[str, Any]:
+    """Going on sharded with the state of a single process against going on alone."""
+    results: dict[str, Any] = {}
+    for name in ("NAMO", "SOAP", "HVAdam", "MVNGrad"):
+        parameters, others = start(torch.bfloat16, line()), start(torch.bfloat16)
+        optimizer, alone = (build(name, ps, **ROWS[name][0], rounding="split") for ps in (parameters, others))
+        set_gradients(others, 1)
+        alone.step()
+        with torch.no_grad():
+            for key, p in parameters.items():
+                p.copy_(placed(key, others[key].detach(), line()))
+        optimizer.load_state_dict(alone.state_dict())
+        set_gradients(parameters, 2, line())
+        set_gradients(others, 2)
+        optimizer.step()
+        alone.step()
+        results[name] = compare(optimizer, parameters, alone, others)
+    p = parameters["columns"]
+    state = optimizer.state[p]
+    state["m"] = state["m"].redistribute(line(), [Shard(0)])
+    try:
+        optimizer.load_state_dict(optimizer.state_dict())
+    except ValueError as error:
+        results["refused"] = str(error)
+    return results
+
+
 def refused() -> dict[str, str]:
     """What is said of placements that a rule does not take."""
     square = init_device_mesh("cpu", (2, 2))
@@ -316,6 +343,7 @@ CASES: dict[int, dict[str, Callable[[], Any]]] = {
         "on accelerators": on_accelerators,
         "unused": unused,
         "checkpoint": checkpoint,
+        "whole state": whole_state,
         "bytes": bytes_sent,
     },
     4: {

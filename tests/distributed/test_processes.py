@@ -133,6 +133,14 @@ def test_distributed_checkpoint_takes_the_state(results: Results) -> None:
         assert all(result.values()), result
 
 
+def test_sharded_parameters_take_their_part_of_whole_state(results: Results) -> None:
+    for result in results(2, "whole state"):
+        message = result.pop("refused")
+        assert "m has placements (Shard(dim=0),) instead of (Shard(dim=1),)" in message
+        for name, difference in result.items():
+            assert difference <= 2**-12, name  # as in the case "fsdp2 split"
+
+
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_bytes_are_at_their_minimum(processes: int, results: Results) -> None:
     n = processes

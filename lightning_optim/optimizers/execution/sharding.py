@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 if dist.is_available():
-    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 else:
     DTensor = Shard = ()  # type: ignore[assignment, misc]
 
@@ -195,6 +195,18 @@ def _spread(part: Tensor, p: Any, shape: Sequence[int], placements: Sequence[Any
     size = torch.Size(shape)
     stride = torch.empty(size, device="meta").stride()
     return DTensor.from_local(part, p.device_mesh, placements, run_check=False, shape=size, stride=stride)
+
+
+def placements(x: Tensor) -> tuple[Any, ...] | None:
+    """How a tensor lies on its mesh; ``None`` for one that this process has for itself."""
+    return x.placements if isinstance(x, DTensor) else None
+
+
+def placed(x: Tensor, like: Tensor) -> Tensor:
+    """A tensor cut up as another is; of one that is not, every process has all. Nothing is sent."""
+    if isinstance(x, DTensor) or not isinstance(like, DTensor):
+        return x
+    return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def rank(group: Group) -> int:
