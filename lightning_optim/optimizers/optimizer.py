@@ -101,9 +101,10 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
 
     Attributes:
         skipped_steps: How many steps were skipped.
-        observer: Called as ``observer(parameter, name, value)`` with what matrix rules compute on the way.
+        observer: Called as ``observer(parameter, name, value)`` with what matrix rules compute on the way. Where
+            parameters are sharded, all processes have to set one for the same steps: they send it what it is told.
         process_group: Processes that hold equal parameters and gradients, as under DDP. Set, they share the work of
-            orthogonalisation, and all have to make every step.
+            orthogonalisation, and all have to make every step. Copies of an optimizer start without one.
         work_group: Those of them that share the work, such as the processes of a node; ``None`` for all.
         shard_group: Processes that hold parts of the parameters without saying which, as under FSDP1 and DeepSpeed.
             (``DTensor`` parameters, as under FSDP2, say so themselves.) Set, all have to make every step.
