@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .execution import sharding
+
 Groups = Sequence[Mapping[str, Any]]
 
 #: Keys of a parameter group that say what is done with its parameters, ...
@@ -80,10 +82,10 @@ def check_state(saved: Mapping[str, Mapping[str, Any]], expected: Mapping[str, M
 
     Args:
         saved: For each parameter, by whatever it is to be called, its state in the checkpoint.
-        expected: Likewise tensors of the right names, shapes and dtypes; their values do not matter.
+        expected: Likewise tensors of the right names, shapes, dtypes and placements; their values do not matter.
 
     Raises:
-        CheckpointError: A tensor is missing, superfluous, or of another shape or kind.
+        CheckpointError: A tensor is missing, superfluous, of another shape or kind, or sharded otherwise.
     """
     problems = {name: _state_problems(state, expected[name]) for name, state in saved.items()}
     if found := [f"{name} ({problem})" for name, problem in problems.items() if problem]:
@@ -102,6 +104,8 @@ def _state_problems(saved: Mapping[str, Any], expected: Mapping[str, Tensor]) ->
             problems.append(f"{name} is of shape {tuple(value.shape)} instead of {tuple(x.shape)}")
         elif value.dtype != x.dtype and not (value.dtype in wide and x.dtype in wide):
             problems.append(f"{name} is {_short(value.dtype)} instead of {_short(x.dtype)}")
+        elif sharding.placements(value) not in (None, sharding.placements(x)):
+            problems.append(f"{name} has placements {sharding.placements(value)} instead of {sharding.placements(x)}")
     return ", ".join(problems)
 
 

@@ -101,9 +101,10 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
 
     Attributes:
         skipped_steps: How many steps were skipped.
-        observer: Called as ``observer(parameter, name, value)`` with what matrix rules compute on the way.
+        observer: Called as ``observer(parameter, name, value)`` with what matrix rules compute on the way. Where
+            parameters are sharded, all processes have to set one for the same steps: they send it what it is told.
         process_group: Processes that hold equal parameters and gradients, as under DDP. Set, they share the work of
-            orthogonalisation, and all have to make every step.
+            orthogonalisation, and all have to make every step. Copies of an optimizer start without one.
         work_group: Those of them that share the work, such as the processes of a node; ``None`` for all.
         shard_group: Processes that hold parts of the parameters without saying which, as under FSDP1 and DeepSpeed.
             (``DTensor`` parameters, as under FSDP2, say so themselves.) Set, all have to make every step.
@@ -293,7 +294,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         grads = [_gradient(p) for p in params]
         parts, replicas = sharding.several(self.shard_group), sharding.several(self.process_group)
         # Replicas have equal gradients; but a defect in one's must not part it from the others, who wait for it.
-        everybody = dict.fromkeys((*(group for p in params for group in sharding.groups(p)), *parts, *replicas))
+        everybody = dict.fromkeys((*(group for p in params for group in sharding.peers(p)), *parts, *replicas))
         finite, gains = inspect_gradients(grads, tuple(everybody), alike=not parts)
         if self.skip_nonfinite and finite is False:
             self._count_skip()
@@ -448,7 +449,8 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         """Load the state of an optimizer with the same rules for the same parameters.
 
         Parameters with names are found by name, others by position. State of the parameters' size takes the precision
-        of the arithmetic on the parameters that are here now. Nothing is changed unless everything fits.
+        of the arithmetic on the parameters that are here now. Where those are sharded, every process takes its part of
+        whole state. Nothing is changed unless everything fits.
 
         Raises:
             CheckpointError: The checkpoint is of another optimizer, of other parameters or groups of them, or damaged.
@@ -461,9 +463,12 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         for group, saved in zip(self.param_groups, state_dict["param_groups"]):
             keep = {*execution.number_names(self.rule(group)), execution.RESIDUAL}
             for p, key in zip(group["params"], saved["params"]):
-                for name, value in state_dict["state"].get(key, {}).items():
+                state = state_dict["state"].get(key, {})
+                expected = self._expected_state(p, group, state) if state else {}
+                for name, value in state.items():
                     dtype = value.dtype if name in keep else execution.compute_dtype(p.dtype)
-                    self.state[p][name] = value.to(self.state[p][name].device, dtype, copy=True)
+                    value = value.to(self.state[p][name].device, dtype, copy=True)
+                    self.state[p][name] = sharding.placed(value, expected[name])
 
     def _check_checkpoint(self, state_dict: Mapping[str, Any]) -> None:
         """Refuse hyperparameters out of range and state of other names, shapes or kinds than the rules'."""
@@ -476,13 +481,18 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
             for j, (p, key) in enumerate(zip(group["params"], saved["params"])):
                 if state := state_dict["state"].get(key):
                     name = checkpoint.label(group, i, j)
-                    like = torch.empty(p.shape, dtype=p.dtype, device="meta")
-                    states[name], expected[name] = state, execution.new_state(self.rule(group), like, saved)
-                    if execution.RESIDUAL in state:  # of whichever way of rounding; the step makes the one it needs
-                        kind = getattr(state[execution.RESIDUAL], "dtype", None)
-                        kind = kind if kind in (torch.bfloat16, torch.float16) else torch.int16
-                        expected[name][execution.RESIDUAL] = torch.empty(p.shape, dtype=kind, device="meta")
+                    states[name], expected[name] = state, self._expected_state(p, saved, state)
         checkpoint.check_state(states, expected)
+
+    def _expected_state(self, p: Tensor, group: Mapping[str, Any], saved: Mapping[str, Any]) -> State:
+        """State such as that of a checkpoint should be, without values."""
+        like = torch.empty_like(p, device="meta")
+        expected = execution.new_state(self.rule(group), like, group)
+        if execution.RESIDUAL in saved:  # of whichever way of rounding; the step makes the one it needs
+            kind = getattr(saved[execution.RESIDUAL], "dtype", None)
+            kind = kind if kind in (torch.bfloat16, torch.float16) else torch.int16
+            expected[execution.RESIDUAL] = torch.empty_like(like, dtype=kind)
+        return expected
 
 
 def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:

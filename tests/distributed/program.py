@@ -101,8 +101,8 @@ def set_gradients(parameters: dict[str, nn.Parameter], t: int, mesh: DeviceMesh 
     generator = torch.Generator().manual_seed(1000 + t)
     for name, p in parameters.items():
         g = torch.randn(p.shape, generator=generator, dtype=torch.float64).add_(0.5)
-        if name == "up" and t == NOT_FINITE:
-            g[-1, 0] = torch.nan
+        if name == "up" and t == NOT_FINITE and (mesh is None or mesh.ndim == 1 or mesh.get_local_rank(0) == 1):
+            g[-1, 0] = torch.nan  # under HSDP of one replica
         g = g.to(p.dtype)
         if name in ("up", "bias") and t == HUGE:
             g[-1] *= torch.finfo(torch.promote_types(p.dtype, torch.float32)).max / 1e3
@@ -282,6 +282,33 @@ def checkpoint() -> dict[str, Any]:
     return results
 
 
+def whole_state() -> dict[str, Any]:
+    """Going on sharded with the state of a single process against going on alone."""
+    results: dict[str, Any] = {}
+    for name in ("NAMO", "SOAP", "HVAdam", "MVNGrad"):
+        parameters, others = start(torch.bfloat16, line()), start(torch.bfloat16)
+        optimizer, alone = (build(name, ps, **ROWS[name][0], rounding="split") for ps in (parameters, others))
+        set_gradients(others, 1)
+        alone.step()
+        with torch.no_grad():
+            for key, p in parameters.items():
+                p.copy_(placed(key, others[key].detach(), line()))
+        optimizer.load_state_dict(alone.state_dict())
+        set_gradients(parameters, 2, line())
+        set_gradients(others, 2)
+        optimizer.step()
+        alone.step()
+        results[name] = compare(optimizer, parameters, alone, others)
+    p = parameters["columns"]
+    state = optimizer.state[p]
+    state["m"] = state["m"].redistribute(line(), [Shard(0)])
+    try:
+        optimizer.load_state_dict(optimizer.state_dict())
+    except ValueError as error:
+        results["refused"] = str(error)
+    return results
+
+
 def refused() -> dict[str, str]:
     """What is said of placements that a rule does not take."""
     square = init_device_mesh("cpu", (2, 2))
@@ -316,6 +343,7 @@ CASES: dict[int, dict[str, Callable[[], Any]]] = {
         "on accelerators": on_accelerators,
         "unused": unused,
         "checkpoint": checkpoint,
+        "whole state": whole_state,
         "bytes": bytes_sent,
     },
     4: {

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 if dist.is_available():
-    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 else:
     DTensor = Shard = ()  # type: ignore[assignment, misc]
 
@@ -98,20 +98,31 @@ def gradient(p: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=1024)
-def _cuts(mesh: Any, placements: tuple[Any, ...]) -> tuple[tuple[int, Group], ...]:
-    """The axes along which tensors are cut, and over which processes."""
-    sharded = [(i, placed.dim) for i, placed in enumerate(placements) if not placed.is_replicate()]
-    return tuple((axis, mesh.get_group(i)) for i, axis in sharded if mesh.size(i) > 1)
+def _dimensions(mesh: Any, placements: tuple[Any, ...], world: Group) -> tuple[tuple[Any, Group], ...]:
+    """How tensors are placed on the dimensions of a mesh that have several processes, and which those are.
+
+    Meshes of the same processes are equal, also when ``world`` was destroyed and made anew, and their groups with it.
+    """
+    return tuple((placed, mesh.get_group(i)) for i, placed in enumerate(placements) if mesh.size(i) > 1)
+
+
+def _placed(p: Tensor) -> tuple[tuple[Any, Group], ...]:
+    return _dimensions(p.device_mesh, p.placements, dist.group.WORLD) if isinstance(p, DTensor) else ()
 
 
 def cuts(p: Tensor) -> tuple[tuple[int, Group], ...]:
     """The axes along which a parameter is cut, and over which processes."""
-    return _cuts(p.device_mesh, p.placements) if isinstance(p, DTensor) else ()
+    return tuple((placed.dim, group) for placed, group in _placed(p) if not placed.is_replicate())
 
 
 def groups(p: Tensor) -> tuple[Group, ...]:
     """The process groups that hold the other parts of a parameter."""
     return tuple(group for _, group in cuts(p))
+
+
+def peers(p: Tensor) -> tuple[Group, ...]:
+    """The process groups that hold other parts or copies of a parameter."""
+    return tuple(group for _, group in _placed(p))
 
 
 def sharding(p: Tensor) -> Sharding | None:
@@ -184,6 +195,18 @@ def _spread(part: Tensor, p: Any, shape: Sequence[int], placements: Sequence[Any
     size = torch.Size(shape)
     stride = torch.empty(size, device="meta").stride()
     return DTensor.from_local(part, p.device_mesh, placements, run_check=False, shape=size, stride=stride)
+
+
+def placements(x: Tensor) -> tuple[Any, ...] | None:
+    """How a tensor lies on its mesh; ``None`` for one that this process has for itself."""
+    return x.placements if isinstance(x, DTensor) else None
+
+
+def placed(x: Tensor, like: Tensor) -> Tensor:
+    """A tensor cut up as another is; of one that is not, every process has all. Nothing is sent."""
+    if isinstance(x, DTensor) or not isinstance(like, DTensor):
+        return x
+    return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def rank(group: Group) -> int:
