@@ -156,10 +156,10 @@ def _check_author(name: str, here: Groups, saved: Groups) -> None:
 def _by_name(optimizer: str, here: Groups, saved: Groups) -> list[int]:
     """For each group the index of the saved group with the same parameters."""
     now, then = ({n: i for i, group in enumerate(groups) for n in group["param_names"]} for groups in (here, saved))
-    # A group is the saved one that it shares most parameters with, so that the difference is the smaller part.
+    # A group is the saved one of its name, else that with most of its parameters: the difference is the smaller part.
     origin: dict[int, int] = {}
     shared = Counter((now[n], then[n]) for n in now if n in then)
-    for i, j in sorted(shared, key=lambda ij: (-shared[ij], _name(here, ij[0]) != _name(saved, ij[1]))):
+    for i, j in sorted(shared, key=lambda ij: (_name(here, ij[0]) != _name(saved, ij[1]), -shared[ij])):
         if i not in origin and j not in origin.values():
             origin[i] = j
     kept = [n for n in now if n in then]

@@ -67,6 +67,15 @@ def test_another_grouping_is_named(name: str) -> None:
     assert "b.weight" not in message["Grouped otherwise"]
 
 
+def test_the_group_that_kept_its_name_is_the_same_group() -> None:
+    """Also where most of its parameters have left it: those are named, not the few that stayed."""
+    nets = [net(norm=nn.LayerNorm(4, bias=False)) for _ in range(2)]
+    saved = trained(build_optimizer(nets[0], "AdamW")).state_dict()
+    message = refused(build_optimizer(nets[1], "AdamW", Grouping(lr_multipliers={"*.bias": 0.5})), saved)
+    assert "a.bias (group 'params/no_decay' in the checkpoint, group 'params/*.bias/no_decay')" in message
+    assert "norm.weight" not in message
+
+
 def test_another_routing_and_another_fallback_are_named() -> None:
     saved = trained(build_optimizer(net(), "NAMO")).state_dict()
     message = lines(refused(build_optimizer(net(), "NAMO", Grouping(fallback=["a.weight"])), saved))
