@@ -131,10 +131,11 @@ class OptimCLI(LightningCLI):
         except RuntimeError as error:
             if "loading state_dict" not in str(error):
                 raise
+            reasons = [line.strip(" \t.")[:300] for line in str(error).splitlines()[1:]]
+            more = f" and {len(reasons) - 3} more" if len(reasons) > 3 else ""
             self.parser.error(
-                f"--ckpt_path {self._get(self.config, 'ckpt_path')} is of another model: "
-                f"{'; '.join(line[:300] for line in str(error).splitlines()[1:])}. Give --model and its arguments as "
-                "in the run that wrote it.",
+                f"--ckpt_path {self._get(self.config, 'ckpt_path')} is of another model: {'; '.join(reasons[:3])}{more}"
+                ". Give --model and its arguments as in the run that wrote it.",
                 error,
             )
 
@@ -185,6 +186,12 @@ class OptimCLI(LightningCLI):
             return
         given = self.config[subcommand].get("model")
         super()._parse_ckpt_path()
+        ours, saved = _class_path(given), _class_path(self.config[subcommand].get("model"))
+        if ours and saved and _import_class(ours) is not _import_class(saved):
+            raise UsageError(
+                f"--ckpt_path {self.config[subcommand].ckpt_path} is of another model: {saved}, not {ours}. Leave -c "
+                "out to go on with a run, or give the -c that belongs to it."
+            )
         for arg in self._args:
             option = re.match(r"--model\.(?:init_args\.)?(\w+)", arg)
             for prefix in ("", "init_args."):
@@ -476,7 +483,7 @@ def _given(args: Sequence[str], *options: str) -> Iterator[tuple[int, str, str]]
 
 
 def _class_path(spec: Any) -> str | None:
-    path = spec.get("class_path") if isinstance(spec, dict) else spec
+    path = spec.get("class_path") if isinstance(spec, (dict, Namespace)) else spec
     return path if isinstance(path, str) else None
 
 

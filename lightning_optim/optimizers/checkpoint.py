@@ -148,7 +148,8 @@ def _check_author(name: str, here: Groups, saved: Groups) -> None:
     keys_here, keys_saved = ({key for group in groups for key in group} - {*SCHEDULED} for groups in (here, saved))
     odd, lacking = sorted(keys_saved - keys_here - {*LABELS}), sorted(keys_here - keys_saved - {*LABELS})
     if rules_here.isdisjoint(rules_saved) or (odd and lacking):
-        author = " and ".join(sorted(repr(rule) for rule in rules_saved if rule)) or "another optimizer"
+        rules = " and ".join(sorted(repr(rule) for rule in rules_saved if rule))
+        author = f"an optimizer with rule {rules}" if rules else "another optimizer"
         details = f" Its groups have {', '.join(odd)} and no {', '.join(lacking)}." if odd and lacking else ""
         raise CheckpointError(f"The checkpoint was written by {author} and does not fit {name}.{details} {_REMEDY}")
 

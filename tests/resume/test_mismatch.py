@@ -151,6 +151,12 @@ def test_torch_optimizers_refuse_those_of_others(written: str, read: str) -> Non
     assert "begin with a new optimizer" in refused(build_optimizer(net(), read), saved)
 
 
+def test_a_rule_is_not_taken_for_the_optimizer() -> None:
+    """NAMO's checkpoint has groups of AdamW's rule."""
+    message = refused(build_optimizer(net(), "AdamW"), trained(build_optimizer(net(), "NAMO")).state_dict())
+    assert "written by an optimizer with rule 'AdamW' and 'NAMO' and does not fit AdamW" in message
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_schedules_and_later_options_do_not_make_a_checkpoint_foreign(name: str) -> None:
     a = build_optimizer(net(), name)

@@ -171,12 +171,23 @@ TINY = [
 ]
 
 
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run of two steps."""
+    folder = tmp_path_factory.mktemp("begun")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["lightning-optim"])
+        main(["fit", *TINY, "--trainer.max_steps", "2", "--optimizer", "NAMO", "--optimizer.lr", "0.01"])
+    return folder
+
+
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run of two steps, in the current folder."""
+def run(begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """That run, in the current folder."""
+    shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lightning-optim"])
-    main(["fit", *TINY, "--trainer.max_steps", "2", "--optimizer", "NAMO", "--optimizer.lr", "0.01"])
     return Path("runs/digits/version_0")
 
 
@@ -224,6 +235,10 @@ def test_a_checkpoint_without_its_folder_says_which_model(run: Path) -> None:
 
 REFUSED = {
     "grouping": (["--grouping.lr_multipliers", '{"*.bias": 2.0}'], ["Grouped otherwise", "(group 'fallback"]),
+    "another size": (
+        ["--model.backbone", "resnet18"],
+        ["another model", "backbone.conv1.weight", " more. Give --model"],
+    ),
     "fallback": (["--optimizer.fallback", "LaProp"], ["Treated otherwise", "'LaProp' here"]),
     "no such hyperparameter": (["--resume.override", "[learning_rate]"], ["learning_rate", "lr"]),
 }
@@ -241,7 +256,18 @@ def test_what_the_command_line_refuses(run: Path, what: str, capsys: pytest.Capt
     assert shown.startswith("lightning-optim: error: ")
     for word in expected:
         assert word in shown
+    assert len(shown) < 2000
     assert before == {path: path.read_bytes() for path in before}, "the run can go on as before"
+
+
+@pytest.mark.skipif(RequirementCache("lightning<2.6"), reason="Lightning takes no arguments from checkpoints")
+def test_a_checkpoint_of_another_task_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Lightning would train the checkpoint's model on the data of the other task."""
+    checkpoint = find_checkpoint("last", Path("runs"))
+    with pytest.raises(SystemExit):
+        main(["fit", "-c", "stdlib-text", "--ckpt_path", str(checkpoint), "--trainer.max_steps", "4"])
+    shown = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "another model: lightning_optim.models.VisionClassifier, not lightning_optim.models.LanguageModel" in shown
 
 
 DAMAGED = {
