@@ -31,7 +31,7 @@ class Resume(pl.Callback):
     Works with any torch optimizer. Without a checkpoint it does nothing.
 
     Args:
-        override: Names of hyperparameters, as in the optimizer's parameter groups: ``lr``, ``betas``,
+        override: A hyperparameter or several by name, as in the optimizer's parameter groups: ``lr``, ``betas``,
             ``weight_decay``, ...
 
     Raises:
@@ -41,8 +41,10 @@ class Resume(pl.Callback):
         >>> trainer = pl.Trainer(callbacks=[Resume(override=["lr", "weight_decay"])], accelerator="cpu", logger=False)
     """
 
-    def __init__(self, override: list[str] | None = None) -> None:
-        self.override = override or []
+    def __init__(self, override: list[str] | str | None = None) -> None:
+        self.override = [override] if isinstance(override, str) else override or []
+        #: Hyperparameters whose new values were not taken at the last resumption.
+        self.kept: list[str] = []
         self._built: list[_Built] = []
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -64,9 +66,10 @@ class Resume(pl.Callback):
         new = [text for name, text in differences if name in self.override]
         if new:
             rank_zero_info(f"Resumed with hyperparameters given anew: {'; '.join(new)}.")
-        old = {text: name for name, text in differences if name not in self.override}
+        old = [text for name, text in differences if name not in self.override]
+        self.kept = list(dict.fromkeys(name for name, _ in differences if name not in self.override))
         if old:
-            names = ",".join(dict.fromkeys([*self.override, *old.values()]))
+            names = ",".join([*self.override, *self.kept])
             rank_zero_warn(
                 f"The run goes on with hyperparameters of its checkpoint, not with those it is given now: "
                 f"{'; '.join(old)}. To take the new ones, add --resume.override '[{names}]', in Python the callback "

@@ -93,12 +93,14 @@ def look_at_checkpoint(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
-        CheckpointError: As for :func:`read_checkpoint`, or a folder was not written to its end.
+        CheckpointError: As for :func:`read_checkpoint`, or a folder was not written to its end or is of something else.
     """
     if not path.is_dir():
         return read_checkpoint(path, mmap=True)
     # Shards are written first, then the table of them, then what Lightning adds.
     last, others = path / "meta.pt", [path / ".metadata", *path.glob("*.distcp")]
+    if not any(p.is_file() for p in (last, *others)):
+        raise CheckpointError(f"{path} is a folder without a checkpoint's shards.")
     if not last.is_file() or any(not p.is_file() or p.stat().st_mtime_ns > last.stat().st_mtime_ns for p in others):
         raise CheckpointError(f"{path} was not written to its end. {_OTHER}")
     return _load(last, "cpu")

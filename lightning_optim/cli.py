@@ -93,6 +93,7 @@ class OptimCLI(LightningCLI):
     - Wrong input ends in one message with exit status 2.
     - ``--resume.override`` names the hyperparameters that a resumed run takes from the command line, and a warning
       says where the two differ otherwise; see :class:`~lightning_optim.callbacks.Resume`.
+    - ``--model.ARGUMENT`` holds before the checkpoint's value, which Lightning (from 2.6) takes instead.
     - Local checkpoints are written and read by :class:`~lightning_optim.checkpoint_io.SafeCheckpointIO`.
     - TensorBoard's hyperparameters hold optimizer, schedule and grouping beside model and data.
 
@@ -130,10 +131,11 @@ class OptimCLI(LightningCLI):
         except RuntimeError as error:
             if "loading state_dict" not in str(error):
                 raise
+            reasons = [line.strip(" \t.")[:300] for line in str(error).splitlines()[1:]]
+            more = f" and {len(reasons) - 3} more" if len(reasons) > 3 else ""
             self.parser.error(
-                f"--ckpt_path {self._get(self.config, 'ckpt_path')} is of another model: "
-                f"{'; '.join(line[:300] for line in str(error).splitlines()[1:])}. Give --model and its arguments as "
-                "in the run that wrote it.",
+                f"--ckpt_path {self._get(self.config, 'ckpt_path')} is of another model: {'; '.join(reasons[:3])}{more}"
+                ". Give --model and its arguments as in the run that wrote it.",
                 error,
             )
 
@@ -170,10 +172,31 @@ class OptimCLI(LightningCLI):
         parser.add_lightning_class_args(Resume, "resume")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        self._args: list[str] = []
         if isinstance(args, (dict, Namespace)):
             self.config = parser.parse_object(args)
         else:
-            self.config = parser.parse_args(_forget_on_change(sys.argv[1:] if args is None else list(args)))
+            self._args = sys.argv[1:] if args is None else list(args)
+            self.config = parser.parse_args(_forget_on_change(self._args))
+
+    def _parse_ckpt_path(self) -> None:
+        # Lightning 2.6 puts the checkpoint's hyperparameters of the model in place of all others. Here flags hold.
+        subcommand = self.config.get("subcommand")
+        if subcommand is None or any(_given(self._args, "--model")):
+            return
+        given = self.config[subcommand].get("model")
+        super()._parse_ckpt_path()
+        ours, saved = _class_path(given), _class_path(self.config[subcommand].get("model"))
+        if ours and saved and _import_class(ours) is not _import_class(saved):
+            raise UsageError(
+                f"--ckpt_path {self.config[subcommand].ckpt_path} is of another model: {saved}, not {ours}. Leave -c "
+                "out to go on with a run, or give the -c that belongs to it."
+            )
+        for arg in self._args:
+            option = re.match(r"--model\.(?:init_args\.)?(\w+)", arg)
+            for prefix in ("", "init_args."):
+                if option and prefix + option[1] in given:
+                    self.config[subcommand].model[prefix + option[1]] = given[prefix + option[1]]
 
     def instantiate_classes(self) -> None:
         with _explained():
@@ -228,7 +251,11 @@ class PresetOrFile(ActionConfigFile):
 
 
 class RecordSettings(SaveConfigCallback):
-    """Writes the configuration of a run into its folder, and the settings that matter to its loggers."""
+    """Writes the configuration of a run into its folder, and the settings that matter to its loggers.
+
+    Those of a run that goes on are replaced when training starts, and not before: a checkpoint that is refused leaves
+    the run with the settings that it had, and so does a resumption that does not take the hyperparameters it is given.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # A resumed run goes on in the folder of the first.
@@ -240,8 +267,14 @@ class RecordSettings(SaveConfigCallback):
         self.final_name, self.config_filename = self.config_filename, f".{self.config_filename}.part"
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage == "fit":
+        recorded = (Path(trainer.log_dir or "") / self.final_name).is_file()
+        if stage == "fit" and not trainer.strategy.broadcast(recorded):
             super().setup(trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if not any(isinstance(callback, Resume) and callback.kept for callback in callbacks):
+            super().setup(trainer, pl_module, "fit")
 
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         folder = Path(trainer.log_dir or "")
@@ -450,7 +483,7 @@ def _given(args: Sequence[str], *options: str) -> Iterator[tuple[int, str, str]]
 
 
 def _class_path(spec: Any) -> str | None:
-    path = spec.get("class_path") if isinstance(spec, dict) else spec
+    path = spec.get("class_path") if isinstance(spec, (dict, Namespace)) else spec
     return path if isinstance(path, str) else None
 
 
@@ -462,7 +495,7 @@ def _forget_on_change(args: list[str]) -> list[str]:
     Raises:
         UsageError: There is no such class.
     """
-    classes = {"optimizer": factory._optimizer_class, "lr_scheduler": factory._scheduler_class}
+    classes = {"optimizer": factory.optimizer_class, "lr_scheduler": factory.scheduler_class}
     completed: list[str] = []
     current: dict[str, type] = {}
     done = 0
@@ -638,7 +671,7 @@ class CommandLine(OptimCLI):
             return
         begun = _class_path(_load(self.invocation.settings).get("optimizer"))
         now = self._get(self.config, "optimizer")
-        if begun and now and factory._optimizer_class(begun) is not factory._optimizer_class(now.class_path):
+        if begun and now and factory.optimizer_class(begun) is not factory.optimizer_class(now.class_path):
             raise UsageError(
                 f"--optimizer {now.class_path}: the checkpoint is from a run with {begun}. Add --optimizer {begun}, or "
                 "leave -c and --model out to go on with all settings of that run."

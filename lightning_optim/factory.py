@@ -192,7 +192,7 @@ def build_optimizer(
         fallback/3.*/no_decay 0.0005 0.0 ['3.bias']
     """
     config = _config(OptimizerConfig, "optimizer", optimizer)
-    cls = _optimizer_class(config.name)
+    cls = optimizer_class(config.name)
     trainable: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
     if not trainable:
         raise ValueError(f"{type(module).__name__} has no trainable parameter: it is empty or frozen.")
@@ -250,7 +250,7 @@ def _processes_of_node(everybody: Any, count: int) -> Any:
     return everybody if count == dist.get_world_size(everybody) else dist.new_subgroups(count)[0]
 
 
-def _optimizer_class(name: str) -> type[Optimizer]:
+def optimizer_class(name: str) -> type[Optimizer]:
     return _import("optimizer", name, Optimizer) if "." in name else registry.get(name).cls
 
 
@@ -419,7 +419,7 @@ def configure_optimizers(
     if scheduler is None:
         return {"optimizer": built}
     config = _config(SchedulerConfig, "lr_scheduler", scheduler)
-    cls = _scheduler_class(config.name)
+    cls = scheduler_class(config.name)
     on_plateau = issubclass(cls, ReduceLROnPlateau)
     interval = config.interval or ("epoch" if on_plateau else "step")
     args = dict(config.args)
@@ -437,7 +437,7 @@ def configure_optimizers(
     return {"optimizer": built, "lr_scheduler": entry}
 
 
-def _scheduler_class(name: str) -> type[LRScheduler]:
+def scheduler_class(name: str) -> type[LRScheduler]:
     if "." in name:
         return _import("lr_scheduler", name, LRScheduler)
     known = {n: getattr(torch.optim.lr_scheduler, n) for n in torch.optim.lr_scheduler.__all__}

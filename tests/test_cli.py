@@ -458,13 +458,11 @@ def test_a_run_whose_gradients_stay_nan_ends_with_a_checkpoint_to_go_on_from(mon
     assert any(not torch.equal(x, weights[name]) for name, x in after["state_dict"].items())
 
 
-@pytest.mark.parametrize("rounding", ["split", "kahan", "stochastic"])
-def test_a_run_in_bfloat16_with_another_rounding(rounding: str) -> None:
-    args = [*SHORT, "--trainer.precision", "bf16-true", "--optimizer", "NAMO", "--optimizer.rounding", rounding]
+def test_a_run_in_bfloat16_with_another_rounding() -> None:
+    args = [*SHORT, "--trainer.precision", "bf16-true", "--optimizer", "NAMO", "--optimizer.rounding", "split"]
     main(["fit", *args])
     states = last(Path("runs"))["optimizer_states"][0]["state"].values()
-    kinds = {"split": torch.int16, "kahan": torch.bfloat16, "stochastic": None}
-    assert {getattr(state.get("residual"), "dtype", None) for state in states} == {kinds[rounding]}
+    assert {state["residual"].dtype for state in states} == {torch.int16}
     assert {x.dtype for x in last(Path("runs"))["state_dict"].values() if x.is_floating_point()} == {torch.bfloat16}
     main(["fit", *args, "--trainer.max_steps", "5", "--ckpt_path", "last"])
     assert last(Path("runs"))["global_step"] == 5
@@ -541,7 +539,7 @@ RUNS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("run", "name"), [*(("text", name) for name in OPTIMIZERS), ("images", "MVNGrad")])
+@pytest.mark.parametrize(("run", "name"), [("text", "SOAP"), ("images", "MVNGrad")])
 def test_killed_and_resumed_is_bit_for_bit_the_same(run: str, name: str) -> None:
     args = ["fit", *RUNS[run], "--optimizer", name, "--trainer.accelerator", "cpu", *QUIET]
     straight, killed = (["--trainer.default_root_dir", folder] for folder in ("straight", "killed"))

@@ -152,7 +152,8 @@ def _check_author(name: str, here: Groups, saved: Groups) -> None:
     keys_here, keys_saved = ({key for group in groups for key in group} - {*SCHEDULED} for groups in (here, saved))
     odd, lacking = sorted(keys_saved - keys_here - {*LABELS}), sorted(keys_here - keys_saved - {*LABELS})
     if rules_here.isdisjoint(rules_saved) or (odd and lacking):
-        author = " and ".join(sorted(repr(rule) for rule in rules_saved if rule)) or "another optimizer"
+        rules = " and ".join(sorted(repr(rule) for rule in rules_saved if rule))
+        author = f"an optimizer with rule {rules}" if rules else "another optimizer"
         details = f" Its groups have {', '.join(odd)} and no {', '.join(lacking)}." if odd and lacking else ""
         raise CheckpointError(f"The checkpoint was written by {author} and does not fit {name}.{details} {_REMEDY}")
 
@@ -160,10 +161,10 @@ def _check_author(name: str, here: Groups, saved: Groups) -> None:
 def _by_name(optimizer: str, here: Groups, saved: Groups) -> list[int]:
     """For each group the index of the saved group with the same parameters."""
     now, then = ({n: i for i, group in enumerate(groups) for n in group["param_names"]} for groups in (here, saved))
-    # A group is the saved one that it shares most parameters with, so that the difference is the smaller part.
+    # A group is the saved one of its name, else that with most of its parameters: the difference is the smaller part.
     origin: dict[int, int] = {}
     shared = Counter((now[n], then[n]) for n in now if n in then)
-    for i, j in sorted(shared, key=lambda ij: (-shared[ij], _name(here, ij[0]) != _name(saved, ij[1]))):
+    for i, j in sorted(shared, key=lambda ij: (_name(here, ij[0]) != _name(saved, ij[1]), -shared[ij])):
         if i not in origin and j not in origin.values():
             origin[i] = j
     kept = [n for n in now if n in then]

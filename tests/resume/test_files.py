@@ -180,6 +180,8 @@ def test_weights_only_false_is_refused(tmp_path: Path) -> None:
 def test_a_folder_of_shards_is_complete_when_its_last_file_is_the_newest(tmp_path: Path) -> None:
     folder = tmp_path / "run" / "checkpoints" / "last.ckpt"
     folder.mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="is a folder without a checkpoint"):
+        look_at_checkpoint(folder)
     for time, name in enumerate(["__0_0.distcp", "__1_0.distcp", ".metadata"]):
         (folder / name).touch()
         os.utime(folder / name, (time, time))

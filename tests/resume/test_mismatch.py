@@ -67,6 +67,15 @@ def test_another_grouping_is_named(name: str) -> None:
     assert "b.weight" not in message["Grouped otherwise"]
 
 
+def test_the_group_that_kept_its_name_is_the_same_group() -> None:
+    """Also where most of its parameters have left it: those are named, not the few that stayed."""
+    nets = [net(norm=nn.LayerNorm(4, bias=False)) for _ in range(2)]
+    saved = trained(build_optimizer(nets[0], "AdamW")).state_dict()
+    message = refused(build_optimizer(nets[1], "AdamW", Grouping(lr_multipliers={"*.bias": 0.5})), saved)
+    assert "a.bias (group 'params/no_decay' in the checkpoint, group 'params/*.bias/no_decay')" in message
+    assert "norm.weight" not in message
+
+
 def test_another_routing_and_another_fallback_are_named() -> None:
     saved = trained(build_optimizer(net(), "NAMO")).state_dict()
     message = lines(refused(build_optimizer(net(), "NAMO", Grouping(fallback=["a.weight"])), saved))
@@ -140,6 +149,12 @@ def test_foreign_checkpoints_are_refused(name: str, what: str) -> None:
 def test_torch_optimizers_refuse_those_of_others(written: str, read: str) -> None:
     saved = trained(build_optimizer(net(), written)).state_dict()
     assert "begin with a new optimizer" in refused(build_optimizer(net(), read), saved)
+
+
+def test_a_rule_is_not_taken_for_the_optimizer() -> None:
+    """NAMO's checkpoint has groups of AdamW's rule."""
+    message = refused(build_optimizer(net(), "AdamW"), trained(build_optimizer(net(), "NAMO")).state_dict())
+    assert "written by an optimizer with rule 'AdamW' and 'NAMO' and does not fit AdamW" in message
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

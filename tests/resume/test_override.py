@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.imports import RequirementCache
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -153,25 +155,39 @@ def test_a_name_that_no_group_has_is_refused(tmp_path: Path) -> None:
 def test_a_schedule_that_is_new_begins(tmp_path: Path) -> None:
     fit(Net(0.01), tmp_path, steps=STOP)
     resumed = Net(0.03, SCHEDULES["cosine"])
-    fit(resumed, tmp_path, Resume(["lr"]), resume=True)
+    fit(resumed, tmp_path, Resume("lr"), resume=True)
     assert resumed.seen[0][0] == 0.03
 
 
 # --- the command line ---------------------------------------------------------------------------------------------
 
-TINY = [
-    *("-c", "digits", "--model.backbone", "test_resnet", "--model.stem_stride", "2", "--model.backbone_args", "null"),
+QUIET = [
     *("--trainer.limit_val_batches", "1", "--trainer.accelerator", "cpu", "--diagnostics.tier", "off"),
     *("--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false", "--lr_scheduler", "null"),
 ]
+TINY = [
+    *("-c", "digits", "--model.backbone", "test_resnet", "--model.stem_stride", "2", "--model.backbone_args", "null"),
+    *QUIET,
+]
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run of two steps."""
+    folder = tmp_path_factory.mktemp("begun")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["lightning-optim"])
+        main(["fit", *TINY, "--trainer.max_steps", "2", "--optimizer", "NAMO", "--optimizer.lr", "0.01"])
+    return folder
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run of two steps, in the current folder."""
+def run(begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """That run, in the current folder."""
+    shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lightning-optim"])
-    main(["fit", *TINY, "--trainer.max_steps", "2", "--optimizer", "NAMO", "--optimizer.lr", "0.01"])
     return Path("runs/digits/version_0")
 
 
@@ -179,22 +195,50 @@ def groups(folder: Path = Path("runs")) -> list[dict[str, Any]]:
     return torch.load(find_checkpoint("last", folder), weights_only=True)["optimizer_states"][0]["param_groups"]
 
 
+def model_arguments() -> dict[str, Any]:
+    return torch.load(find_checkpoint("last", Path("runs")), weights_only=True)["hyper_parameters"]
+
+
 def test_from_the_command_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     go_on = ["fit", "--ckpt_path", "last", "--optimizer.lr", "0.02", "--optimizer.fallback_lr", "0.005"]
     with pytest.warns(UserWarning, match=r"lr=0\.02 now, 0\.01 in the checkpoint.*--resume\.override '\[lr\]'"):
         main([*go_on, "--trainer.max_steps", "3"])
+    recorded = [yaml.safe_load((run / name).read_text()) for name in ("config.yaml", "hparams.yaml")]
+    assert recorded[0]["optimizer"]["init_args"]["lr"] == 0.01
+    assert recorded[1]["optimizer/lr"] == 0.01
     assert [group["lr"] for group in groups()] == [0.01, *[0.001] * (len(groups()) - 1)]
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*hyperparameters of its checkpoint")
-        main([*go_on, "--trainer.max_steps", "4", "--resume.override", "[lr]"])
+        main([*go_on, "--trainer.max_steps", "4", "--resume.override", "lr"])
     assert [group["lr"] for group in groups()] == [0.02, *[0.005] * (len(groups()) - 1)]
     settings = yaml.safe_load((run / "config.yaml").read_text())
     assert settings["optimizer"]["init_args"]["lr"] == 0.02
     assert settings["resume"]["override"] is None, "it holds for one resumption"
 
 
+def test_the_models_arguments_are_those_of_flags_then_of_the_checkpoint(run: Path) -> None:
+    main(["fit", "--ckpt_path", "last", "--trainer.max_steps", "3", "--model.label_smoothing", "0.25"])
+    assert model_arguments()["label_smoothing"] == 0.25
+    assert yaml.safe_load((run / "config.yaml").read_text())["model"]["init_args"]["label_smoothing"] == 0.25
+    main(["fit", "--ckpt_path", "last", "--trainer.max_steps", "4", "--model.init_args.label_smoothing=0.0"])
+    assert model_arguments()["label_smoothing"] == 0.0, "also where it is the default"
+
+
+@pytest.mark.skipif(RequirementCache("lightning<2.6"), reason="Lightning takes no arguments from checkpoints")
+def test_a_checkpoint_without_its_folder_says_which_model(run: Path) -> None:
+    before = model_arguments()
+    shutil.copy(find_checkpoint("last", Path("runs")), "alone.ckpt")
+    shutil.rmtree(run)
+    main(["fit", *QUIET, "--ckpt_path", "alone.ckpt", "--optimizer", "NAMO", "--trainer.max_steps", "3"])
+    assert model_arguments() == before
+
+
 REFUSED = {
     "grouping": (["--grouping.lr_multipliers", '{"*.bias": 2.0}'], ["Grouped otherwise", "(group 'fallback"]),
+    "another size": (
+        ["--model.backbone", "resnet18"],
+        ["another model", "backbone.conv1.weight", " more. Give --model"],
+    ),
     "fallback": (["--optimizer.fallback", "LaProp"], ["Treated otherwise", "'LaProp' here"]),
     "no such hyperparameter": (["--resume.override", "[learning_rate]"], ["learning_rate", "lr"]),
 }
@@ -203,7 +247,8 @@ REFUSED = {
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_the_command_line_refuses(run: Path, what: str, capsys: pytest.CaptureFixture[str]) -> None:
     args, expected = REFUSED[what]
-    before = {path: path.read_bytes() for path in run.rglob("*.ckpt")}
+    before = {path: path.read_bytes() for pattern in ("*.ckpt", "*.yaml") for path in run.rglob(pattern)}
+    assert len(before) >= 3
     with pytest.raises(SystemExit) as stop:
         main(["fit", "--ckpt_path", "last", "--trainer.max_steps", "4", *args])
     assert stop.value.code == 2
@@ -211,7 +256,18 @@ def test_what_the_command_line_refuses(run: Path, what: str, capsys: pytest.Capt
     assert shown.startswith("lightning-optim: error: ")
     for word in expected:
         assert word in shown
-    assert before == {path: path.read_bytes() for path in run.rglob("*.ckpt")}
+    assert len(shown) < 2000
+    assert before == {path: path.read_bytes() for path in before}, "the run can go on as before"
+
+
+@pytest.mark.skipif(RequirementCache("lightning<2.6"), reason="Lightning takes no arguments from checkpoints")
+def test_a_checkpoint_of_another_task_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Lightning would train the checkpoint's model on the data of the other task."""
+    checkpoint = find_checkpoint("last", Path("runs"))
+    with pytest.raises(SystemExit):
+        main(["fit", "-c", "stdlib-text", "--ckpt_path", str(checkpoint), "--trainer.max_steps", "4"])
+    shown = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "another model: lightning_optim.models.VisionClassifier, not lightning_optim.models.LanguageModel" in shown
 
 
 DAMAGED = {
