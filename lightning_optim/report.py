@@ -60,7 +60,9 @@ def read_runs(folders: Iterable[str | Path]) -> list[Run]:
             events = EventAccumulator(str(place), size_guidance={"scalars": 0}).Reload()
             scalars = {}
             for tag in events.Tags()["scalars"]:
-                series = {event.step: event.value for event in events.Scalars(tag)}
+                # Files come by their names, in which 10 sorts before 9.
+                by_time = sorted(events.Scalars(tag), key=lambda event: event.wall_time)
+                series = {event.step: event.value for event in by_time}
                 scalars[tag] = (sorted(series), [series[step] for step in sorted(series)])
             name = str(place.relative_to(folder)) if place != folder else place.name
             runs[place] = Run(name if name not in {run.name for run in runs.values()} else str(place), scalars)

@@ -38,7 +38,11 @@ def test_more_than_the_10_000_values_that_tensorboard_samples(tmp_path):
 
 def test_a_resumed_run_is_one_and_its_later_values_count(tmp_path):
     write(tmp_path, {"update/rms": [(0, 1.0), (1, 2.0)]})
+    (first,) = tmp_path.iterdir()
+    first.rename(f"{first}.later")
     write(tmp_path, {"update/rms": [(1, 3.0), (2, 4.0)]})
+    (second,) = (path for path in tmp_path.iterdir() if path.name != f"{first.name}.later")
+    second.rename(f"{first}.earlier")
     (run,) = read_runs([tmp_path])
     assert run.scalars["update/rms"] == ([0, 1, 2], [1.0, 3.0, 4.0])
 
