@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import sys
 import zipfile
 from collections.abc import Callable
@@ -14,10 +15,12 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch.distributed.checkpoint.api import CheckpointException
 
 from lightning_optim.checkpoint_io import CheckpointError, SafeCheckpointIO, look_at_checkpoint, read_checkpoint
 from lightning_optim.cli import OptimCLI, find_checkpoint, main
@@ -182,8 +185,9 @@ def test_a_folder_of_shards_is_complete_when_its_last_file_is_the_newest(tmp_pat
     folder.mkdir(parents=True)
     with pytest.raises(CheckpointError, match="is a folder without a checkpoint"):
         look_at_checkpoint(folder)
+    dcp.save({"weight": torch.ones(3)}, checkpoint_id=folder)
+    (folder / "__1_0.distcp").touch()
     for time, name in enumerate(["__0_0.distcp", "__1_0.distcp", ".metadata"]):
-        (folder / name).touch()
         os.utime(folder / name, (time, time))
     with pytest.raises(CheckpointError, match="not written to its end"):
         look_at_checkpoint(folder)
@@ -194,6 +198,25 @@ def test_a_folder_of_shards_is_complete_when_its_last_file_is_the_newest(tmp_pat
     os.utime(folder / "__1_0.distcp", (4, 4))  # It is being overwritten.
     with pytest.raises(CheckpointError, match="not written to its end"):
         look_at_checkpoint(folder)
+
+
+@pytest.mark.parametrize("place", [None, "table", "shard"])
+def test_a_folder_of_shards_executes_nothing(place: str | None, tmp_path: Path) -> None:
+    marker, folder = tmp_path / "executed", tmp_path / "last.ckpt"
+    plain = {"weight": torch.ones(3, dtype=torch.bfloat16), "groups": [{"lr": 0.1, "name": "a"}], "step": 3}
+    dcp.save(plain | ({"extra": Bomb(marker)} if place == "shard" else {}), checkpoint_id=folder)
+    if place == "table":
+        (folder / ".metadata").write_bytes(pickle.dumps(Bomb(marker)))
+    torch.save({"epoch": 3}, folder / "meta.pt")
+    if place is None:
+        assert look_at_checkpoint(folder)["epoch"] == 3
+        return
+    with pytest.raises(CheckpointError, match="holds other things"):
+        look_at_checkpoint(folder)
+    assert not marker.exists()
+    with suppress(Exception, CheckpointException):
+        dcp.load(plain | {"extra": None}, checkpoint_id=folder)
+    assert marker.exists(), "torch executes it"
 
 
 def test_the_command_line_uses_it_unless_told_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
