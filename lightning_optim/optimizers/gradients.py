@@ -34,11 +34,12 @@ def inspect_gradients(
         >>> inspect_gradients([torch.ones(3), torch.tensor([0.0, float("nan")])])
         (False, [1.0, 1.0])
     """
+    on_cpu = _known_on_host(grads)
+    # Nearly every step on a CPU ends here: no entry exceeds the norm.
+    if on_cpu and _largest_norm(grads, groups) <= _bound(torch.float32):
+        return True, [1.0] * len(grads)
     bounds = [_bound(g.dtype) for g in grads]
-    if _known_on_host(grads):
-        # Nearly every step ends here: no entry exceeds the norm.
-        if _largest_norm(grads, groups) <= _bound(torch.float32):
-            return True, [1.0] * len(grads)
+    if on_cpu:
         on_host = _peaks(grads, groups, alike).tolist()
         finite = [math.isfinite(x) for x in on_host]
         return all(finite), [b / x if ok and x > b else 1.0 for b, x, ok in zip(bounds, on_host, finite)]
@@ -70,12 +71,12 @@ def _peaks(grads: list[Tensor], groups: Sequence[Group], alike: bool) -> Tensor:
     return sharding.largest(stacked if alike else stacked.max(), groups).expand(len(grads))
 
 
-def _bound(dtype: torch.dtype) -> float:
-    return largest_gradient(compute_dtype(dtype))
-
-
 def _known_on_host(grads: list[Tensor]) -> bool:
     return all(g.is_cpu for g in grads)
+
+
+def _bound(dtype: torch.dtype) -> float:
+    return largest_gradient(compute_dtype(dtype))
 
 
 def _largest_norm(grads: list[Tensor], groups: Sequence[Group]) -> float:
