@@ -18,10 +18,10 @@ from .rule import (
     Scalars,
     add_,
     add_quotient_,
+    decay_,
     ema_,
     like,
     regularize,
-    shrink_,
     squared_difference,
     weight_decay,
 )
@@ -43,44 +43,21 @@ def _scalars(t: int, hp: Hyperparameters) -> Scalars:
     }
 
 
-def _update(
-    p: Tensor, g: Tensor, m: Tensor, s: Tensor, v: Tensor, *, b1, b2, bc1, root_bc2, lr, eps, gamma, keep, l2
-) -> None:
-    g = regularize(g, p, l2)
-    ema_(m, g, b1)
-    from_hidden = squared_difference(g, v)
-    from_momentum = squared_difference(g, m)
-    # from_hidden^2 / (...), in the order that cannot overflow where the result does not.
-    target = from_hidden / (from_momentum + gamma * from_hidden).add_(eps) * from_hidden
-    # Infinity would stay in the average, and become NaN with b2 = 0.
-    ema_(s, target.clamp_(max=torch.finfo(s.dtype).max / 4), b2).add_(eps)
-
-
-def _sums(m: Tensor, s: Tensor, v: Tensor, **_: Any) -> tuple[Tensor, ...]:
-    dtype = accumulation_dtype(m.device)
-    m, v = m.to(dtype).view(-1), v.to(dtype).view(-1)
-    return torch.dot(m, m), torch.dot(m, v), torch.dot(v, v)
+def _sums(p: Tensor, g: Tensor, m: Tensor, s: Tensor, v: Tensor, *, b1, bc1, l2, **_: Any) -> tuple[Tensor, ...]:
+    # The momentum as it will be, and how far it is from the hidden vector; both times bc1, which cancels.
+    m = ema_(m.clone(), regularize(g, p, l2), b1)
+    a = add_(m.clone(), v, -bc1)
+    return tuple((x * y).sum(dtype=accumulation_dtype(p.device)) for x, y in ((m, m), (m, a), (a, a)))
 
 
 def _combine(
-    mm: Tensor,
-    mv: Tensor,
-    vv: Tensor,
-    fresh: Tensor,
-    cosine: Tensor,
-    count: Tensor,
-    *,
-    b2: Any,
-    bc1: Any,
-    lr: Any,
-    **_: Any,
+    mm: Tensor, ma: Tensor, aa: Tensor, fresh: Tensor, cosine: Tensor, count: Tensor, *, b2: Any, lr: Any, **_: Any
 ) -> tuple[dict[str, Tensor], Scalars]:
-    """One decision for the whole group; see the class for the symbols."""
-    mm, mv = mm / (bc1 * bc1), mv / bc1
-    spread = mm + vv - 2 * mv
-    k = torch.where(spread == 0, 0.0, (mm - mv) / spread)
-    norm2 = (k * k * vv + (1 - k) ** 2 * mm + 2 * k * (1 - k) * mv).abs()
-    delta = (k * mv + (1 - k) * mm) / (norm2 * mm).sqrt()
+    """One decision for the whole group; see the class for the symbols, and ``a`` is :math:`\\hat m - v`."""
+    k = torch.where(aa == 0, 0.0, ma / aa)
+    # Of the point m - k a on the line: its squared norm and its product with m.
+    norm2 = (mm - 2 * k * ma + k * k * aa).abs()
+    delta = (mm - k * ma) / (norm2 * mm).sqrt()
     starts = fresh > 0
     # Rounding can carry a cosine past 1, and without any gradient it is NaN: no hidden step then.
     moves = ~starts & (delta.abs() <= 1)
@@ -97,18 +74,26 @@ def _combine(
     }
     coefficients = {
         "old": torch.where(starts, zero, torch.where(follows, k, one)),
-        "new": torch.where(starts, one, torch.where(follows, 1 - k, zero)) / bc1,
+        "new": torch.where(starts, one, torch.where(follows, 1 - k, zero)),
         "hidden_lr": torch.where(follows, lr * factor, zero),
     }
     return group_state, coefficients
 
 
-def _finish(
-    p: Tensor, m: Tensor, s: Tensor, v: Tensor, *, bc1, root_bc2, lr, eps, keep, old, new, hidden_lr, **_: Any
-) -> None:
-    shrink_(p, keep)
+def _update(
+    p: Tensor, g: Tensor, m: Tensor, s: Tensor, v: Tensor, *,
+    b1, b2, bc1, root_bc2, lr, eps, gamma, keep, l2, old, new, hidden_lr,
+) -> None:  # fmt: skip
+    g = decay_(p, g, keep, l2)
+    ema_(m, g, b1)
+    from_hidden = squared_difference(g, v)
+    from_momentum = squared_difference(g, m)
+    # from_hidden^2 / (...), in the order that cannot overflow where the result does not.
+    target = from_hidden / (from_momentum + gamma * from_hidden).add_(eps) * from_hidden
+    # Infinity would stay in the average, and become NaN with b2 = 0.
+    ema_(s, target.clamp_(max=torch.finfo(s.dtype).max / 4), b2).add_(eps)
     add_quotient_(p, m, s.sqrt().add_(eps * root_bc2), -lr / bc1 * root_bc2)
-    add_(v.mul_(old), m, new)
+    add_(v.mul_(old), m, new / bc1)
     add_(p, v, -hidden_lr)
 
 
@@ -133,7 +118,6 @@ HVADAM = GroupRule(
     group_state={"fresh": 1.0, "cosine": 0.0, "count": 0.0},
     sums=_sums,
     combine=_combine,
-    finish=_finish,
     constraints={"gamma": number()},
     internals={
         "alignment": Internal("smoothed cosine of hidden vector and momentum; below 0.1 it is restarted", _alignment),

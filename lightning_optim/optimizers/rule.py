@@ -166,12 +166,11 @@ class MatrixRule(Rule):
 
 @dataclass(frozen=True)
 class GroupRule(Rule):
-    """An element-wise rule in two halves with a few sums over the whole parameter group between them.
+    """An element-wise rule that needs a few sums over the whole parameter group first.
 
-    Per step: ``update`` on every tensor, which changes the state only; ``sums(**state, **scalars) -> tuple`` of 0-d
-    tensors on every tensor, added up over the group; ``combine(*sums, **group_state, **scalars)`` once, which returns
-    the new group state and coefficients; ``finish(p, **state, **scalars, **coefficients)`` on every tensor, which
-    moves the parameter.
+    Per step: ``sums(p, g, **state, **scalars) -> tuple`` of 0-d tensors on every tensor, which changes nothing, added
+    up over the group; ``combine(*sums, **group_state, **scalars)`` once, which returns the new group state and
+    coefficients; ``update(p, g, **state, **scalars, **coefficients)`` on every tensor.
 
     Args:
         group_state: Initial values of the scalars that belong to the group. Each tensor of the group keeps a copy,
@@ -181,7 +180,6 @@ class GroupRule(Rule):
     group_state: Mapping[str, float] = field(default_factory=dict)
     sums: Callable[..., tuple[Tensor, ...]] = field(kw_only=True)
     combine: Callable[..., tuple[dict[str, Tensor], Scalars]] = field(kw_only=True)
-    finish: Callable[..., None] = field(kw_only=True)
     kind: Literal["group"] = field(default="group", init=False)
 
 

@@ -15,26 +15,26 @@ from .tensors import compute_dtype
 def call(
     function: Callable[..., Any],
     p: Tensor,
-    g: Tensor | None,
+    g: Tensor,
     gain: float | Tensor,
     finite: Tensor | None,
     state: Mapping[str, Tensor],
     scalars: Mapping[str, Any],
     noise: Tensor | None = None,
-    moves: bool = True,
+    writes: bool = True,
 ) -> Any:
     """``function(p, gain * g, **state, **scalars)`` in the precision of the arithmetic.
 
     Args:
         function: Updates ``p`` and the state in place.
         p: A parameter or a part of some, of any precision.
-        g: The gradient; ``None`` for functions that take none.
+        g: The gradient.
         gain: What the gradient is multiplied by.
         finite: ``None``, or a 0-d boolean tensor: where it is ``False`` nothing changes.
         state: State tensors of the parameter's size.
         scalars: Keyword arguments that are not per element.
         noise: See :func:`.storage.store_`.
-        moves: Whether the function changes ``p``, too.
+        writes: Whether the function changes ``p`` and the state; otherwise it only returns something.
 
     Returns:
         What the function returned.
@@ -44,13 +44,10 @@ def call(
     state = {name: x for name, x in state.items() if name != RESIDUAL}
     written = [*state.values(), *([work] if p.dtype == dtype else [])]
     before = [x.clone() for x in written] if finite is not None else []
-    if g is None:
-        result = function(work, **state, **scalars)
-    else:
-        g = g.to(dtype)
-        result = function(work, g if isinstance(gain, float) and gain == 1.0 else g * gain, **state, **scalars)
+    g = g.to(dtype)
+    result = function(work, g if isinstance(gain, float) and gain == 1.0 else g * gain, **state, **scalars)
     for x, old in zip(written, before):
         x.copy_(torch.where(finite, x, old))  # type: ignore[arg-type]
-    if moves and p.dtype != dtype:
+    if writes and p.dtype != dtype:
         store_(p, work, residual, noise, finite)
     return result

@@ -15,7 +15,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -93,54 +93,42 @@ def _each(
     function: Callable[..., Any],
     tasks: Sequence[Task],
     names: Sequence[str],
-    coefficients: dict[str, Tensor],
+    coefficients: dict[str, float | Tensor],
     backend: str,
     finite: Tensor | None,
-    takes_gradient: bool = True,
-    moves: bool = True,
-    longest: int | None = None,
+    writes: bool = True,
 ) -> list[Any]:
     """Call ``function`` on everything in ``tasks``, which are alike; returns what it returned.
 
-    ``moves`` says whether it changes the parameters, too. ``longest`` bounds the vectors of a compiled function, which
-    otherwise takes tensors whole.
+    ``writes`` says whether it changes anything.
     """
-    noisy = moves and tasks[0].noise is not None
-    finite = None if finite is None else finite.to(tasks[0].p.device)
+    noisy = writes and tasks[0].noise is not None
+    finite = None if finite is None or not writes else finite.to(tasks[0].p.device)
     scalars = tasks[0].scalars | coefficients
     compiled = None
     if backend.startswith("compiled"):
-        compiled = _compile(function, tasks[0], names, scalars, finite, backend, takes_gradient, noisy, moves)
+        state = {name: tasks[0].state[name] for name in names}
+        compiled = compile_or_warn(
+            partial(
+                kernels.runner, function, tasks[0].p, tasks[0].g, tasks[0].gain, finite, state, scalars, noisy, writes
+            ),
+            backend,
+        )
     if compiled is None:
         go: kernels.Runner = lambda p, g, gain, state, noise: call(  # noqa: E731
-            function, p, g, gain, finite, state, scalars, noise, moves
+            function, p, g, gain, finite, state, scalars, noise, writes
         )
     else:
         go = compiled
     # Random numbers are eight bytes for each element, which should not leave the cache.
-    limit = CHUNK if compiled is None or noisy else longest or LONGEST
-    works = _whole(tasks, names, noisy) if backend == "plain" else plan(tasks, names, limit, noisy)
-    return [go(work.p, work.g if takes_gradient else None, work.gain, work.state, work.noise) for work in works]
+    limit = CHUNK if compiled is None or noisy else LONGEST
+    works = _whole(tasks, names, noisy) if backend == "plain" else plan(tasks, names, limit, noisy, writes)
+    return [go(work.p, work.g, work.gain, work.state, work.noise) for work in works]
 
 
-def _compile(
-    function: Callable[..., Any],
-    task: Task,
-    names: Sequence[str],
-    scalars: dict[str, Any],
-    finite: Tensor | None,
-    backend: str,
-    takes_gradient: bool,
-    noisy: bool,
-    moves: bool,
-) -> kernels.Runner | None:
-    """A compiled runner; ``None``, after one warning, where it is optional and cannot be had."""
+def compile_or_warn(make: Callable[[], Item], backend: str) -> Item | None:
+    """What ``make`` compiles; ``None``, after one warning, where that is optional and does not work."""
     global _warned
-    state = {name: task.state[name] for name in names}
-    make = partial(
-        kernels.runner, function, task.p, task.g if takes_gradient else None, task.gain, finite, state, scalars,
-        noisy, moves,
-    )  # fmt: skip
     if backend != "compiled" and _warned:
         return None
     try:
@@ -164,22 +152,13 @@ def _compile(
 # --- group rules ------------------------------------------------------------------------------------------------
 
 
-@cache
-def _then_sum(update: Callable[..., None], sums: Callable[..., Any]) -> Callable[..., Any]:
-    def update_and_sum(p: Tensor, g: Tensor, **kwargs: Any) -> Any:
-        update(p, g, **kwargs)
-        return sums(**kwargs)
-
-    return update_and_sum
-
-
 #: Sums over the tensors of a parameter group, apart for each set of processes over which they have to be added up.
 Sums = dict[tuple[sharding.Group, ...], Tensor]
 
 
 @dataclass
 class _Grouped:
-    """The step of a group rule, which is in two halves."""
+    """The step of a group rule: its sums, then its update."""
 
     rule: GroupRule
     batch: Batch
@@ -190,32 +169,31 @@ class _Grouped:
         self.names = _state_names(self.rule, self.batch.tasks)
         self.device = self.batch.tasks[0].p.device
 
-    def update(self, groups: tuple[sharding.Group, ...]) -> Sums:
-        """Change the state; returns what the rule wants to have added up.
+    def sums(self, groups: tuple[sharding.Group, ...]) -> Sums:
+        """What the rule wants to have added up.
 
         Args:
             groups: The processes that hold the other parts of parameters that do not say who does.
         """
-        update = _then_sum(self.rule.update, self.rule.sums)
         apart: dict[tuple[sharding.Group, ...], list[Task]] = {}
         for task in self.batch.tasks:
             apart.setdefault(sharding.groups(task.parameter) or groups, []).append(task)
         sums = {}
         for key, tasks in apart.items():
-            # Inductor makes one loop of the update and one of the sums: the second should find the vectors in cache.
             parts = [
                 part
                 for some in _alike(tasks)
-                for part in _each(update, some, self.names, {}, self.backend, self.finite, moves=False, longest=CHUNK)
+                for part in _each(self.rule.sums, some, self.names, {}, self.backend, self.finite, writes=False)
             ]
             if not parts:  # This process has no element of them, but the others wait for its zeros.
                 task = tasks[0]
-                parts = [self.rule.sums(**{name: task.state[name] for name in self.names}, **task.scalars)]
+                state = {name: task.state[name] for name in self.names}
+                parts = [call(self.rule.sums, task.p, task.g, task.gain, None, state, task.scalars, writes=False)]
             sums[key] = torch.stack([torch.stack([x.to(self.device) for x in column]).sum(0) for column in zip(*parts)])
         return sums
 
-    def finish(self, totals: Tensor) -> None:
-        """Change the parameters and the group's own state."""
+    def update(self, totals: Tensor) -> None:
+        """Change the parameters, their state and the group's own."""
         rule, tasks, finite = self.rule, self.batch.tasks, self.finite
         # A parameter that gets its first gradient late joins the group's state, it does not reset it. One that is
         # without a gradient for a while is kept up to date.
@@ -223,8 +201,9 @@ class _Grouped:
         old = {name: oldest.state[name].to(self.device) for name in rule.group_state}
         new, coefficients = rule.combine(*totals.unbind(), **old, **oldest.scalars)
         for some in _alike(tasks):
-            local = {name: x.to(some[0].p.device) for name, x in coefficients.items()}
-            _each(rule.finish, some, self.names, local, self.backend, finite, takes_gradient=False)
+            device = some[0].p.device
+            local = {name: x.item() if x.is_cpu else x.to(device) for name, x in coefficients.items()}
+            _each(rule.update, some, self.names, local, self.backend, finite)
         states = [*(task.state for task in tasks), *self.batch.idle]
         for name, value in new.items():
             if finite is not None:
@@ -233,7 +212,7 @@ class _Grouped:
 
 
 def _run_groups(grouped: Sequence[_Grouped], groups: tuple[sharding.Group, ...]) -> None:
-    sums = [one.update(groups) for one in grouped]
+    sums = [one.sums(groups) for one in grouped]
     totals = [torch.zeros_like(next(iter(each.values()))) for each in sums]
     for key in dict.fromkeys(key for each in sums for key in each):
         members = [i for i, each in enumerate(sums) if key in each]
@@ -242,7 +221,7 @@ def _run_groups(grouped: Sequence[_Grouped], groups: tuple[sharding.Group, ...])
         for i, part in zip(members, added.split([len(totals[i]) for i in members])):
             totals[i] += part.to(totals[i].device)
     for one, total in zip(grouped, totals):
-        one.finish(total)
+        one.update(total)
 
 
 # --- planning ---------------------------------------------------------------------------------------------------
@@ -254,7 +233,9 @@ def _whole(tasks: Iterable[Task], names: Sequence[str], noisy: bool) -> Iterator
         yield Work(task.p, task.g, task.gain, {name: task.state[name] for name in names}, noise)
 
 
-def plan(tasks: Sequence[Task], names: Sequence[str], limit: int | None, noisy: bool = False) -> Iterator[Work]:
+def plan(
+    tasks: Sequence[Task], names: Sequence[str], limit: int | None, noisy: bool = False, writes: bool = True
+) -> Iterator[Work]:
     """Cut and join ``tasks``, which are alike.
 
     Args:
@@ -262,13 +243,14 @@ def plan(tasks: Sequence[Task], names: Sequence[str], limit: int | None, noisy: 
         names: Their state tensors of the parameter's own shape.
         limit: Longest vector to make of a tensor that need not be copied; ``None`` for any length.
         noisy: Whether random numbers are needed.
+        writes: Whether what had to be copied is written back.
     """
     small = [task for task in tasks if task.p.numel() <= SMALL]
     for pack in packs(small, [task.p.numel() for task in small]):
-        yield from _joined(pack, names, noisy)
+        yield from _joined(pack, names, noisy, writes)
     for task in tasks:
         if task.p.numel() > SMALL:
-            yield from _slices(task, names, limit, noisy)
+            yield from _slices(task, names, limit, noisy, writes)
 
 
 def packs(items: Sequence[Item], sizes: Sequence[int], limit: int = CHUNK) -> Iterator[list[Item]]:
@@ -299,9 +281,9 @@ def _noise(task: Task, start: int, stop: int) -> Tensor:
     return numbers(task.noise, start, stop, task.p.device)
 
 
-def _joined(tasks: Sequence[Task], names: Sequence[str], noisy: bool) -> Iterator[Work]:
+def _joined(tasks: Sequence[Task], names: Sequence[str], noisy: bool, writes: bool) -> Iterator[Work]:
     if len(tasks) == 1:
-        yield from _slices(tasks[0], names, None, noisy)
+        yield from _slices(tasks[0], names, None, noisy, writes)
         return
     columns = [[task.p for task in tasks], *([task.state[name] for task in tasks] for name in names)]
     vectors = [[vector(x) for x in xs] for xs in columns]
@@ -315,6 +297,8 @@ def _joined(tasks: Sequence[Task], names: Sequence[str], noisy: bool) -> Iterato
     firsts = [task.noise for task in tasks if task.noise is not None]
     noise = joined_numbers(firsts, sizes, p.device) if noisy else None
     yield Work(p, g, gain, dict(zip(names, state)), noise)
+    if not writes:
+        return
     for xs, views, joined in zip(columns, vectors, (p, *state)):
         parts = joined.split(sizes)
         if all(x.is_contiguous() for x in xs):
@@ -323,7 +307,7 @@ def _joined(tasks: Sequence[Task], names: Sequence[str], noisy: bool) -> Iterato
             torch._foreach_copy_(xs, [part.view(x.shape) for part, x in zip(parts, xs)])
 
 
-def _slices(task: Task, names: Sequence[str], limit: int | None, noisy: bool) -> Iterator[Work]:
+def _slices(task: Task, names: Sequence[str], limit: int | None, noisy: bool, writes: bool) -> Iterator[Work]:
     p, g, n = task.p, task.g, task.p.numel()
     if p.is_contiguous() and g.is_contiguous():
         vectors = [x.view(-1) for x in (p, g, *(task.state[name] for name in names))]
@@ -341,4 +325,5 @@ def _slices(task: Task, names: Sequence[str], limit: int | None, noisy: bool) ->
         rows_state = {name: task.state[name][i : i + rows].view(-1) for name in names}
         noise = _noise(task, i * width, i * width + len(part)) if noisy else None
         yield Work(part, g_part, task.gain, rows_state, noise)
-        p[i : i + rows].copy_(part.view_as(p[i : i + rows]))
+        if writes:
+            p[i : i + rows].copy_(part.view_as(p[i : i + rows]))

@@ -22,7 +22,7 @@ from torch import Tensor, fx
 
 from .call import call
 
-Runner = Callable[[Tensor, "Tensor | None", "float | Tensor", Mapping[str, Tensor], "Tensor | None"], Any]
+Runner = Callable[[Tensor, Tensor, "float | Tensor", Mapping[str, Tensor], "Tensor | None"], Any]
 
 #: Length of the vectors a kernel is traced on: long enough for Inductor to share the loop among threads.
 _EXAMPLE = 2**16
@@ -59,13 +59,13 @@ def is_number(x: Any) -> bool:
 def runner(
     function: Callable[..., Any],
     p: Tensor,
-    g: Tensor | None,
+    g: Tensor,
     gain: float | Tensor,
     finite: Tensor | None,
     state: Mapping[str, Tensor],
     scalars: Mapping[str, Any],
     noisy: bool,
-    moves: bool,
+    writes: bool,
 ) -> Runner:
     """:func:`.call.call` of ``function`` with these scalars on vectors of the same kinds as those given, compiled.
 
@@ -79,10 +79,10 @@ def runner(
     switches = {name: x for name, x in scalars.items() if name not in tensors and name not in numbers}
     own_gain = isinstance(gain, Tensor)
     key = (
-        function, p.dtype, None if g is None else g.dtype, own_gain, finite is not None,
+        function, p.dtype, g.dtype, own_gain, finite is not None,
         tuple((name, x.dtype) for name, x in state.items()),
         tuple(numbers), tuple((name, x.dtype) for name, x in tensors.items()), tuple(switches.items()),
-        p.device, torch.get_num_threads(), noisy, moves,
+        p.device, torch.get_num_threads(), noisy, writes,
     )  # fmt: skip
     values = (*numbers.values(), 1.0 if isinstance(gain, Tensor) else gain)
     kernel = _kernels.get(key)
@@ -90,17 +90,16 @@ def runner(
 
         def flat(*args: Tensor) -> Any:
             rest = iter(args)
-            p, *vectors = [next(rest) for _ in range(1 + len(state))]
-            gradient = None if g is None else next(rest)
+            p, *vectors, gradient = [next(rest) for _ in range(2 + len(state))]
             noise = next(rest) if noisy else None
             factor = next(rest) if own_gain else None
             verdict = None if finite is None else next(rest)
             given = {name: next(rest) for name in (*tensors, *numbers)} | switches
             common_factor = next(rest)
             factor = common_factor if factor is None else factor
-            return call(function, p, gradient, factor, verdict, dict(zip(state, vectors)), given, noise, moves) or ()
+            return call(function, p, gradient, factor, verdict, dict(zip(state, vectors)), given, noise, writes) or ()
 
-        dtypes = [x.dtype for x in (p, *state.values(), *([] if g is None else [g]))] + [torch.int64] * noisy
+        dtypes = [x.dtype for x in (p, *state.values(), g)] + [torch.int64] * noisy
         others = [x for x in (gain, finite, *tensors.values()) if isinstance(x, Tensor)]
 
         def example(length: int) -> list[Tensor]:
@@ -112,11 +111,9 @@ def runner(
         _kernels[key] = kernel
     fixed = [*([] if finite is None else [finite]), *tensors.values(), *kernel.prepare(values)]
 
-    def run(
-        p: Tensor, g: Tensor | None, gain: float | Tensor, state: Mapping[str, Tensor], noise: Tensor | None
-    ) -> Any:
-        others = [x for x in (g, noise) if x is not None]
-        return kernel.run([p, *state.values(), *others, *([gain] if own_gain else []), *fixed])
+    def run(p: Tensor, g: Tensor, gain: float | Tensor, state: Mapping[str, Tensor], noise: Tensor | None) -> Any:
+        others = [*([] if noise is None else [noise]), *([gain] if own_gain else [])]
+        return kernel.run([p, *state.values(), g, *others, *fixed])
 
     return run
 
