@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .execution import Group, compute_dtype, sharding
+from .execution import Group, compute_dtype, largest, sharding
 from .rule import largest_gradient
 
 
 def inspect_gradients(
-    grads: list[Tensor], groups: Sequence[Group] = (), alike: bool = True
+    grads: list[Tensor], groups: Sequence[Group] = (), alike: bool = True, backend: str = "chunked"
 ) -> tuple[bool | Tensor, list[float] | list[Tensor]]:
     """Whether all gradients are finite, and the factor that keeps the squares of each so.
 
@@ -25,6 +25,7 @@ def inspect_gradients(
         grads: The gradients, or what this process has of them.
         groups: The process groups that hold other parts.
         alike: Whether they hold parts of the same gradients in the same order. Otherwise all get one factor.
+        backend: How to look; see :func:`.execution.flat.largest`.
 
     Returns:
         The verdict and a factor for each gradient: plain values for gradients on the CPU, and 0-d tensors, which the
@@ -35,8 +36,8 @@ def inspect_gradients(
         (False, [1.0, 1.0])
     """
     on_cpu = _known_on_host(grads)
-    # Nearly every step on a CPU ends here: no entry exceeds the norm.
-    if on_cpu and _largest_norm(grads, groups) <= _bound(torch.float32):
+    # Nearly every step on a CPU ends here.
+    if on_cpu and _largest(grads, groups, backend) <= _bound(torch.float32):
         return True, [1.0] * len(grads)
     bounds = [_bound(g.dtype) for g in grads]
     if on_cpu:
@@ -79,13 +80,10 @@ def _bound(dtype: torch.dtype) -> float:
     return largest_gradient(compute_dtype(dtype))
 
 
-def _largest_norm(grads: list[Tensor], groups: Sequence[Group]) -> float:
-    """The largest Euclidean norm; infinite or NaN if any entry is, or if squares overflow."""
-    wide = [g for g in grads if g.dtype in (torch.float32, torch.float64)]
-    narrow = [g for g in grads if g.dtype not in (torch.float32, torch.float64)]
-    norms = torch._foreach_norm(wide) if wide else ()
-    norms += torch._foreach_norm(narrow, dtype=torch.float32) if narrow else ()
-    largest = torch.stack(norms).max()
+def _largest(grads: list[Tensor], groups: Sequence[Group], backend: str) -> float:
+    """A bound for all entries on all processes; infinite or NaN if any is."""
+    bound = largest(grads, backend)
     if groups:
-        largest = sharding.largest(largest.float().nan_to_num_(nan=math.inf, posinf=math.inf), groups)
-    return float(largest)
+        known = torch.tensor(bound, dtype=torch.float32).nan_to_num_(nan=math.inf, posinf=math.inf)
+        bound = float(sharding.largest(known, groups))
+    return bound

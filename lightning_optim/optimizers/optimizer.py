@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -295,7 +295,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         parts, replicas = sharding.several(self.shard_group), sharding.several(self.process_group)
         # Replicas have equal gradients; but a defect in one's must not part it from the others, who wait for it.
         everybody = dict.fromkeys((*(group for p in params for group in sharding.peers(p)), *parts, *replicas))
-        finite, gains = inspect_gradients(grads, tuple(everybody), alike=not parts)
+        finite, gains = inspect_gradients(grads, tuple(everybody), not parts, self.backend)
         if self.skip_nonfinite and finite is False:
             self._count_skip()
             self._check_skips()
@@ -355,14 +355,14 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         execution.follow(rule, params, states, group)
         for p, state in zip(params, states):
             execution.prepare_residual(state, p, self.rounding)
-        clocks = _read_clocks(states, ("step", *rule.host_state))
+        clocks = _clocks(states, ("step", *rule.host_state))
         hyperparameters = _hyperparameters(group)
         matrix = isinstance(rule, MatrixRule)
         phases = rule.phases(group) if isinstance(rule, MatrixRule) and rule.phases is not None else 0
         positions = {p: i % phases for i, p in enumerate(group["params"])} if phases else {}
-        known: dict[Any, Tick] = {}  # Most parameters share their clock.
-        tasks = []
-        for p, state, clock in zip(params, states, clocks):
+        known: dict[Any, _Tick] = {}  # Most parameters share their clock.
+        tasks, after = [], []
+        for p, state, clock in zip(params, states, zip(*(vector.tolist() for vector in clocks.values()))):
             key = (clock, p.shape, positions.get(p)) if matrix else clock
             if key not in known:
                 t = int(clock[0]) + 1
@@ -373,15 +373,15 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
                 if positions:
                     extra["phase"] = positions[p]
                 scalars = rule.scalars(t, hyperparameters, **extra)
-                known[key] = Tick(t, scalars, {"step": t, **host})
+                known[key] = _Tick(t, scalars, (t, *host.values()))
             tick = known[key]
-            tick.states.append(state)
+            after.append(tick.clock)
             g, gain = next(each)
             gain = -gain if group["maximize"] else gain
             noise = execution.first_number(tick.t, noisy[p]) + sharding.offset(p) if p in noisy else None
             held, held_state = sharding.local(p), sharding.local_state(p, state)
             tasks.append(Task(tick.t, held, g, gain, held_state, tick.scalars, p, noise=noise))
-        verdict.ticks.extend(known.values())
+        verdict.clocks += zip(clocks.values(), zip(*after))
         idle = [self.state[p] for p in group["params"] if p.grad is None and self.state.get(p)]
         return Batch(rule, group, tasks, idle)
 
@@ -398,12 +398,8 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
             self._count_skip()
             return
         self.consecutive_skips = 0
-        for tick in verdict.ticks:
-            for name, value in tick.clock.items():
-                targets = [state[name] for state in tick.states]
-                torch._foreach_copy_(
-                    targets, [torch.tensor(value, dtype=targets[0].dtype, device="cpu")] * len(targets)
-                )
+        for clock, values in verdict.clocks:
+            clock.copy_(torch.tensor(values, dtype=clock.dtype, device="cpu"))
 
     def _count_skip(self) -> None:
         self.skipped_steps += 1
@@ -519,34 +515,41 @@ def _same(a: Any, b: Any) -> bool:
     return type(a) is type(b) and not isinstance(a, Tensor) and bool(a == b)
 
 
-def _read_clocks(states: list[State], names: tuple[str, ...]) -> list[tuple[float, ...]]:
-    """Values of scalar state that the host computes with, one tuple per state."""
-    columns = []
+def _clocks(states: list[State], names: Iterable[str]) -> dict[str, Tensor]:
+    """Scalar state that the host computes with, one vector per name, of which the state's tensors are the entries.
+
+    To read and write it as a whole is one operation, whatever the number of parameters.
+    """
+    vectors = {}
     for name in names:
-        tensors = [state[name] for state in states]
-        if not all(x.is_cpu for x in tensors):  # A checkpoint may have been moved as a whole.
-            tensors = [x.cpu() for x in tensors]
-            for state, x in zip(states, tensors):
-                state[name] = x
-        columns.append(torch.stack(tensors).tolist())
-    return list(zip(*columns))
+        column = [state[name] for state in states]
+        vector = column[0]._base
+        if vector is None or vector.shape != (len(column),) or not _are_entries(column, vector):
+            # New, from a checkpoint (which may have been moved as a whole), or of other parameters than the last time.
+            vector = torch.stack([x.cpu() for x in column])
+            for i, state in enumerate(states):
+                state[name] = vector[i]
+        vectors[name] = vector
+    return vectors
 
 
-@dataclass
-class Tick:
+def _are_entries(column: Sequence[Tensor], vector: Tensor) -> bool:
+    return all(x._base is vector and x.storage_offset() == i for i, x in enumerate(column))
+
+
+@dataclass(frozen=True)
+class _Tick:
     """A step of all parameters of a group that have made equally many.
 
     Args:
         t: The number of the step.
         scalars: What the rule's ``scalars`` returned.
         clock: Scalar state after the step.
-        states: State of the parameters.
     """
 
     t: int
     scalars: Scalars
-    clock: dict[str, float]
-    states: list[State] = field(default_factory=list)
+    clock: tuple[float, ...]
 
 
 class _Verdict:
@@ -558,7 +561,7 @@ class _Verdict:
 
     def __init__(self, finite: Tensor | None) -> None:
         self.finite = finite
-        self.ticks: list[Tick] = []
+        self.clocks: list[tuple[Tensor, tuple[float, ...]]] = []
         self._copy = None if finite is None else finite.to("cpu", non_blocking=finite.is_cuda)
         self._event = None
         if finite is not None and finite.device.type == "cuda":

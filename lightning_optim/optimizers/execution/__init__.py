@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..rule import MatrixRule
 from . import flat, sharding, spread
+from .flat import largest
 from .sharding import Group
 from .stacks import ParameterObserver
 from .storage import RESIDUAL, ROUNDINGS, Rounding, first_number, is_narrow, load, prepare_residual, residual_dtype
@@ -58,6 +59,7 @@ __all__ = [
     "first_number",
     "follow",
     "is_narrow",
+    "largest",
     "load",
     "new_state",
     "number_names",

@@ -25,7 +25,7 @@ from ..rule import GroupRule, Rule
 from . import kernels, sharding
 from .call import call
 from .storage import joined_numbers, numbers
-from .tensors import Batch, Task, number_names
+from .tensors import Batch, Task, compute_dtype, number_names
 
 #: Tensors up to this many elements are joined: below it a copy of a tensor costs less than an operation on it.
 SMALL = 2**14
@@ -33,6 +33,8 @@ SMALL = 2**14
 CHUNK = 2**18
 #: ``auto`` compiles where a step updates this many elements or more; see :func:`run`.
 COMPILE_FROM = 2**23
+#: A compiled kernel looks at tensors of this many elements or more: below it its call takes longer than it saves.
+LONG = 2**16
 #: Longest vector of a compiled kernel, which may count with 32 bits on a GPU.
 LONGEST = 2**30
 
@@ -60,10 +62,7 @@ def run(batches: Sequence[Batch], backend: str, finite: Tensor | None, groups: S
         finite: ``None``, or a 0-d boolean tensor: where it is ``False`` nothing may change.
         groups: Processes that hold other parts of parameters without saying so.
     """
-    if backend == "auto":
-        elements = sum(task.p.numel() for batch in batches for task in batch.tasks)
-        compilable = all(task.p.device.type in ("cpu", "cuda") for batch in batches for task in batch.tasks)
-        backend = "compiled or chunked" if compilable and elements >= COMPILE_FROM else "chunked"
+    backend = _chosen(backend, [task.p for batch in batches for task in batch.tasks])
     for batch in batches:
         if not isinstance(batch.rule, GroupRule):
             for tasks in _alike(batch.tasks):
@@ -71,6 +70,14 @@ def run(batches: Sequence[Batch], backend: str, finite: Tensor | None, groups: S
                 _each(batch.rule.update, tasks, names, {}, backend, finite)
     grouped = [_Grouped(batch.rule, batch, backend, finite) for batch in batches if isinstance(batch.rule, GroupRule)]
     _run_groups(grouped, tuple(groups))
+
+
+def _chosen(backend: str, xs: Sequence[Tensor]) -> str:
+    """What ``auto`` stands for."""
+    if backend != "auto":
+        return backend
+    compilable = all(x.device.type in ("cpu", "cuda") for x in xs)
+    return "compiled or chunked" if compilable and sum(x.numel() for x in xs) >= COMPILE_FROM else "chunked"
 
 
 def _state_names(rule: Rule, tasks: Sequence[Task]) -> list[str]:
@@ -327,3 +334,27 @@ def _slices(task: Task, names: Sequence[str], limit: int | None, noisy: bool, wr
         yield Work(part, g_part, task.gain, rows_state, noise)
         if writes:
             p[i : i + rows].copy_(part.view_as(p[i : i + rows]))
+
+
+# --- a bound for what goes in ---------------------------------------------------------------------------------------
+
+
+def largest(xs: Sequence[Tensor], backend: str) -> float:
+    """A bound for the absolute values of all entries of tensors on the CPU, infinite or NaN if one is.
+
+    It is at most the largest of their Euclidean norms, which is what it is where nothing is compiled.
+    """
+    kinds: dict[Any, list[Tensor]] = {}
+    for x in xs:
+        kinds.setdefault((x.dtype, x.device), []).append(x)
+    compiled = _chosen(backend, xs).startswith("compiled")
+    peaks: list[Tensor] = []
+    for (dtype, device), some in kinds.items():
+        peak = compile_or_warn(partial(kernels.peak, dtype, device), backend) if compiled else None
+        if peak is not None:
+            # The last first: the step, which begins with the first, then finds those in cache.
+            peaks += [peak(x.view(-1)) for x in reversed(some) if x.numel() >= LONG and x.is_contiguous()]
+            some = [x for x in some if x.numel() < LONG or not x.is_contiguous()]
+        if some:
+            peaks += torch._foreach_norm(some, dtype=compute_dtype(dtype))
+    return float(torch.stack(peaks).max())

@@ -26,6 +26,8 @@ Runner = Callable[[Tensor, Tensor, "float | Tensor", Mapping[str, Tensor], "Tens
 
 #: Length of the vectors a kernel is traced on: long enough for Inductor to share the loop among threads.
 _EXAMPLE = 2**16
+#: Parts that :func:`peak` reads side by side; a power of two.
+_STREAMS = 8
 #: Older versions of Inductor do not take floating-point numbers by value.
 _BY_VALUE = torch.__version__ >= "2.11"
 
@@ -116,6 +118,29 @@ def runner(
         return kernel.run([p, *state.values(), g, *others, *fixed])
 
     return run
+
+
+def peak(dtype: torch.dtype, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """The largest absolute value in a vector of 64 elements or more, NaN if it holds one; compiled.
+
+    Parts are read side by side: a core reads several places of memory in turn about twice as fast as one after another.
+    """
+    key = (peak, dtype, device, torch.get_num_threads())
+    kernel = _kernels.get(key)
+    if kernel is None:
+
+        def largest(x: Tensor) -> tuple[Tensor]:
+            n = x.shape[0]
+            length = (n + _STREAMS - 1) // _STREAMS
+            starts = [i * length for i in range(_STREAMS - 1)] + [n - length]
+            parts = [x.narrow(0, start, length).abs() for start in starts]
+            while len(parts) > 1:
+                parts = [torch.maximum(a, b) for a, b in zip(parts[::2], parts[1::2])]
+            return (parts[0].amax(),)
+
+        kernel = _kernels[key] = _compile_apart(largest, [torch.zeros(_EXAMPLE, dtype=dtype, device=device)], ())
+    run = kernel.run
+    return lambda x: run([x])[0]
 
 
 def _on_host(x: Any) -> bool:
