@@ -5,6 +5,7 @@ from __future__ import annotations
 from math import sqrt
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from .constraints import EIGENBASIS, ORTHOGONALIZER, one_of
@@ -17,11 +18,11 @@ from .rule import (
     Hyperparameters,
     Internal,
     MatrixRule,
+    Move,
     Observer,
     Orthogonalizing,
     Scalars,
     Shape,
-    add_,
     ema_,
     ignore,
     mean_of,
@@ -55,13 +56,15 @@ def _scalars(t: int, hp: Hyperparameters, shape: Shape, phase: int) -> Scalars:
     b1, b2 = hp["betas"]
     n = t - 1  # The first call only starts the bases.
     correction = sqrt(1 - b2**n) / (1 - b1**n) if hp["correct_bias"] and n else 1.0
+    keep = 1 - hp["lr"] * hp["weight_decay"]
+    step = keep * hp["lr"] * correction * 0.2 * sqrt(max(_matrix(shape)))  # Decay comes after the step.
     return {
         "b1": b1,
         "b2": b2,
         "shampoo_beta": b2 if hp["shampoo_beta"] is None else hp["shampoo_beta"],
-        "step_size": hp["lr"] * correction * 0.2 * sqrt(max(_matrix(shape))),
+        "step": step if n else 0.0,
+        "keep": keep if n else 1.0,
         "eps": hp["eps"],
-        "keep": 1 - hp["lr"] * hp["weight_decay"],
         "start": n == 0,
         "refresh": refreshes(n, phase, hp),
         "axes": _axes(shape, hp),
@@ -72,8 +75,8 @@ def _scalars(t: int, hp: Hyperparameters, shape: Shape, phase: int) -> Scalars:
 
 
 def _update(
-    p: Tensor, g: Tensor, m: Tensor, v: Any = None, row_v: Any = None, column_v: Any = None, *,
-    b1, b2, shampoo_beta, step_size, eps, keep, start, refresh, axes, form, nesterov, method,
+    g: Tensor, m: Tensor, v: Any = None, row_v: Any = None, column_v: Any = None, *,
+    b1, b2, shampoo_beta, step, eps, keep, start, refresh, axes, form, nesterov, method,
     observe: Observer = ignore, **bases: Tensor,
 ) -> Orthogonalizing:  # fmt: skip
     basis = Eigenbasis(axes, bases)
@@ -81,7 +84,7 @@ def _update(
         basis.accumulate(g, shampoo_beta)
         basis.start()
         basis.report(observe)
-        return
+        return Move(torch.zeros_like(g), step, keep)
     rotated = basis.rotate(g)
     ema_(m, rotated, b1)
     if form == "efficient":
@@ -99,8 +102,7 @@ def _update(
         n = n.sign()
     o = yield n, method
     observe("variance_adaptation", gamma)
-    add_(p, basis.rotate_back(gamma * o), -step_size)
-    p.mul_(keep)
+    direction = basis.rotate_back(gamma * o)
     basis.accumulate(g, shampoo_beta)
     if refresh:
         raw = basis.rotate_back(m)
@@ -108,6 +110,7 @@ def _update(
         basis.refresh(lambda axis, order: permute_(statistics[axis], axis, order))
         m.copy_(basis.rotate(raw))
     basis.report(observe)
+    return Move(direction, step, keep)
 
 
 def _spread_sums(gamma: Tensor) -> tuple[Tensor, ...]:

@@ -14,11 +14,11 @@ from .optimizer import EngineOptions, Params
 from .rule import (
     Hyperparameters,
     MatrixRule,
+    Move,
     Observer,
     Orthogonalizing,
     Scalars,
     Shape,
-    add_,
     ema_,
     ignore,
     like,
@@ -35,21 +35,18 @@ def _scalars(t: int, hp: Hyperparameters, shape: Shape) -> Scalars:
         factor = 0.2 * sqrt(max(shape[:2]))
     return {
         "mu": hp["momentum"],
-        "step_size": hp["lr"] * factor,
+        "step": hp["lr"] * factor,
         "keep": 1 - hp["lr"] * hp["weight_decay"],
         "nesterov": hp["nesterov"],
         "method": hp["orthogonalizer"],
     }
 
 
-def _update(
-    p: Tensor, g: Tensor, m: Tensor, *, mu, step_size, keep, nesterov, method, observe: Observer = ignore
-) -> Orthogonalizing:
-    p.mul_(keep)
+def _update(g: Tensor, m: Tensor, *, mu, step, keep, nesterov, method, observe: Observer = ignore) -> Orthogonalizing:
     ema_(m, g, mu)
     n = mix(g, m, mu) if nesterov else m
     o = yield n, method
-    add_(p, o, -step_size)
+    return Move(o, step, keep)
 
 
 MUON = MatrixRule(

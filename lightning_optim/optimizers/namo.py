@@ -15,6 +15,7 @@ from .rule import (
     LIKE_PARAMETER,
     Hyperparameters,
     MatrixRule,
+    Move,
     Observer,
     Orthogonalizing,
     Scalars,
@@ -44,7 +45,7 @@ def _scalars(t: int, hp: Hyperparameters, shape: Shape) -> Scalars:
 
 
 def _namo(
-    p: Tensor, g: Tensor, m: Tensor, v: Tensor, *,
+    g: Tensor, m: Tensor, v: Tensor, *,
     mu1, mu2, lr, bias, eps, wd, factor, max_step, nesterov, method, observe: Observer = ignore,
 ) -> Orthogonalizing:  # fmt: skip
     ema_(m, g, mu1)
@@ -53,8 +54,7 @@ def _namo(
     ema_(v, gg, mu2)
     a = bias * nn.sqrt_() / v.sqrt().add_(eps)
     observe("adaptive_scale", a)
-    p.mul_(1 - wd * (lr * a).clamp_(max=max_step))
-    p.sub_((lr * factor * a).clamp_(max=max_step) * o)
+    return Move(o, (lr * factor * a).clamp_(max=max_step), 1 - wd * (lr * a).clamp_(max=max_step))
 
 
 def _namo_d_scalars(t: int, hp: Hyperparameters, shape: Shape) -> Scalars:
@@ -62,7 +62,7 @@ def _namo_d_scalars(t: int, hp: Hyperparameters, shape: Shape) -> Scalars:
 
 
 def _namo_d(
-    p: Tensor, g: Tensor, m: Tensor, v: Tensor, *,
+    g: Tensor, m: Tensor, v: Tensor, *,
     mu1, mu2, lr, bias, eps, wd, factor, max_step, clamp, nesterov, method, observe: Observer = ignore,
 ) -> Orthogonalizing:  # fmt: skip
     ema_(m, g, mu1)
@@ -77,8 +77,8 @@ def _namo_d(
         observe("clamp_rate", (d != free).to(d.dtype).mean(-1))
     observe("adaptive_scale", d)
     keep = 1 - wd * (lr * d).clamp_(max=max_step)
-    p.mul_(keep if max_step == float("inf") else keep.clamp_(min=0))
-    p.sub_(o * (lr * factor * d).clamp_(max=max_step))
+    keep = keep if max_step == float("inf") else keep.clamp_(min=0)
+    return Move(o, (lr * factor * d).clamp_(max=max_step), keep)
 
 
 _CONSTRAINTS = {

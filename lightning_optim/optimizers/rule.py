@@ -1,15 +1,16 @@
 """What an optimizer rule is.
 
 A rule is a small immutable object: the names and shapes of its state tensors, the scalars it needs at step
-``t``, and one function that updates a parameter and its state **in place** from a gradient. It knows nothing of
-parameter groups, precision, checkpoints or devices: the engine (:mod:`.optimizer`, :mod:`.execution`) owns those
-and may hand the function a whole tensor, a slice of one, or a stack of several.
+``t``, and one function that updates its state **in place** from a gradient, and the parameter with it. It knows
+nothing of parameter groups, precision, checkpoints or devices: the engine (:mod:`.optimizer`, :mod:`.execution`) owns
+those and may hand the function a whole tensor, a slice of one, or a stack of several.
 
 Three kinds exist, by what the function has to see:
 
 - :class:`ElementwiseRule`: any slice of any tensor;
-- :class:`MatrixRule`: a stack ``(k, *shape)`` of equal-shape tensors. Where its update needs a polar factor it yields
-  the matrices, so that the engine can orthogonalise those of many stacks at once;
+- :class:`MatrixRule`: a stack ``(k, *shape)`` of equal-shape tensors. It says how the parameters are to move
+  (:class:`Move`), so that these can be elsewhere. Where its update needs a polar factor it yields the matrices, so that
+  the engine can orthogonalise those of many stacks at once;
 - :class:`GroupRule`: every tensor, plus a few inner products summed over all tensors of the parameter group.
 
 ``scalars`` runs on the host in double precision, once per step and not per element, so that the update functions
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,9 +33,6 @@ Shape = tuple[int, ...]
 Hyperparameters = Mapping[str, Any]
 Scalars = dict[str, Any]
 Observer = Callable[[str, Tensor], None]
-#: What an update that orthogonalises is; see :class:`MatrixRule`.
-Orthogonalizing = Generator[tuple[Any, ...], Any, None]
-
 #: A state tensor of the parameter's own shape.
 LIKE_PARAMETER = None
 
@@ -50,6 +48,34 @@ def like(*names: str) -> Callable[[Shape, Hyperparameters], dict[str, Shape | No
 
 def ignore(name: str, value: Tensor) -> None:
     """The observer of a step that nobody watches."""
+
+
+class Move(NamedTuple):
+    """How a stack of parameters moves: ``p = keep * p - step * direction``.
+
+    Args:
+        direction: A tensor of the stack's shape.
+        step: A number, or a tensor that broadcasts against the stack.
+        keep: Likewise, the factor of weight decay.
+
+    Example:
+        >>> p = torch.ones(1, 2, 2)
+        >>> Move(torch.eye(2)[None], step=0.5, keep=0.9).apply_(p)
+        tensor([[[0.4000, 0.9000],
+                 [0.9000, 0.4000]]])
+    """
+
+    direction: Tensor
+    step: float | Tensor
+    keep: float | Tensor
+
+    def apply_(self, p: Tensor) -> Tensor:
+        """Move parameters in place."""
+        return add_(shrink_(p, self.keep), self.direction, -self.step)
+
+
+#: What an update that orthogonalises is; see :class:`MatrixRule`.
+Orthogonalizing = Generator[tuple[Any, ...], Any, Move]
 
 
 def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
@@ -110,7 +136,8 @@ class Rule:
             ``None`` stands for the parameter's own shape. All start at zero.
         scalars: ``(t, hyperparameters) -> {name: scalar}``, with ``t`` counting the parameter's steps from 1.
             Matrix rules also get ``shape=``; rules with ``host_state`` also get ``host=``.
-        update: ``(p, g, **state, **scalars)``, in place on ``p`` and the state; ``g`` is read only.
+        update: ``(p, g, **state, **scalars)``, in place on ``p`` and the state; ``g`` is read only. Matrix rules do
+            without ``p``; see there.
         host_state: Names of scalar state that ``scalars`` reads and writes in its ``host`` dictionary.
         constraints: What hyperparameters must be that are this rule's alone; see :mod:`.constraints`.
         fixed: Hyperparameters, beside those that decide on the state, that cannot change after the first step.
@@ -140,8 +167,12 @@ class ElementwiseRule(Rule):
 class MatrixRule(Rule):
     """A rule that sees whole tensors, ``k`` equal ones at a time, and may report what it computed on the way.
 
-    ``update`` gets one more keyword, ``observe(name, value)``, to call with intermediate results worth watching. It
-    may be a generator: ``factor = yield matrices, method`` orthogonalises a stack of matrices by a method of
+    ``update(g, **state, **scalars)`` changes the state and returns the :class:`Move` of the parameters, which it does
+    not see. They may be on other processes than it runs on, and these know the scalars: a ``step`` or ``keep`` of the
+    move that is a number has to be the scalar of that name. What is a tensor is sent to them.
+
+    It gets one more keyword, ``observe(name, value)``, to call with intermediate results worth watching. It may be a
+    generator: ``factor = yield matrices, method`` orthogonalises a stack of matrices by a method of
     :func:`lightning_optim.polar.orthogonalize`. The factor is read only. The engine reports both, as ``"momentum"`` and
     ``"orthogonal_factor"``.
 

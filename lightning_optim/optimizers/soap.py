@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from math import sqrt
 
+import torch
 from torch import Tensor
 
 from .constraints import EIGENBASIS
@@ -15,10 +16,10 @@ from .rule import (
     LIKE_PARAMETER,
     Hyperparameters,
     MatrixRule,
+    Move,
     Observer,
     Scalars,
     Shape,
-    add_,
     ema_,
     ema_product_,
     ignore,
@@ -61,14 +62,15 @@ def _scalars(t: int, hp: Hyperparameters, shape: Shape, phase: int) -> Scalars:
     b1, b2 = hp["betas"]
     n = t - 1  # The first call only starts the bases.
     correction = sqrt(1 - b2**n) / (1 - b1**n) if hp["correct_bias"] and n else 1.0
+    keep = 1 - hp["lr"] * hp["weight_decay"]
     layout, axes = _layout(shape, hp)
     return {
         "b1": b1,
         "b2": b2,
         "shampoo_beta": b2 if hp["shampoo_beta"] is None else hp["shampoo_beta"],
-        "step_size": hp["lr"] * correction,
+        "step": keep * hp["lr"] * correction if n else 0.0,  # Decay comes after the step.
+        "keep": keep if n else 1.0,
         "eps": hp["eps"],
-        "keep": 1 - hp["lr"] * hp["weight_decay"],
         "start": n == 0,
         "refresh": refreshes(n, phase, hp),
         "layout": layout,
@@ -77,30 +79,29 @@ def _scalars(t: int, hp: Hyperparameters, shape: Shape, phase: int) -> Scalars:
 
 
 def _update(
-    p: Tensor, g: Tensor, m: Tensor, v: Tensor, *,
-    b1, b2, shampoo_beta, step_size, eps, keep, start, refresh, layout, axes, observe: Observer = ignore,
+    g: Tensor, m: Tensor, v: Tensor, *,
+    b1, b2, shampoo_beta, step, eps, keep, start, refresh, layout, axes, observe: Observer = ignore,
     **bases: Tensor,
-) -> None:  # fmt: skip
+) -> Move:  # fmt: skip
     basis = Eigenbasis(axes, bases)
-    full_shape = p.shape
+    full_shape = g.shape
     g, m, v = (x.view(-1, *layout) if x.is_contiguous() else x.reshape(-1, *layout) for x in (g, m, v))
     if start:
         basis.accumulate(g, shampoo_beta)
         basis.start()
         basis.report(observe)
-        return
+        return Move(torch.zeros_like(g).view(full_shape), step, keep)
     rotated = basis.rotate(g)
     ema_(m, rotated, b1)
     ema_product_(v, rotated, rotated, b2)
-    update = basis.rotate_back(m / v.sqrt().add_(eps))
-    add_(p, update.reshape(full_shape), -step_size)
-    p.mul_(keep)
+    direction = basis.rotate_back(m / v.sqrt().add_(eps))
     basis.accumulate(g, shampoo_beta)
     if refresh:
         raw = basis.rotate_back(m)
         basis.refresh(lambda axis, order: permute_(v, axis, order))
         m.copy_(basis.rotate(raw))
     basis.report(observe)
+    return Move(direction.reshape(full_shape), step, keep)
 
 
 SOAP_RULE = MatrixRule(

@@ -149,11 +149,11 @@ def test_bytes_are_at_their_minimum(processes: int, results: Results) -> None:
     # Two norms of each of two matrices, and of four experts, go to the owner and come back from it.
     norms = 2 * (2 + 4) * 2 * 4 * (n - 1)
     column_norms = 2 * (8 + 32 + 4 * 8) * 2 * 4 * (n - 1)
-    # SOAP: parameter, gradient, m and v there, all but the gradient back, and for each axis gram and basis both ways.
+    # SOAP: gradient, m and v there, direction, m and v back, and for each axis gram and basis both ways.
     # The experts are one parameter.
     elements = 16 * 8 + 8 * 32 + 4 * 4 * 8
     bases = 2 * 2 * (16**2 + 8**2 + 8**2 + 32**2 + 4 * (4**2 + 8**2))
-    soap = 4 * (7 * elements + bases) * (n - 1) // n
+    soap = 4 * (6 * elements + bases) * (n - 1) // n
     verdict = 4 * 2 * (n - 1)
     inner_products = 3 * 8 * 2 * (n - 1)
     expected = {

@@ -19,7 +19,7 @@ from lightning_optim.optimizers import execution
 from lightning_optim.optimizers import gradients as inspection
 from lightning_optim.optimizers.execution import RESIDUAL, ROUNDINGS, flat, stacks, storage
 from lightning_optim.optimizers.registry import OPTIMIZERS
-from lightning_optim.optimizers.rule import ElementwiseRule, MatrixRule, like
+from lightning_optim.optimizers.rule import ElementwiseRule, MatrixRule, Move, like
 
 from .rows import OURS, build, each_configuration, each_optimizer, gradients, network, run
 
@@ -207,8 +207,12 @@ def _add(p: Tensor, g: Tensor, **_: Any) -> None:
     p.add_(g)
 
 
+def _add_matrices(g: Tensor, **_: Any) -> Move:
+    return Move(g, step=-1.0, keep=1.0)
+
+
 ADD = ElementwiseRule("add", state=like(), scalars=lambda t, hp: {}, update=_add)
-ADD_MATRICES = MatrixRule("add", state=like(), scalars=lambda t, hp, shape: {}, update=_add)
+ADD_MATRICES = MatrixRule("add", state=like(), scalars=lambda t, hp, shape: {}, update=_add_matrices)
 
 
 def added(

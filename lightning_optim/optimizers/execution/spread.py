@@ -5,8 +5,8 @@ Three ways, by what a process has of a parameter:
 - all of it, like the other processes (DDP): each orthogonalises its share of the matrices and sends the factors to all;
 - some rows, and the rule works on rows: only what is to be orthogonalised travels, to the one process that does it for
   that matrix, and the rows of the factor travel back;
-- any part, and the rule wants whole tensors: parameter, gradient and state travel to the one process that runs the
-  rule, and parameter and state travel back.
+- any part, and the rule wants whole tensors: gradient and state travel to the one process that runs the rule, and state
+  travels back with the direction in which the parameter moves.
 
 What travels at the same time is a wave. While the tensors of one wave travel, another is worked on, and so are the
 element-wise rules of the step. Every process of a group makes the same waves in the same order; which follows from
@@ -26,12 +26,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rule import LIKE_PARAMETER
+from ..rule import LIKE_PARAMETER, Move
 from . import sharding, stacks
 from .flat import packs
 from .sharding import Group, Kind, Sharding
 from .stacks import ParameterObserver, Report, Request, Stack
-from .tensors import Batch, Task, block_shape, number_names, state_shapes, stays_in_rows
+from .storage import RESIDUAL, numbers
+from .tensors import (
+    Batch,
+    Task,
+    block_shape,
+    compute_dtype,
+    from_blocks,
+    number_names,
+    state_shapes,
+    stays_in_rows,
+)
 
 Asked = Sequence[tuple[Stack, Request]]
 #: A matrix of a step: its parameter and which of the parameter's matrices it is.
@@ -253,7 +263,7 @@ def _runs(c: _Cut) -> Iterator[tuple[int, Task]]:
             return x.view(-1, n)[start:stop].view(shape)  # noqa: B023
 
         state = dict(task.state)
-        for name in _names(c):
+        for name in (*_names(c), *([RESIDUAL] if RESIDUAL in state else [])):
             in_rows = shapes.get(name, LIKE_PARAMETER) is LIKE_PARAMETER
             state[name] = here(state[name]) if in_rows else state[name][first : first + count]
         noise = None if task.noise is None else task.noise + start * n
@@ -375,27 +385,26 @@ def _jobs_carried(cuts: Sequence[_Cut], context: _Context) -> Iterator[Iterator[
         yield _carried(wave, owner, context)
 
 
+def _names(c: _Cut) -> list[str]:
+    """Names of the state of which this process has a part."""
+    return [name for name in c.task.state if name not in (*number_names(c.batch.rule), RESIDUAL)]
+
+
 def _luggage(c: _Cut) -> list[tuple[Tensor, Sharding]]:
-    """What travels with a parameter, and how it is cut: the parameter, its state, its gradient."""
-    task = c.task
+    """What travels to the owner of a parameter, and how it is cut: the gradient and the state."""
     shapes = state_shapes(c.batch.rule, c.parameter, c.batch.group)
     beside = {name: c.cut.of(shape, 1) for name, shape in shapes.items() if shape is not LIKE_PARAMETER}
-    state = [(task.state[name], beside.get(name, c.cut)) for name in _names(c)]
-    return [(task.p, c.cut), *state, (task.g, c.cut)]
-
-
-def _names(c: _Cut) -> list[str]:
-    return [name for name in c.task.state if name not in number_names(c.batch.rule)]
+    return [(c.task.g, c.cut), *((c.task.state[name], beside.get(name, c.cut)) for name in _names(c))]
 
 
 def _carried(wave: Sequence[_Cut], owner: Mapping[Tensor, int], context: _Context) -> Iterator[None]:
-    """Bring whole parameters with all that belongs to them to their owners, which run the rule, and back."""
+    """Bring whole gradients to the owners of their parameters, who run the rule, and bring back how these move."""
     cut, device = wave[0].cut, wave[0].task.p.device
     ranks = range(cut.processes)
-    of = [[(c, _luggage(c)) for c in wave if owner[c.parameter] == rank] for rank in ranks]
-    mine = of[cut.rank]
+    of = [[c for c in wave if owner[c.parameter] == rank] for rank in ranks]
+    mine = [(c, _luggage(c)) for c in of[cut.rank]]
     there = sharding.exchange(
-        [[x for _, luggage in each for x, _ in luggage] for each in of],
+        [[x for c in each for x, _ in _luggage(c)] for each in of],
         [[(s.part(rank), x.dtype) for _, luggage in mine for x, s in luggage] for rank in ranks],
         device,
         cut.group,
@@ -403,25 +412,62 @@ def _carried(wave: Sequence[_Cut], owner: Mapping[Tensor, int], context: _Contex
     yield
     received = [iter(xs) for xs in there.wait()]
     tasks: dict[int, list[Task]] = defaultdict(list)
-    changed: list[tuple[Tensor, Sharding]] = []
+    states: list[tuple[Tensor, Sharding]] = []
     for c, luggage in mine:
-        p, *state, g = (torch.cat([next(xs) for xs in received], s.axis) for _, s in luggage)
-        changed += zip((p, *state), (s for _, s in luggage))
-        noise = None if c.task.noise is None else c.task.noise - sharding.offset(c.parameter)
-        everything = {**c.task.state, **dict(zip(_names(c), state))}
-        tasks[id(c.batch)].append(replace(c.task, p=p, g=g, state=everything, noise=noise))
+        g, *state = (torch.cat([next(xs) for xs in received], s.axis) for _, s in luggage)
+        states += zip(state, (s for _, s in luggage[1:]))
+        tasks[id(c.batch)].append(replace(c.task, g=g, state={**c.task.state, **dict(zip(_names(c), state))}))
     batches = {id(c.batch): replace(c.batch, tasks=tasks[id(c.batch)]) for c, _ in mine}
-    for job in stacks.jobs(batches.values(), context.plain, context.finite, context.report):
+    moves: dict[Tensor, list[Tensor]] = {}
+    for job in stacks.jobs(
+        batches.values(), context.plain, context.finite, context.report, move=partial(_pack_moves, moves)
+    ):
         for _ in job:
             pass
-    targets = [[x for _, luggage in each for x, _ in luggage[:-1]] for each in of]
     returning = sharding.exchange(
-        [[s.take(x, rank) for x, s in changed] for rank in ranks],
-        [[(x.shape, x.dtype) for x in each] for each in targets],
+        [
+            [c.cut.take(x, rank) for c, _ in mine for x in moves[c.parameter]] + [s.take(x, rank) for x, s in states]
+            for rank in ranks
+        ],
+        [
+            [kind for c in each for kind in _move_kinds(c)]
+            + [(c.task.state[name].shape, c.task.state[name].dtype) for c in each for name in _names(c)]
+            for each in of
+        ],
         device,
         cut.group,
     )
     yield
-    for each, xs in zip(targets, returning.wait()):
-        for target, x in zip(each, xs):
-            target.copy_(x)
+    for each, arrived in zip(of, map(iter, returning.wait())):
+        for c in each:
+            _move(c, [next(arrived) for _ in _move_kinds(c)], context.finite)
+        for c in each:
+            for name in _names(c):
+                c.task.state[name].copy_(next(arrived))
+
+
+def _pack_moves(moves: dict[Tensor, list[Tensor]], stack: Stack, move: Move, finite: Tensor | None) -> None:
+    """Note down how parameters move that are on other processes: what these do not know, in the parameters' shape."""
+    known = stack.tasks[0].scalars
+    parts = [move.direction if "step" in known else move.step * move.direction]
+    if "keep" not in known:
+        parts.append(torch.as_tensor(move.keep).expand_as(move.direction))
+    for i, task in enumerate(stack.tasks):
+        each = slice(i * stack.group["blocks"], (i + 1) * stack.group["blocks"])
+        moves[task.parameter] = [from_blocks(x[each], task.g.shape, stack.group) for x in parts]
+
+
+def _move_kinds(c: _Cut) -> list[Kind]:
+    """What this process gets of a move that was packed."""
+    p = c.task.p
+    return [(p.shape, compute_dtype(p.dtype))] * (1 if "keep" in c.task.scalars else 2)
+
+
+def _move(c: _Cut, packed: Sequence[Tensor], finite: Tensor | None) -> None:
+    """Move what this process has of a parameter."""
+    task, scalars, p = c.task, c.task.scalars, c.task.p
+    direction, *keep = packed
+    move = Move(direction, scalars.get("step", 1.0), keep[0] if keep else scalars["keep"])
+    noise = None if task.noise is None else numbers(task.noise, 0, p.numel(), p.device).view(p.shape)
+    finite = None if finite is None else finite.to(p.device)
+    stacks.move_tensor_(p, move, task.state.get(RESIDUAL), noise, finite)

@@ -1,7 +1,8 @@
 """Matrix rules: equal shapes stacked, and the orthogonalisation that stacks of a step share.
 
 Parameters of one group whose matrices have the same shape run as one stack ``(k, m, n)``, if they are so small that
-copying them costs less than running one after the other; larger ones run alone, on views. An update that needs a polar
+copying them costs less than running one after the other; larger ones run alone, on views. A rule updates state only,
+and how parameters are to move goes to a :data:`Mover`. An update that needs a polar
 factor yields the matrices instead of computing it, so that :func:`drive` can gather what all stacks ask for and
 orthogonalise everything of one shape, tall and wide twins included, in one call.
 """
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ...polar import orthogonalize
-from ..rule import LIKE_PARAMETER, MatrixRule
+from ..rule import LIKE_PARAMETER, MatrixRule, Move
 from .flat import packs
 from .storage import RESIDUAL, joined_numbers, load, numbers, store_
 from .tensors import Batch, Task, block_shape, compute_dtype, from_blocks, to_blocks
@@ -47,17 +48,47 @@ class Stack:
 
     @property
     def elements(self) -> int:
-        return sum(task.p.numel() for task in self.tasks)
+        return sum(task.g.numel() for task in self.tasks)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Sorted shape of a matrix: that of its orthogonalisation."""
-        rows, *rest = block_shape(self.tasks[0].p.shape, self.group)
+        rows, *rest = block_shape(self.tasks[0].g.shape, self.group)
         return tuple(sorted((rows, torch.Size(rest).numel())))
 
+    def view(self, x: Tensor) -> Tensor:
+        """The matrices of one of its parameters, or of something of that shape."""
+        y = to_blocks(x, self.group)
+        return y.flatten(2) if self.rule.flatten else y
 
+
+#: Moves the parameters of a stack; where the verdict, its last argument, is ``False`` nothing may change.
+Mover = Callable[[Stack, Move, "Tensor | None"], None]
 #: Answers what stacks ask for with the help of other processes, on which it waits where it yields.
 Solver = Callable[[Sequence[tuple[Stack, Request]]], Generator[None, None, list[Any]]]
+
+
+def move_(stack: Stack, move: Move, finite: Tensor | None) -> None:
+    """Move the parameters of a stack, which are all here."""
+    tasks = stack.tasks
+    params = [task.p for task in tasks]
+    residuals = [task.state[RESIDUAL] for task in tasks if RESIDUAL in task.state]
+    p = _join([stack.view(x) for x in params])
+    residual = _join([stack.view(x) for x in residuals]) if residuals else None
+    move_tensor_(p, move, residual, _noise(stack), finite)
+    _store(p, params, stack.group)
+    if residual is not None:
+        _store(residual, residuals, stack.group)
+
+
+def move_tensor_(p: Tensor, move: Move, residual: Tensor | None, noise: Tensor | None, finite: Tensor | None) -> None:
+    """Move a tensor of any precision; for the arguments see :func:`.storage.store_`."""
+    value = load(p, residual, compute_dtype(p.dtype))
+    if value is p and finite is not None:
+        value = p.clone()
+    move.apply_(value)
+    if value is not p:
+        store_(p, value, residual, noise, finite)
 
 
 def jobs(
@@ -67,6 +98,7 @@ def jobs(
     report: Report | None,
     solve: Solver | None = None,
     processes: int = 1,
+    move: Mover = move_,
 ) -> Iterator[Iterator[None]]:
     """Updates of the parameters and state of matrix rules, a wave of them at a time; each is to be run to its end.
 
@@ -77,6 +109,7 @@ def jobs(
         report: Called with what rules report.
         solve: What orthogonalises; by default this process alone.
         processes: How many processes share a wave's orthogonalisation.
+        move: What moves the parameters.
     """
     stacks = [stack for batch in batches for stack in split(batch, plain)]
     stacks.sort(key=lambda stack: stack.shape, reverse=True)
@@ -85,7 +118,7 @@ def jobs(
         alike = list(some)
         sizes = [stack.elements for stack in alike]
         for wave in packs(alike, sizes, 0 if plain else wave_limit(sizes, processes)):
-            yield drive(wave, finite, report, solve)
+            yield drive(wave, finite, report, solve, move)
 
 
 def wave_limit(elements: Sequence[int], processes: int) -> int:
@@ -99,72 +132,62 @@ def split(batch: Batch, plain: bool) -> Iterator[Stack]:
     assert isinstance(rule, MatrixRule)
     alike: dict[Any, list[Task]] = {}
     for i, task in enumerate(batch.tasks):
-        p = task.p
-        small = not plain and p.numel() // batch.group["blocks"] <= STACK.get(p.device.type, STACK["cuda"])
-        key = (id(task.scalars), p.shape, p.dtype, task.g.dtype, p.device) if small else i
+        g = task.g
+        small = not plain and g.numel() // batch.group["blocks"] <= STACK.get(g.device.type, STACK["cuda"])
+        key = (id(task.scalars), g.shape, task.p.dtype, g.dtype, g.device) if small else i
         alike.setdefault(key, []).append(task)
     for tasks in alike.values():
         yield Stack(rule, batch.group, tasks)
 
 
-def _update(stack: Stack, finite: Tensor | None, report: Report | None) -> Iterator[Request]:
+def _update(stack: Stack, finite: Tensor | None, report: Report | None, move: Mover) -> Iterator[Request]:
     """Run the rule on a stack; yields what it wants orthogonalised and added up, and is sent the result."""
     rule, group, tasks = stack.rule, stack.group, stack.tasks
-    finite = None if finite is None else finite.to(tasks[0].p.device)
-    shapes = rule.state(block_shape(tasks[0].p.shape, group), group)
-    dtype = compute_dtype(tasks[0].p.dtype)
-    kept = [RESIDUAL] if RESIDUAL in tasks[0].state else []
-    work = {name: [task.state[name] for task in tasks] for name in (*shapes, *kept)} | {"p": [task.p for task in tasks]}
-
-    def view(x: Tensor) -> Tensor:
-        y = to_blocks(x, group)
-        return y.flatten(2) if rule.flatten else y
-
+    finite = None if finite is None else finite.to(tasks[0].g.device)
+    shapes = rule.state(block_shape(tasks[0].g.shape, group), group)
+    state = {name: [task.state[name] for task in tasks] for name in shapes}
     stacked = {
-        name: _join([x if shapes.get(name) is not LIKE_PARAMETER else view(x) for x in xs]) for name, xs in work.items()
+        name: _join(xs if shapes[name] is not LIKE_PARAMETER else [stack.view(x) for x in xs])
+        for name, xs in state.items()
     }
-    tensors = {name: stacked[name] for name in shapes}
-    p = load(stacked["p"], stacked.get(RESIDUAL), dtype)
-    exact = stacked["p"].dtype == dtype
-    g = _gradient(stack, dtype, view)
+    g = _gradient(stack)
     if finite is not None:
         g = torch.where(finite, g, 0.0)  # Decompositions refuse NaN before the host knows of it.
-    written = [*tensors.values(), *([p] if exact else [])]
-    before = [x.clone() for x in written] if finite is not None else []
+    before = [x.clone() for x in stacked.values()] if finite is not None else []
     kwargs = dict(tasks[0].scalars)
     if report is not None:
         kwargs["observe"] = partial(_report, report, stack)
-    update = rule.update(p, g, **tensors, **kwargs)
-    if update is not None:
-        yield from update
-    for x, old in zip(written, before):
+    update = rule.update(g, **stacked, **kwargs)
+    movement = (yield from update) if isinstance(update, Generator) else update
+    for x, old in zip(stacked.values(), before):
         x.copy_(torch.where(finite, x, old))  # type: ignore[arg-type]
-    if not exact:
-        store_(stacked["p"], p, stacked.get(RESIDUAL), _noise(tasks, view), finite)
     for name, x in stacked.items():
-        _store(x, work[name], group if shapes.get(name) is LIKE_PARAMETER else None)
+        _store(x, state[name], group if shapes[name] is LIKE_PARAMETER else None)
+    move(stack, movement, finite)
 
 
 def _join(xs: list[Tensor]) -> Tensor:
     return xs[0] if len(xs) == 1 else torch.cat(xs)
 
 
-def _gradient(stack: Stack, dtype: torch.dtype, view: Callable[[Tensor], Tensor]) -> Tensor:
-    g = _join([view(task.g) for task in stack.tasks]).to(dtype)
-    gains = [task.gain for task in stack.tasks]
+def _gradient(stack: Stack) -> Tensor:
+    tasks = stack.tasks
+    dtype = compute_dtype(tasks[0].p.dtype)
+    g = _join([stack.view(task.g) for task in tasks]).to(dtype)
+    gains = [task.gain for task in tasks]
     if all(isinstance(gain, float) and gain == 1.0 for gain in gains):
         return g
     factors = torch.stack([torch.as_tensor(gain, dtype=dtype, device=g.device) for gain in gains])
     return g * factors.repeat_interleave(stack.group["blocks"]).view(-1, *(1 for _ in g.shape[1:]))
 
 
-def _noise(tasks: Sequence[Task], view: Callable[[Tensor], Tensor]) -> Tensor | None:
+def _noise(stack: Stack) -> Tensor | None:
     """The numbers of the elements of a stack, where random ones are needed."""
-    firsts = [task.noise for task in tasks if task.noise is not None]
+    firsts = [task.noise for task in stack.tasks if task.noise is not None]
     if not firsts:
         return None
-    p = tasks[0].p
-    element = view(numbers(0, 0, p.numel(), p.device).view(p.shape))
+    p = stack.tasks[0].p
+    element = stack.view(numbers(0, 0, p.numel(), p.device).view(p.shape))
     shifts = joined_numbers(firsts, [1] * len(firsts), p.device)
     return (element + shifts.view(-1, *(1 for _ in element.shape))).flatten(0, 1)
 
@@ -188,10 +211,10 @@ def _report(report: Report, stack: Stack, name: str, x: Tensor) -> None:
 
 
 def drive(
-    stacks: Sequence[Stack], finite: Tensor | None, report: Report | None, solve: Solver | None
+    stacks: Sequence[Stack], finite: Tensor | None, report: Report | None, solve: Solver | None, move: Mover = move_
 ) -> Iterator[None]:
     """Run stacks side by side and orthogonalise together what they ask for at the same time."""
-    updates = [(stack, _update(stack, finite, report)) for stack in stacks]
+    updates = [(stack, _update(stack, finite, report, move)) for stack in stacks]
     waiting = [(stack, update, request) for stack, update in updates if (request := next(update, None)) is not None]
     while waiting:
         asked = [(stack, request) for stack, _, request in waiting]
