@@ -9,8 +9,8 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeAlias
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,8 +22,12 @@ from .execution import BACKENDS, ROUNDINGS, Backend, Batch, Group, ParameterObse
 from .gradients import inspect_gradients
 from .rule import MatrixRule, Rule, Scalars
 
-Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+if TYPE_CHECKING:
+    from .graphs import StepGraphs
 
+Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+#: Parameter groups, and those of their parameters that a step updates.
+Work: TypeAlias = list[tuple[dict[str, Any], list[Tensor]]]
 
 #: What the keywords of every optimizer must be.
 _OPTIONS: dict[str, Constraint] = {
@@ -129,6 +133,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         self.work_group: Group | None = None
         self.shard_group: Group | None = None
         self._unsettled: _Verdict | None = None
+        self._graphs: StepGraphs | None = None
         self._seen: list[dict[str, Any]] = []
         super().__init__(params, hyperparameters | {"maximize": options.maximize})
 
@@ -146,6 +151,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
             "work_group": None,
             "shard_group": None,
             "_unsettled": None,
+            "_graphs": None,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -287,29 +293,45 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         self._check_edits()
         self._check_skips()
         groups = [(g, [p for p in g["params"] if self._takes_part(p)]) for g in self.param_groups]
-        params = [p for _, params in groups for p in params]
-        if not params:
+        work = [(g, params) for g, params in groups if params]
+        if not work:
             return loss
-        self._check_gradients(params)
+        self._check_gradients([p for _, params in work for p in params])
+        finite, ticks = self._run(work) if self._graphs is None else self._graphs(work)
+        self._unsettled = _Verdict(finite, ticks)
+        if not isinstance(finite, Tensor):
+            self.settle()
+            self._check_skips()
+        return loss
+
+    def _run(self, work: Work, given: Iterator[Scalars] | None = None) -> tuple[bool | Tensor, list[Tick]]:
+        """Update parameters and state, unless gradients are not finite.
+
+        Args:
+            work: Parameter groups and those of their parameters that have a gradient.
+            given: What to use for the scalars of each tick, if not those that the rule computes.
+
+        Returns:
+            Whether the step was made, which the host may not know yet, and what it did to step counts.
+        """
+        params = [p for _, params in work for p in params]
         grads = [_gradient(p) for p in params]
         parts, replicas = sharding.several(self.shard_group), sharding.several(self.process_group)
         # Replicas have equal gradients; but a defect in one's must not part it from the others, who wait for it.
         everybody = dict.fromkeys((*(group for p in params for group in sharding.peers(p)), *parts, *replicas))
         finite, gains = inspect_gradients(grads, tuple(everybody), alike=not parts)
-        if self.skip_nonfinite and finite is False:
-            self._count_skip()
-            self._check_skips()
-            return loss
-        verdict = _Verdict(finite if self.skip_nonfinite and isinstance(finite, Tensor) else None)
+        if not self.skip_nonfinite:
+            finite = True
+        elif finite is False:
+            return False, []
         each = zip(grads, gains)
         positions = self._noisy_positions()
-        batches = [self._batch(group, params, each, verdict, positions) for group, params in groups if params]
+        ticks: list[Tick] = []
+        batches = [self._batch(group, params, each, positions, ticks, given) for group, params in work]
         workers = sharding.several(self.work_group or self.process_group)
-        execution.run(batches, self.backend, verdict.finite, self.observer, workers, parts)
-        self._unsettled = verdict
-        if verdict.finite is None:
-            self.settle()
-        return loss
+        verdict = finite if isinstance(finite, Tensor) else None
+        execution.run(batches, self.backend, verdict, self.observer, workers, parts)
+        return finite, ticks
 
     def _takes_part(self, p: Tensor) -> bool:
         """Whether a parameter is updated. One of which this process has no element is, if another may have some."""
@@ -343,10 +365,11 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         group: dict[str, Any],
         params: list[Tensor],
         each: Iterator[tuple[Tensor, Any]],
-        verdict: _Verdict,
         noisy: Mapping[Tensor, int],
+        ticks: list[Tick],
+        given: Iterator[Scalars] | None,
     ) -> Batch:
-        """What a group has to do; counts its steps in ``verdict``."""
+        """What a group has to do; adds what that does to step counts to ``ticks``."""
         rule = self.rule(group)
         states = [self.state[p] for p in params]
         for p, state in zip(params, states):
@@ -356,7 +379,6 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         for p, state in zip(params, states):
             execution.prepare_residual(state, p, self.rounding)
         clocks = _read_clocks(states, ("step", *rule.host_state))
-        hyperparameters = _hyperparameters(group)
         matrix = isinstance(rule, MatrixRule)
         phases = rule.phases(group) if isinstance(rule, MatrixRule) and rule.phases is not None else 0
         positions = {p: i % phases for i, p in enumerate(group["params"])} if phases else {}
@@ -365,15 +387,14 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         for p, state, clock in zip(params, states, clocks):
             key = (clock, p.shape, positions.get(p)) if matrix else clock
             if key not in known:
-                t = int(clock[0]) + 1
-                host = dict(zip(rule.host_state, clock[1:]))
-                extra: dict[str, Any] = {"host": host} if host else {}
+                details: dict[str, Any] = {}
                 if matrix:
-                    extra["shape"] = execution.block_shape(p.shape, group)
+                    details["shape"] = execution.block_shape(p.shape, group)
                 if positions:
-                    extra["phase"] = positions[p]
-                scalars = rule.scalars(t, hyperparameters, **extra)
-                known[key] = Tick(t, scalars, {"step": t, **host})
+                    details["phase"] = positions[p]
+                known[key] = Tick(rule, group, details, clock)
+                if given is not None:
+                    known[key].scalars = next(given)
             tick = known[key]
             tick.states.append(state)
             g, gain = next(each)
@@ -381,7 +402,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
             noise = execution.first_number(tick.t, noisy[p]) + sharding.offset(p) if p in noisy else None
             held, held_state = sharding.local(p), sharding.local_state(p, state)
             tasks.append(Task(tick.t, held, g, gain, held_state, tick.scalars, p, noise=noise))
-        verdict.ticks.extend(known.values())
+        ticks.extend(known.values())
         idle = [self.state[p] for p in group["params"] if p.grad is None and self.state.get(p)]
         return Batch(rule, group, tasks, idle)
 
@@ -534,19 +555,38 @@ def _read_clocks(states: list[State], names: tuple[str, ...]) -> list[tuple[floa
 
 @dataclass
 class Tick:
-    """A step of all parameters of a group that have made equally many.
+    """A step of all parameters of a group that have made equally many, and whose scalars are the same.
 
     Args:
+        rule: Their rule.
+        group: Their group.
+        details: What the rule's ``scalars`` needs to know beside the step and the hyperparameters.
+        before: Scalar state before the step.
+        states: State of the parameters.
+
+    Attributes:
         t: The number of the step.
         scalars: What the rule's ``scalars`` returned.
         clock: Scalar state after the step.
-        states: State of the parameters.
     """
 
-    t: int
-    scalars: Scalars
-    clock: dict[str, float]
+    rule: Rule
+    group: Mapping[str, Any]
+    details: Mapping[str, Any]
+    before: tuple[float, ...]
     states: list[State] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.t = int(self.before[0]) + 1
+        host = dict(zip(self.rule.host_state, self.before[1:]))
+        extra: dict[str, Any] = {"host": host} if host else {}
+        self.scalars: Scalars = self.rule.scalars(self.t, _hyperparameters(self.group), **self.details, **extra)
+        self.clock: dict[str, float] = {"step": self.t, **host}
+
+    def next(self) -> Tick:
+        """The step after this one, or the same again if it was skipped."""
+        (now,) = _read_clocks(self.states[:1], ("step", *self.rule.host_state))
+        return replace(self, before=now)
 
 
 class _Verdict:
@@ -556,16 +596,17 @@ class _Verdict:
     it has long arrived, so that nothing waits.
     """
 
-    def __init__(self, finite: Tensor | None) -> None:
-        self.finite = finite
-        self.ticks: list[Tick] = []
-        self._copy = None if finite is None else finite.to("cpu", non_blocking=finite.is_cuda)
+    def __init__(self, finite: bool | Tensor, ticks: list[Tick]) -> None:
+        self.ticks = ticks
+        self._finite = finite
         self._event = None
-        if finite is not None and finite.device.type == "cuda":
-            self._event = torch.cuda.Event()
-            self._event.record(torch.cuda.current_stream(finite.device))
+        if isinstance(finite, Tensor):
+            self._finite = finite.to("cpu", non_blocking=finite.is_cuda)
+            if finite.is_cuda:
+                self._event = torch.cuda.Event()
+                self._event.record(torch.cuda.current_stream(finite.device))
 
     def read(self) -> bool:
         if self._event is not None:
             self._event.synchronize()
-        return self._copy is None or bool(self._copy)
+        return bool(self._finite)
