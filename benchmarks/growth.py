@@ -3,8 +3,10 @@
     python -m benchmarks.growth --json benchmarks/results/growth.json
 
 Two sweeps, timed as in :mod:`benchmarks.step_time`: 16 matrices of 256 rows that get longer, from 1e5 to 1e8
-parameters; and 2^22 parameters in 1 to 4096 square matrices. All of them are hidden matrices to NAMO. The JSON file
-holds the rows of ``step_time``, with ``"sweep"``, ``"parameters"`` or ``"tensors"``, in the place of the model.
+parameters; and 2^22 parameters in 1 to 4096 square matrices. All of them are hidden matrices to NAMO. Timed are
+torch's fused AdamW, an element-wise rule of ours in two ways of running beside the same rule in another package, and a
+matrix rule of ours. The JSON file holds the rows of ``step_time``, with ``"sweep"``, ``"parameters"`` or ``"tensors"``,
+in the place of the model.
 """
 
 from __future__ import annotations
@@ -15,11 +17,11 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import nn
 
-from .contenders import contenders
+from .contenders import Contender, contenders, installed
 from .step_time import describe_and_measure, parser, save, time_steps
 from .workload import Workload
 
-OPTIMIZERS = ("MVNGrad", "NAMO")
+ELEMENTWISE, MATRIX, PEER = "LaProp", "NAMO", "pytorch_optimizer"
 LARGEST = 1e8
 
 
@@ -42,6 +44,13 @@ def sweeps(largest: float) -> Iterator[tuple[str, tuple[int, int, int]]]:
             yield "tensors", (2**22 // side**2, side, side)
 
 
+def timed() -> list[Contender]:
+    """Who is timed; the peer if it is installed."""
+    peers = [PEER] if installed(PEER) else []
+    # The way of running makes no difference to matrices alone.
+    return [*contenders([ELEMENTWISE], ["chunked", "compiled"], peers), *contenders([MATRIX], ["auto"], [])[1:]]
+
+
 def main() -> None:
     arguments = parser(__doc__, rounds=20, seconds=4)
     arguments.add_argument("--largest", type=float, default=LARGEST, help="most parameters")
@@ -53,10 +62,9 @@ def main() -> None:
         for sweep, sizes in progress.track(list(sweeps(options.largest)), description="sizes"):
             with options.device:
                 work = Workload(_matrices(*sizes), matrix=("*",))
-            who = contenders(OPTIMIZERS, ["auto"], [])
-            found = time_steps(work, who, options.rounds, options.seconds, options.limit, machine, progress)
+            found = time_steps(work, timed(), options.rounds, options.seconds, options.limit, machine, progress)
             rows += [{"sweep": sweep} | row for row in found]
-            times = ", ".join(f"{row['optimizer']} {row['median_ms']:.3g} ms" for row in found)
+            times = ", ".join(f"{row['optimizer']} {row['implementation']} {row['median_ms']:.3g} ms" for row in found)
             console.print(f"{work.size:.3g} parameters in {len(work.parameters)} tensors: {times}")
     save(options, machine, rows)
 

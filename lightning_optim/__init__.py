@@ -17,6 +17,7 @@ from .optimizers import (
     Muon,
     MVNGrad,
     NonFiniteGradientsError,
+    capture_step,
 )
 from .optimizers.registry import OPTIMIZERS
 
@@ -49,6 +50,7 @@ __all__ = [
     "OptimizerMixin",
     "SchedulerConfig",
     "build_optimizer",
+    "capture_step",
     "configure_optimizers",
 ]
 __version__ = "0.1.0"

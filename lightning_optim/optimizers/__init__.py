@@ -4,6 +4,7 @@ from .adabelief import AdaBelief
 from .anon import Anon
 from .deva import DeVA
 from .deva_vector import DeVAVector
+from .graphs import capture_step
 from .hvadam import HVAdam
 from .laprop import LaProp
 from .muon import Muon
@@ -25,4 +26,5 @@ __all__ = [
     "MVNGrad",
     "Muon",
     "NonFiniteGradientsError",
+    "capture_step",
 ]

@@ -128,6 +128,7 @@ DEVA_RULE = MatrixRule(
     update=_update,
     constraints={"form": one_of(*_FORMS), **EIGENBASIS, **ORTHOGONALIZER},
     phases=phases,
+    capturable=False,
     internals={
         "variance_adaptation": mean_of("variance_adaptation", "mean of the variance adaptation Gamma"),
         "variance_adaptation_spread": Internal(

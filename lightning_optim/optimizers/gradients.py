@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -45,9 +46,9 @@ def inspect_gradients(
         finite = [math.isfinite(x) for x in on_host]
         return all(finite), [b / x if ok and x > b else 1.0 for b, x, ok in zip(bounds, on_host, finite)]
     peaks = _peaks(grads, groups, alike)
-    same = all(bound == bounds[0] for bound in bounds)
     verdicts = peaks.isfinite()
-    bound = peaks.new_full((), bounds[0]) if same else torch.tensor(bounds, dtype=peaks.dtype).to(peaks.device)
+    # Filled on the device: to copy them there would wait for it.
+    bound = torch.cat([peaks.new_full((len(list(run)),), value) for value, run in groupby(bounds)])
     factors = torch.where(verdicts, (bound / peaks).clamp(max=1.0), 1.0).unbind()
     return verdicts.all(), [factor.to(g.device) for factor, g in zip(factors, grads)]
 

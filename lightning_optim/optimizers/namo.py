@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import sqrt
+from math import inf, sqrt
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from .rule import (
     Shape,
     ema_,
     ignore,
+    is_number,
     mean_of,
     mix,
     squared_norm,
@@ -38,7 +39,7 @@ def _scalars(t: int, hp: Hyperparameters, shape: Shape) -> Scalars:
         "eps": hp["eps"],
         "wd": hp["weight_decay"],
         "factor": 1.0 if hp["scale"] is None else hp["scale"] * sqrt(max(shape[:2])),
-        "max_step": float("inf") if hp["max_step"] is None else hp["max_step"],
+        "max_step": inf if hp["max_step"] is None else hp["max_step"],
         "nesterov": hp["nesterov"],
         "method": hp["orthogonalizer"],
     }
@@ -77,7 +78,7 @@ def _namo_d(
         observe("clamp_rate", (d != free).to(d.dtype).mean(-1))
     observe("adaptive_scale", d)
     keep = 1 - wd * (lr * d).clamp_(max=max_step)
-    keep = keep if max_step == float("inf") else keep.clamp_(min=0)
+    keep = keep if is_number(max_step, inf) else keep.clamp_(min=0)
     return Move(o, (lr * factor * d).clamp_(max=max_step), keep)
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,8 +22,12 @@ from .execution import BACKENDS, ROUNDINGS, Backend, Batch, Group, ParameterObse
 from .gradients import inspect_gradients
 from .rule import MatrixRule, Rule, Scalars
 
-Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+if TYPE_CHECKING:
+    from .graphs import StepGraphs
 
+Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+#: Parameter groups, and those of their parameters that a step updates.
+Work: TypeAlias = list[tuple[dict[str, Any], list[Tensor]]]
 
 #: What the keywords of every optimizer must be.
 _OPTIONS: dict[str, Constraint] = {
@@ -129,6 +133,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         self.work_group: Group | None = None
         self.shard_group: Group | None = None
         self._unsettled: _Verdict | None = None
+        self._graphs: StepGraphs | None = None
         self._seen: list[dict[str, Any]] = []
         super().__init__(params, hyperparameters | {"maximize": options.maximize})
 
@@ -146,6 +151,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
             "work_group": None,
             "shard_group": None,
             "_unsettled": None,
+            "_graphs": None,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -287,29 +293,45 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         self._check_edits()
         self._check_skips()
         groups = [(g, [p for p in g["params"] if self._takes_part(p)]) for g in self.param_groups]
-        params = [p for _, params in groups for p in params]
-        if not params:
+        work = [(g, params) for g, params in groups if params]
+        if not work:
             return loss
-        self._check_gradients(params)
+        self._check_gradients([p for _, params in work for p in params])
+        finite, ticks = self._run(work) if self._graphs is None else self._graphs(work)
+        self._unsettled = _Verdict(finite, ticks)
+        if not isinstance(finite, Tensor):
+            self.settle()
+            self._check_skips()
+        return loss
+
+    def _run(self, work: Work, given: Iterator[Scalars] | None = None) -> tuple[bool | Tensor, list[Tick]]:
+        """Update parameters and state, unless gradients are not finite.
+
+        Args:
+            work: Parameter groups and those of their parameters that have a gradient.
+            given: What to use for the scalars of each tick, if not those that the rule computes.
+
+        Returns:
+            Whether the step was made, which the host may not know yet, and what it did to step counts.
+        """
+        params = [p for _, params in work for p in params]
         grads = [_gradient(p) for p in params]
         parts, replicas = sharding.several(self.shard_group), sharding.several(self.process_group)
         # Replicas have equal gradients; but a defect in one's must not part it from the others, who wait for it.
         everybody = dict.fromkeys((*(group for p in params for group in sharding.peers(p)), *parts, *replicas))
         finite, gains = inspect_gradients(grads, tuple(everybody), not parts, self.backend)
-        if self.skip_nonfinite and finite is False:
-            self._count_skip()
-            self._check_skips()
-            return loss
-        verdict = _Verdict(finite if self.skip_nonfinite and isinstance(finite, Tensor) else None)
+        if not self.skip_nonfinite:
+            finite = True
+        elif finite is False:
+            return False, []
         each = zip(grads, gains)
         positions = self._noisy_positions()
-        batches = [self._batch(group, params, each, verdict, positions) for group, params in groups if params]
+        ticks: list[Tick] = []
+        batches = [self._batch(group, params, each, positions, ticks, given) for group, params in work]
         workers = sharding.several(self.work_group or self.process_group)
-        execution.run(batches, self.backend, verdict.finite, self.observer, workers, parts)
-        self._unsettled = verdict
-        if verdict.finite is None:
-            self.settle()
-        return loss
+        verdict = finite if isinstance(finite, Tensor) else None
+        execution.run(batches, self.backend, verdict, self.observer, workers, parts)
+        return finite, ticks
 
     def _takes_part(self, p: Tensor) -> bool:
         """Whether a parameter is updated. One of which this process has no element is, if another may have some."""
@@ -343,10 +365,11 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         group: dict[str, Any],
         params: list[Tensor],
         each: Iterator[tuple[Tensor, Any]],
-        verdict: _Verdict,
         noisy: Mapping[Tensor, int],
+        ticks: list[Tick],
+        given: Iterator[Scalars] | None,
     ) -> Batch:
-        """What a group has to do; counts its steps in ``verdict``."""
+        """What a group has to do; adds what that does to step counts to ``ticks``."""
         rule = self.rule(group)
         states = [self.state[p] for p in params]
         for p, state in zip(params, states):
@@ -356,32 +379,31 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         for p, state in zip(params, states):
             execution.prepare_residual(state, p, self.rounding)
         clocks = _clocks(states, ("step", *rule.host_state))
-        hyperparameters = _hyperparameters(group)
         matrix = isinstance(rule, MatrixRule)
         phases = rule.phases(group) if isinstance(rule, MatrixRule) and rule.phases is not None else 0
         positions = {p: i % phases for i, p in enumerate(group["params"])} if phases else {}
-        known: dict[Any, _Tick] = {}  # Most parameters share their clock.
-        tasks, after = [], []
-        for p, state, clock in zip(params, states, zip(*(vector.tolist() for vector in clocks.values()))):
+        known: dict[Any, Tick] = {}  # Most parameters share their clock.
+        tasks = []
+        now = zip(*(vector.tolist() for vector in clocks.values()))
+        for i, (p, state, clock) in enumerate(zip(params, states, now)):
             key = (clock, p.shape, positions.get(p)) if matrix else clock
             if key not in known:
-                t = int(clock[0]) + 1
-                host = dict(zip(rule.host_state, clock[1:]))
-                extra: dict[str, Any] = {"host": host} if host else {}
+                details: dict[str, Any] = {}
                 if matrix:
-                    extra["shape"] = execution.block_shape(p.shape, group)
+                    details["shape"] = execution.block_shape(p.shape, group)
                 if positions:
-                    extra["phase"] = positions[p]
-                scalars = rule.scalars(t, hyperparameters, **extra)
-                known[key] = _Tick(t, scalars, (t, *host.values()))
+                    details["phase"] = positions[p]
+                known[key] = Tick(rule, group, details, clock, clocks)
+                if given is not None:
+                    known[key].scalars = next(given)
             tick = known[key]
-            after.append(tick.clock)
+            tick.indices.append(i)
             g, gain = next(each)
             gain = -gain if group["maximize"] else gain
             noise = execution.first_number(tick.t, noisy[p]) + sharding.offset(p) if p in noisy else None
             held, held_state = sharding.local(p), sharding.local_state(p, state)
             tasks.append(Task(tick.t, held, g, gain, held_state, tick.scalars, p, noise=noise))
-        verdict.clocks += zip(clocks.values(), zip(*after))
+        ticks.extend(known.values())
         idle = [self.state[p] for p in group["params"] if p.grad is None and self.state.get(p)]
         return Batch(rule, group, tasks, idle)
 
@@ -398,8 +420,13 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
             self._count_skip()
             return
         self.consecutive_skips = 0
-        for clock, values in verdict.clocks:
-            clock.copy_(torch.tensor(values, dtype=clock.dtype, device="cpu"))
+        for tick in verdict.ticks:
+            for name, value in tick.clock.items():
+                vector = tick.clocks[name]
+                if len(tick.indices) == len(vector):
+                    vector.fill_(value)
+                else:
+                    vector[tick.indices] = value
 
     def _count_skip(self) -> None:
         self.skipped_steps += 1
@@ -537,19 +564,41 @@ def _are_entries(column: Sequence[Tensor], vector: Tensor) -> bool:
     return all(x._base is vector and x.storage_offset() == i for i, x in enumerate(column))
 
 
-@dataclass(frozen=True)
-class _Tick:
-    """A step of all parameters of a group that have made equally many.
+@dataclass
+class Tick:
+    """A step of all parameters of a group that have made equally many, and whose scalars are the same.
 
     Args:
+        rule: Their rule.
+        group: Their group.
+        details: What the rule's ``scalars`` needs to know beside the step and the hyperparameters.
+        before: Scalar state before the step.
+        clocks: Where scalar state of the group's parameters is kept; see :func:`_clocks`.
+        indices: Which entries of it are those of this tick's parameters.
+
+    Attributes:
         t: The number of the step.
         scalars: What the rule's ``scalars`` returned.
         clock: Scalar state after the step.
     """
 
-    t: int
-    scalars: Scalars
-    clock: tuple[float, ...]
+    rule: Rule
+    group: Mapping[str, Any]
+    details: Mapping[str, Any]
+    before: tuple[float, ...]
+    clocks: Mapping[str, Tensor]
+    indices: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.t = int(self.before[0]) + 1
+        host = dict(zip(self.rule.host_state, self.before[1:]))
+        extra: dict[str, Any] = {"host": host} if host else {}
+        self.scalars: Scalars = self.rule.scalars(self.t, _hyperparameters(self.group), **self.details, **extra)
+        self.clock: dict[str, float] = {"step": self.t, **host}
+
+    def next(self) -> Tick:
+        """The step after this one, or the same again if it was skipped."""
+        return replace(self, before=tuple(vector[self.indices[0]].item() for vector in self.clocks.values()))
 
 
 class _Verdict:
@@ -559,16 +608,17 @@ class _Verdict:
     it has long arrived, so that nothing waits.
     """
 
-    def __init__(self, finite: Tensor | None) -> None:
-        self.finite = finite
-        self.clocks: list[tuple[Tensor, tuple[float, ...]]] = []
-        self._copy = None if finite is None else finite.to("cpu", non_blocking=finite.is_cuda)
+    def __init__(self, finite: bool | Tensor, ticks: list[Tick]) -> None:
+        self.ticks = ticks
+        self._finite = finite
         self._event = None
-        if finite is not None and finite.device.type == "cuda":
-            self._event = torch.cuda.Event()
-            self._event.record(torch.cuda.current_stream(finite.device))
+        if isinstance(finite, Tensor):
+            self._finite = finite.to("cpu", non_blocking=finite.is_cuda)
+            if finite.is_cuda:
+                self._event = torch.cuda.Event()
+                self._event.record(torch.cuda.current_stream(finite.device))
 
     def read(self) -> bool:
         if self._event is not None:
             self._event.synchronize()
-        return self._copy is None or bool(self._copy)
+        return bool(self._finite)

@@ -141,6 +141,7 @@ class Rule:
         host_state: Names of scalar state that ``scalars`` reads and writes in its ``host`` dictionary.
         constraints: What hyperparameters must be that are this rule's alone; see :mod:`.constraints`.
         fixed: Hyperparameters, beside those that decide on the state, that cannot change after the first step.
+        capturable: Whether the update only launches work on the device, so that a CUDA graph can hold it.
         internals: Scalars of its own that are worth watching, by name.
     """
 
@@ -151,6 +152,7 @@ class Rule:
     host_state: tuple[str, ...] = ()
     constraints: Mapping[str, Constraint] = field(default_factory=dict)
     fixed: tuple[str, ...] = ()
+    capturable: bool = True
     internals: Mapping[str, Internal] = field(default_factory=dict)
 
     kind = "abstract"
@@ -247,19 +249,20 @@ def decay_(p: Tensor, g: Tensor, keep: Any, l2: Any) -> Tensor:
 
 def shrink_(p: Tensor, keep: Any) -> Tensor:
     """``p *= keep``"""
-    return p if _is(keep, 1.0) else p.mul_(keep)
+    return p if is_number(keep, 1.0) else p.mul_(keep)
 
 
 def regularize(g: Tensor, p: Tensor, l2: Any) -> Tensor:
     """``g + l2 * p``, bounded as gradients are."""
     limit = largest_gradient(g.dtype)
-    return g if _is(l2, 0.0) else (g + l2 * p).clamp_(-limit, limit)
+    return g if is_number(l2, 0.0) else (g + l2 * p).clamp_(-limit, limit)
 
 
 # --- in-place operations on tensors with coefficients that are floats or 0-d tensors ---------------------------------
 
 
-def _is(coefficient: Any, value: float) -> bool:
+def is_number(coefficient: Any, value: float) -> bool:
+    """Whether a coefficient is a number of a certain value, known on the host."""
     return isinstance(coefficient, (int, float)) and coefficient == value
 
 

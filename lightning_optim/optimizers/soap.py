@@ -112,6 +112,7 @@ SOAP_RULE = MatrixRule(
     constraints=EIGENBASIS,
     flatten=False,
     phases=phases,
+    capturable=False,
     internals={"basis_error": BASIS_ERROR},
 )
 

@@ -24,13 +24,14 @@ compiled = pytest.param("compiled", marks=pytest.mark.slow)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 FLAT = [name for name in OURS if OPTIMIZERS[name].kind != "matrix"]
 MATRIX = [name for name in OURS if OPTIMIZERS[name].kind == "matrix"]
+CHUNK = flat.CHUNK["cpu"]
 
 
 @pytest.fixture
 def tiny_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Limits at which tensors of some hundred elements are cut, joined, stacked and left alone."""
-    monkeypatch.setattr(flat, "SMALL", 16)
-    monkeypatch.setattr(flat, "CHUNK", 40)
+    monkeypatch.setattr(flat, "SMALL", {"cpu": 16, "cuda": 16})
+    monkeypatch.setattr(flat, "CHUNK", {"cpu": 40, "cuda": 40})
     monkeypatch.setattr(stacks, "STACK", {"cpu": 24, "cuda": 24})
     monkeypatch.setattr(stacks, "TOGETHER", {"cpu": 48, "cuda": 48})
     monkeypatch.setattr(stacks, "WAVE", 200)
@@ -142,7 +143,7 @@ def test_compiled_is_plain(name: str, arguments: dict[str, Any]) -> None:
 @pytest.mark.parametrize("backend", ["chunked", compiled])
 def test_one_compiled_rule_agrees_at_full_size(backend: str) -> None:
     """With the real limits: joined, cut and whole tensors."""
-    shapes = [(5,), (130, 130), (3, flat.CHUNK // 2 + 1), (7, 11)]
+    shapes = [(5,), (130, 130), (3, CHUNK // 2 + 1), (7, 11)]
     params = [nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(3))) for shape in shapes]
     copies = clone(params)
     a, b = lo.AdaBelief(params, rectify=False, backend="plain"), lo.AdaBelief(copies, rectify=False, backend=backend)
@@ -410,14 +411,14 @@ def test_no_value_is_read_per_parameter(name: str) -> None:
 
 @pytest.mark.parametrize("name", FLAT)
 def test_transients_are_at_most_a_chunk(name: str) -> None:
-    assert operations(name, [(3, flat.CHUNK), (50,), (1200, 1100)], "chunked").largest <= flat.CHUNK
+    assert operations(name, [(3, CHUNK), (50,), (1200, 1100)], "chunked").largest <= CHUNK
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FLAT)
 def test_compiled_rules_have_no_transients(name: str) -> None:
     """But for the vector that small tensors are joined to."""
-    assert operations(name, [(3, flat.CHUNK), (50,), (1200, 1100), (20,)], "compiled").largest <= 70
+    assert operations(name, [(3, CHUNK), (50,), (1200, 1100), (20,)], "compiled").largest <= 70
 
 
 #: State tensors of the parameter's size that each algorithm cannot do without.

@@ -35,8 +35,8 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 @pytest.fixture
 def tiny_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Limits at which tensors of some hundred elements are cut, joined, stacked and left alone."""
-    monkeypatch.setattr(flat, "SMALL", 16)
-    monkeypatch.setattr(flat, "CHUNK", 40)
+    monkeypatch.setattr(flat, "SMALL", {"cpu": 16, "cuda": 16})
+    monkeypatch.setattr(flat, "CHUNK", {"cpu": 40, "cuda": 40})
     monkeypatch.setattr(stacks, "STACK", {"cpu": 24, "cuda": 24})
     monkeypatch.setattr(stacks, "TOGETHER", {"cpu": 48, "cuda": 48})
 
@@ -221,7 +221,7 @@ def added(
     """Parameters and residuals after two steps that add the gradient: no arithmetic that could be done otherwise."""
     generator = torch.Generator().manual_seed(9)
     matrix = isinstance(rule, MatrixRule)
-    shapes = [(4, 6), (4, 6), (30, 4), (4, 2, 3, 3)] if matrix else [(), (3,), (97,), (7, 13), (flat.SMALL + 9,)]
+    shapes = [(4, 6), (4, 6), (30, 4), (4, 2, 3, 3)] if matrix else [(), (3,), (97,), (7, 13), (flat.SMALL["cpu"] + 9,)]
     params = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
     if not matrix:
         params[3] = params[3].t().contiguous().t()

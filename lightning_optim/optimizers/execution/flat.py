@@ -13,7 +13,7 @@ on to the next, so that copies never exceed one chunk.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -28,9 +28,10 @@ from .storage import joined_numbers, numbers
 from .tensors import Batch, Task, compute_dtype, number_names
 
 #: Tensors up to this many elements are joined: below it a copy of a tensor costs less than an operation on it.
-SMALL = 2**14
-#: Elements of a chunk: its streams and temporaries fit in cache, and its operations are long beside their dispatch.
-CHUNK = 2**18
+SMALL = {"cpu": 2**14, "cuda": 2**18}
+#: Elements of a chunk: its operations are long beside their dispatch (a GPU's launch takes about as long as moving 2^22
+#: numbers), and on a CPU its streams and temporaries fit in cache.
+CHUNK = {"cpu": 2**18, "cuda": 2**22}
 #: ``auto`` compiles where a step updates this many elements or more; see :func:`run`.
 COMPILE_FROM = 2**23
 #: A compiled kernel looks at tensors of this many elements or more: below it its call takes longer than it saves.
@@ -128,7 +129,7 @@ def _each(
     else:
         go = compiled
     # Random numbers are eight bytes for each element, which should not leave the cache.
-    limit = CHUNK if compiled is None or noisy else LONGEST
+    limit = _of(CHUNK, tasks[0].p) if compiled is None or noisy else LONGEST
     works = _whole(tasks, names, noisy) if backend == "plain" else plan(tasks, names, limit, noisy, writes)
     return [go(work.p, work.g, work.gain, work.state, work.noise) for work in works]
 
@@ -252,18 +253,24 @@ def plan(
         noisy: Whether random numbers are needed.
         writes: Whether what had to be copied is written back.
     """
-    small = [task for task in tasks if task.p.numel() <= SMALL]
-    for pack in packs(small, [task.p.numel() for task in small]):
+    longest = _of(SMALL, tasks[0].p)
+    small = [task for task in tasks if task.p.numel() <= longest]
+    for pack in packs(small, [task.p.numel() for task in small], _of(CHUNK, tasks[0].p)):
         yield from _joined(pack, names, noisy, writes)
     for task in tasks:
-        if task.p.numel() > SMALL:
+        if task.p.numel() > longest:
             yield from _slices(task, names, limit, noisy, writes)
 
 
-def packs(items: Sequence[Item], sizes: Sequence[int], limit: int = CHUNK) -> Iterator[list[Item]]:
+def _of(limits: Mapping[str, int], x: Tensor) -> int:
+    """The limit that holds where a tensor lies."""
+    return limits.get(x.device.type, limits["cuda"])
+
+
+def packs(items: Sequence[Item], sizes: Sequence[int], limit: int) -> Iterator[list[Item]]:
     """Split ``items`` into runs whose ``sizes`` add up to at most ``limit``, or that are one item.
 
-    >>> list(packs(["a", "b", "c"], [2**17, 2**17, 1]))
+    >>> list(packs(["a", "b", "c"], [2, 2, 1], 4))
     [['a', 'b'], ['c']]
     """
     pack: list[Item] = []
@@ -326,7 +333,7 @@ def _slices(task: Task, names: Sequence[str], limit: int | None, noisy: bool, wr
         return
     # Other strides than the state's: rows are copied, as many as a chunk holds.
     width = n // p.shape[0]
-    rows = max(1, CHUNK // width)
+    rows = max(1, _of(CHUNK, p) // width)
     for i in range(0, p.shape[0], rows):
         part, g_part = (x[i : i + rows].reshape(-1).contiguous() for x in (p, g))
         rows_state = {name: task.state[name][i : i + rows].view(-1) for name in names}

@@ -1,0 +1,189 @@
+"""Steps as CUDA graphs: what the host would launch kernel by kernel, recorded once and replayed by one call."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from math import inf
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .execution import sharding
+from .execution.kernels import is_number
+from .optimizer import RuleOptimizer, Tick, Work
+from .rule import Scalars
+
+#: Numbers that stay what they are, as switches do: rules leave out what has no effect with them.
+_PLAIN = (0.0, 1.0, inf)
+#: Steps in a row without a graph after which to say why.
+_PATIENCE = 10
+
+
+def capture_step(optimizer: RuleOptimizer) -> None:
+    """From now on ``optimizer.step()`` replays a CUDA graph where it can.
+
+    It saves the host the time of launching many short kernels. What changes from step to step (learning rates, bias
+    corrections) is computed on the host as ever, in double precision, and copied to the device in one piece before the
+    graph runs; schedules and edits of ``param_groups`` work as ever.
+
+    A graph knows its tensors by their place in memory. A step is made without it, and a new one recorded, where
+    parameters, gradients or state lie elsewhere than in the step before, and where an observer watches. So
+    **gradients have to stay where they are**: call ``zero_grad(set_to_none=False)``. A rule that works differently
+    at some steps (Anon's refreshes, AdaBelief's first five steps) gets a graph for each of its forms.
+
+    Copies of an optimizer, pickled ones too, start without graphs. The graphs keep the memory of their temporaries.
+
+    Args:
+        optimizer: One of this library's, all of whose parameters are on one CUDA device and of one process.
+
+    Raises:
+        ValueError: The optimizer's step cannot be captured; the message says why.
+
+    Example:
+        .. code-block:: python
+
+            optimizer = lightning_optim.NAMO(groups, backend="compiled")
+            lightning_optim.capture_step(optimizer)
+            for x, y in batches:
+                loss(model(x), y).backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=False)
+    """
+    graphs = StepGraphs(optimizer)
+    graphs.check()
+    optimizer._graphs = graphs
+
+
+@dataclass
+class _Graph:
+    """A recorded step.
+
+    Args:
+        values: The numbers that it reads.
+        finite: Where it says whether gradients were finite.
+        replay: Runs it.
+    """
+
+    values: Tensor
+    finite: bool | Tensor
+    replay: Callable[[], None]
+
+
+class StepGraphs:
+    """The graphs of an optimizer's steps; what the optimizer calls to make one."""
+
+    def __init__(self, optimizer: RuleOptimizer) -> None:
+        self.optimizer = optimizer
+        self._layout: Any = None
+        self._ticks: list[Tick] = []
+        self._graphs: dict[Any, _Graph] = {}
+        self._moves = 0
+
+    def check(self) -> None:
+        """Refuse what cannot be captured."""
+        optimizer, name = self.optimizer, type(self.optimizer).__name__
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        if not is_one_gpu({p.device for p in params}):
+            raise ValueError(
+                f"{name}: a graph is of one CUDA device, and parameters are on "
+                f"{', '.join(sorted({str(p.device) for p in params}))}; move the model before, or step without graphs."
+            )
+        groups = (optimizer.process_group, optimizer.shard_group)
+        if any(sharding.peers(p) for p in params) or any(map(sharding.several, groups)):
+            raise ValueError(f"{name}: steps of several processes, which communicate, cannot be captured.")
+        if optimizer.rounding == "stochastic":
+            raise ValueError(
+                f"{name}: rounding='stochastic' draws other numbers in every step, on the host, and cannot be "
+                "captured; use 'kahan' or 'split'."
+            )
+        for group in optimizer.param_groups:
+            rule = optimizer.rule(group)
+            if not rule.capturable or group.get("orthogonalizer") == "exact":
+                raise ValueError(
+                    f"{name}: the rule {rule.name!r} needs decompositions that wait for the device, and cannot be "
+                    "captured" + (" with orthogonalizer='exact'; choose an iteration." if rule.capturable else ".")
+                )
+
+    def __call__(self, work: Work) -> tuple[bool | Tensor, list[Tick]]:
+        """Make a step, as :meth:`.optimizer.RuleOptimizer._run` does."""
+        optimizer = self.optimizer
+        if self._layout != self._find_layout(work):
+            return self._start_anew(work)
+        self._moves = 0
+        if optimizer.observer is not None:
+            return optimizer._run(work)
+        ticks = [tick.next() for tick in self._ticks]
+        numbers = [_numbers(tick.scalars) for tick in ticks]
+        forms = tuple(_form(tick.scalars) for tick in ticks)
+        host = torch.tensor([x for each in numbers for x in each.values()], dtype=torch.float64, device="cpu")
+        graph = self._graphs.get(forms)
+        if graph is not None:
+            _send(host, graph.values)
+            graph.replay()
+            return graph.finite, ticks
+        # Made once without a graph, so that kernels are compiled and libraries loaded; recording does not run it again.
+        values = torch.empty_like(host, device=work[0][1][0].device)
+        _send(host, values)
+        rest = iter(values.unbind())
+        given = [tick.scalars | {name: next(rest) for name in each} for tick, each in zip(ticks, numbers)]
+        finite, _ = optimizer._run(work, iter(given))
+        replay, recorded = record(lambda: optimizer._run(work, iter(given))[0])
+        self._graphs[forms] = _Graph(values, recorded, replay)
+        return finite, ticks
+
+    def _start_anew(self, work: Work) -> tuple[bool | Tensor, list[Tick]]:
+        """Make the first step with these tensors, whose state may not be there yet."""
+        self.check()
+        self._moves += 1
+        if self._moves == _PATIENCE:
+            warnings.warn(
+                f"capture_step: no step of {type(self.optimizer).__name__} was captured, since parameters, gradients "
+                f"or state lay elsewhere in each of {_PATIENCE} steps. Keep the gradients' memory by "
+                "zero_grad(set_to_none=False), and give the same parameters a gradient at every step.",
+                stacklevel=2,
+            )
+        finite, self._ticks = self.optimizer._run(work)
+        self._graphs.clear()
+        self._layout = self._find_layout(work)
+        return finite, self._ticks
+
+    def _find_layout(self, work: Work) -> Any:
+        """What a graph is bound to, but for the forms of the rules: tensors in memory, and settings."""
+        optimizer = self.optimizer
+        settings = (optimizer.backend, optimizer.skip_nonfinite, optimizer.rounding)
+        groups = [(id(group), *(group.get(name) for name in ("maximize", "blocks", "transposed"))) for group, _ in work]
+        params = [p for _, params in work for p in params]
+        states = [x for p in params for x in optimizer.state[p].values()] if self._ticks else []
+        tensors = [*params, *(p.grad for p in params if p.grad is not None), *states]
+        return settings, groups, [(x.data_ptr(), x.dtype, x.shape, x.stride()) for x in tensors]
+
+
+def record(work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+    """Capture what ``work`` launches, without running it; returns what runs it, and what ``work`` returned."""
+    graph = torch.cuda.CUDAGraph()
+    # Other threads, such as those that load data, may go on allocating meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        result = work()
+    return graph.replay, result
+
+
+def is_one_gpu(devices: Iterable[torch.device]) -> bool:
+    """Whether there is one device, and it records graphs."""
+    return [device.type for device in devices] == ["cuda"]
+
+
+def _send(host: Tensor, values: Tensor) -> None:
+    # Pinned memory is given back only when it has been read, so the host need not wait.
+    values.copy_(host.pin_memory() if values.is_cuda else host, non_blocking=True)
+
+
+def _numbers(scalars: Scalars) -> dict[str, float]:
+    return {name: float(x) for name, x in scalars.items() if is_number(x) and x not in _PLAIN}
+
+
+def _form(scalars: Scalars) -> Sequence[Any]:
+    """What a graph depends on: everything but the values of numbers."""
+    return tuple((name, None if is_number(x) and x not in _PLAIN else x) for name, x in scalars.items())
