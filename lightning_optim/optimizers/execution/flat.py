@@ -210,7 +210,9 @@ class _Grouped:
         new, coefficients = rule.combine(*totals.unbind(), **old, **oldest.scalars)
         for some in _alike(tasks):
             device = some[0].p.device
-            local = {name: x.item() if x.is_cpu else x.to(device) for name, x in coefficients.items()}
+            # With numbers, operations need no temporaries; reading them from an accelerator would wait for it.
+            known = finite is None and device.type == "cpu"
+            local = {name: float(x) if known else x.to(device) for name, x in coefficients.items()}
             _each(rule.update, some, self.names, local, self.backend, finite)
         states = [*(task.state for task in tasks), *self.batch.idle]
         for name, value in new.items():
