@@ -228,16 +228,16 @@ def weight_decay(hp: Hyperparameters) -> Scalars:
     """The scalars of the two common forms of weight decay, to be applied by :func:`decay_`.
 
     ``decoupled=True``: parameters shrink by ``1 - lr * weight_decay``. ``False``: ``weight_decay * p`` is added to
-    the gradient and so enters every statistic of the rule.
+    the gradient and so enters every statistic of the rule. Nothing is added where ``l2`` is ``None``.
 
     >>> weight_decay({"lr": 0.1, "weight_decay": 0.5, "decoupled": True})
-    {'keep': 0.95, 'l2': 0.0}
+    {'keep': 0.95, 'l2': None}
     >>> weight_decay({"lr": 0.1, "weight_decay": 0.5, "decoupled": False})
     {'keep': 1.0, 'l2': 0.5}
     """
     if hp["decoupled"]:
-        return {"keep": 1.0 - hp["lr"] * hp["weight_decay"], "l2": 0.0}
-    return {"keep": 1.0, "l2": float(hp["weight_decay"])}
+        return {"keep": 1.0 - hp["lr"] * hp["weight_decay"], "l2": None}
+    return {"keep": 1.0, "l2": float(hp["weight_decay"]) or None}
 
 
 def decay_(p: Tensor, g: Tensor, keep: Any, l2: Any) -> Tensor:
@@ -253,9 +253,11 @@ def shrink_(p: Tensor, keep: Any) -> Tensor:
 
 
 def regularize(g: Tensor, p: Tensor, l2: Any) -> Tensor:
-    """``g + l2 * p``, bounded as gradients are."""
+    """``g + l2 * p``, bounded as gradients are; ``g`` where ``l2`` is ``None``."""
+    if l2 is None:
+        return g
     limit = largest_gradient(g.dtype)
-    return g if is_number(l2, 0.0) else (g + l2 * p).clamp_(-limit, limit)
+    return (g + l2 * p).clamp_(-limit, limit)
 
 
 # --- in-place operations on tensors with coefficients that are floats or 0-d tensors ---------------------------------
