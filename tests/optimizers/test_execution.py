@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -499,3 +500,44 @@ def test_gpu_agrees_with_cpu(name: str, backend: str) -> None:
         b.step()
     for p, q in zip(params, copies):
         torch.testing.assert_close(p.detach(), q.detach().cpu(), rtol=1e-3, atol=1e-4)  # Other roots and divisions.
+
+
+# --- the look at the gradients ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_a_compiled_look_sees_every_entry(dtype: torch.dtype) -> None:
+    """Its parts overlap where the length is no multiple of their number; none is left out."""
+    peak = kernels.peak(dtype, torch.device("cpu"))
+    start = kernels.compilations()
+    for n in (64, 65, 71, 1000, 4099):
+        x = torch.linspace(-1, 1, n, dtype=torch.float64).to(dtype)
+        assert peak(x) == 1
+        for i in {0, 1, n // 8, n // 8 + 1, n // 2, n - 9, n - 8, n - 2, n - 1}:
+            for value in (math.inf, -math.inf, -3.0, math.nan):
+                y = x.clone()
+                y[i] = value
+                torch.testing.assert_close(
+                    peak(y), torch.tensor(abs(value), dtype=dtype), rtol=0, atol=0, equal_nan=True
+                )
+    assert kernels.compilations() == start
+
+
+@pytest.mark.parametrize("backend", ["chunked", compiled])
+@given(data=st.data())
+@settings(max_examples=20, deadline=None)
+def test_the_largest_entry_is_bounded(backend: str, data: st.DataObject) -> None:
+    """At least the largest entry, at most the largest norm, and not finite if and only if an entry is not."""
+    sizes = data.draw(st.lists(st.sampled_from([1, 7, 2000, flat.LONG, flat.LONG + 3]), min_size=1, max_size=4))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 100)))
+    grads = [torch.randn(n, generator=generator) for n in sizes]
+    if data.draw(st.booleans()):
+        grads[0] = torch.randn(3, max(sizes), generator=generator).mT  # Not contiguous.
+    bound = flat.largest(grads, backend)
+    # A norm in float32 is good to 1e-6.
+    assert max(g.abs().max() for g in grads) <= bound * (1 + 1e-6) <= max(g.norm() for g in grads) * (1 + 1e-5)
+    i = data.draw(st.integers(0, len(grads) - 1))
+    where = torch.tensor(data.draw(st.integers(0, grads[i].numel() - 1)))
+    grads[i][torch.unravel_index(where, grads[i].shape)] = data.draw(st.sampled_from([math.nan, math.inf, -math.inf]))
+    assert not math.isfinite(flat.largest(grads, backend))
