@@ -59,7 +59,7 @@ def limits(device: torch.device) -> dict[str, Any]:
 
     Bandwidth is the best of three loops over arrays of 256 MB: copy ``a = b``, triad ``a = b + s c`` (both counted as
     in STREAM, without the reads that stores cause) and in-place triad ``a += s b``, the pattern of an optimizer. Matrix
-    products are of one large matrix with itself, by torch's settings: on a GPU float32 is without TF32 unless asked for.
+    products are of one large matrix with itself, by torch's settings, which leave TF32 out for float32 on a GPU.
     """
     n = 2**26
     a, b, c = (torch.ones(n, device=device) for _ in range(3))
