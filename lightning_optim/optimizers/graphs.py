@@ -102,9 +102,9 @@ class StepGraphs:
         for group in optimizer.param_groups:
             rule = optimizer.rule(group)
             if not rule.capturable or group.get("orthogonalizer") == "exact":
+                remedy = "choose an iteration for the orthogonalizer" if rule.capturable else "step without graphs"
                 raise ValueError(
-                    f"{name}: the rule {rule.name!r} needs decompositions that wait for the device, and cannot be "
-                    "captured" + (" with orthogonalizer='exact'; choose an iteration." if rule.capturable else ".")
+                    f"{name}: the rule {rule.name!r} decomposes matrices, which cannot be captured; {remedy}."
                 )
 
     def __call__(self, work: Work) -> tuple[bool | Tensor, list[Tick]]:

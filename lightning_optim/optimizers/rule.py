@@ -141,7 +141,8 @@ class Rule:
         host_state: Names of scalar state that ``scalars`` reads and writes in its ``host`` dictionary.
         constraints: What hyperparameters must be that are this rule's alone; see :mod:`.constraints`.
         fixed: Hyperparameters, beside those that decide on the state, that cannot change after the first step.
-        capturable: Whether the update only launches work on the device, so that a CUDA graph can hold it.
+        capturable: Whether the update takes its numbers as tensors, too, and decomposes no matrices, so that a CUDA
+            graph can hold it.
         internals: Scalars of its own that are worth watching, by name.
     """
 
