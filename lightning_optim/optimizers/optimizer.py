@@ -436,7 +436,9 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         (tensor([1.], dtype=torch.bfloat16), tensor([0.9999]))
         """
         residual = self.state[p].get(execution.RESIDUAL) if p in self.state else None
-        return p.detach() if residual is None else execution.load(p.detach(), residual, torch.float32)
+        if residual is None or residual.dtype != execution.residual_dtype(self.rounding, p.dtype):
+            return p.detach()  # A residual of what was here before a cast, or of another way: the next step drops it.
+        return execution.load(p.detach(), residual, torch.float32)
 
     # --- checkpoints --------------------------------------------------------------------------------------------
 
