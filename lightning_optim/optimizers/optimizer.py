@@ -88,9 +88,10 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
             bytes per parameter; a run that goes on from a checkpoint without one starts with zeros.
 
             - ``"nearest"``: nothing is kept.
-            - ``"stochastic"``: up or down at random with the odds that make the mean right. Nothing is kept: the random
-              numbers are a hash of the parameter's step, its position in the optimizer and the element's, the same for
-              every backend and after every restart, and torch's generators are not touched.
+            - ``"stochastic"``: up or down at random with the odds that make the mean right. The random numbers of
+              successive steps are spread evenly, so that their errors cancel. Nothing is kept: they are made of the
+              parameter's step, its position in the optimizer and the element's, the same for every backend and after
+              every restart, and torch's generators are not touched.
             - ``"kahan"``: the residual has the parameter's dtype (in units of its eps); together they have about twice
               its precision.
             - ``"split"``: the residual is the lower 16 bits of a float32 number whose nearest bfloat16 is the

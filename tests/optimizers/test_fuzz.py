@@ -1,8 +1,8 @@
 """Whatever is done to an optimizer: a right step or a clear error, never a silent wrong number.
 
-Every example is a short run over tensors of any shape, precision and strides, with gradients from none to NaN, in any way
-of rounding, whose parameter groups are edited, added and refused, and whose parameters are cast and replaced on the way.
-Each step is compared with the float64 references, which share no code with the engine.
+Every example is a short run over tensors of any shape, precision and strides, with gradients from none to NaN, in any
+way of rounding, whose parameter groups are edited, added and refused, and whose parameters are cast and replaced on the
+way. Each step is compared with the float64 references, which share no code with the engine.
 
 ``FUZZ_EXAMPLES`` sets how many examples there are in all; any number but the default draws other ones in each run.
 """

@@ -141,18 +141,19 @@ def _round(value: Tensor, dtype: torch.dtype, addend: Tensor | int) -> Tensor:
 
 # --- random numbers ---------------------------------------------------------------------------------------------
 #
-# Those of one element are h, h + a, h + 2a, ... modulo 1, with h at random and a near the golden ratio. Each of them is
-# uniform, so that every rounding is right in the mean; and few of them are spread evenly, so that what one step rounds up
-# too much the next ones round up too little: after many equal updates an element is about one unit off, where with
-# independent numbers it wanders. What changes from step to step at random wanders still, about half as far.
+# At step t an element has the number h + a t, modulo 1, where h is random. Each is uniform, so that every rounding is
+# right in the mean. And a few in succession are spread evenly, so that what one step rounds up too much the next ones
+# round up too little: after many equal updates an element is less than a unit off, where with independent numbers it
+# wanders. What differs at random from one update to the next makes it wander still, half to three quarters as far.
 #
-# Now and then h is drawn anew. Otherwise updates that swing with the period of a itself, 1.62 steps or 2.62, would go astray
-# by more and more, and elements that happen to have like h would be rounded alike for ever.
+# Every so many steps there is another h. Otherwise updates that swing exactly with the period of the numbers, 1 / a,
+# would go ever further astray, and elements with nearly the same h would for ever be rounded in the same way.
 
-#: Odd, so that all of 2^16 numbers come up before one comes again; and near 2^16 over the golden ratio.
-_STRIDE = 40503
+#: 2^16 a: odd, so that all numbers come up before one comes again; and the nearest to 2^16 over the golden ratio whose
+#: continued fraction over 2^16 has no quotient above 3, so that multiples of a stay away from integers.
+_STRIDE = 40521
 #: Steps from one h to the next.
-_BLOCK = 256
+_BLOCK = 1024
 #: From which bit of a number on there are the steps, times the stride; below are the elements.
 _STEPS = 46
 
