@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -129,10 +130,42 @@ def _step_times() -> str:
     return "\n\n".join(_step_time(name, content) for name, content in figures("step-time").items())
 
 
-def _roundings() -> str:
+def _rounding_times() -> str:
     return "\n\n".join(
-        part for content in figures("rounding").values() for part in (_machine(content["machine"]), *_models(content))
+        part
+        for content in figures("rounding-time").values()
+        for part in (_machine(content["machine"]), *_models(content))
     )
+
+
+#: Rows of the table of distances.
+_ROUNDINGS = {
+    "nearest": '`"nearest"`',
+    "independent": '`"stochastic"`, were its numbers independent',
+    "stochastic": '`"stochastic"`',
+    "kahan": '`"kahan"`',
+    "split": '`"split"`',
+    "floor": "float32, rounded once for the distances",
+}
+
+
+def _roundings() -> str:
+    content = figures("rounding")["rounding"]
+    experiments = list(dict.fromkeys(row["experiment"] for row in content["rows"] if row["experiment"] != "training"))
+    head = ["stored by", *experiments, "a training of its own", "its validation loss"]
+    lines = [_line(head), _line(["---"] * len(head))]
+    for way, label in _ROUNDINGS.items():
+        rows = [row for row in content["rows"] if row["way"] == way]
+        cells = [_distance([row for row in rows if row["experiment"] == x]) for x in experiments]
+        own = [row for row in rows if row["experiment"] == "training"]
+        losses = [row["loss"] for row in own]
+        loss = f"{statistics.mean(losses):.4f} ({min(losses):.4f}-{max(losses):.4f})"
+        lines.append(_line([label, *cells, _distance(own), loss]))
+    return "\n".join(lines)
+
+
+def _distance(rows: Sequence[Row]) -> str:
+    return f"{statistics.mean(row['distance'] for row in rows):.2g}"
 
 
 def _growths() -> str:
@@ -227,7 +260,7 @@ def _milliseconds_and_bytes(row: Row) -> str:
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "performance.md": {"step-time": _step_times, "growth": _growths},
     "optimizers.md": {"polar-quality": _polar_quality},
-    "precision.md": {"rounding": _roundings},
+    "precision.md": {"rounding": _roundings, "rounding-time": _rounding_times},
     "processes.md": {"scaling": _scaling},
     "diagnostics.md": {"checks": _checks, "overhead": _overhead},
 }

@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from fnmatch import fnmatchcase
 from functools import cached_property
 from itertools import takewhile
@@ -13,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -23,6 +25,9 @@ from lightning_optim.routing import clean_name
 from .recorder import Step, StepRecorder, Watched
 
 _HISTORY = 10_000
+
+#: How long a process waits for others to end a probe.
+PATIENCE = timedelta(minutes=5)
 
 
 class Results(NamedTuple):
@@ -287,6 +292,8 @@ class ProbingMonitor(Monitor):
     #: Whether a run that cannot be probed goes on without probes, after a warning, instead of failing.
     probes_optional = False
     _left_out = False
+    #: All processes, for verdicts that are not mixed up with what a probe itself sends.
+    _everybody: Any = None
 
     @property
     def can_probe(self) -> bool:
@@ -302,18 +309,47 @@ class ProbingMonitor(Monitor):
 
     @contextmanager
     def probing(self) -> Iterator[None]:
-        """To be entered for whatever a run may not allow that cannot be probed."""
+        """To be entered, by all processes, for whatever a run may not allow that cannot be probed.
+
+        What fails on one process fails on all of them. Where others wait inside for what the one does not send any
+        more, all end with an error, after :data:`PATIENCE`.
+        """
+        failure: Exception | None = None
         try:
             yield
         except (MisconfigurationException, RuntimeError) as error:
-            if not self.probes_optional:
-                raise
-            self._left_out = True
-            rank_zero_warn(f"{type(self).__name__} leaves probes out of this run: {error}")
+            failure = error
+        if not self._failed_somewhere(failure is not None):
+            return
+        failure = failure or RuntimeError("another process failed to make one.")
+        if not self.probes_optional:
+            raise failure
+        self._left_out = True
+        rank_zero_warn(f"{type(self).__name__} leaves probes out of this run: {failure}")
+
+    def _failed_somewhere(self, failed: bool) -> bool:
+        if self._everybody is None:
+            return failed
+        verdict = torch.tensor(float(failed))
+        try:
+            dist.all_reduce(verdict, dist.ReduceOp.MAX, group=self._everybody)
+        except RuntimeError as error:
+            here = "failed on this process" if failed else "ended on this process"
+            raise RuntimeError(
+                f"{type(self).__name__}: a probe {here} and did not end on all others within {PATIENCE}. Leave "
+                "probe_every_n_steps out, or look at what the others say."
+            ) from error
+        return bool(verdict)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._left_out = False
+        if self.can_probe and trainer.world_size > 1:
+            self._everybody = dist.new_group(backend="gloo", timeout=PATIENCE)
         super().on_train_start(trainer, pl_module)
+
+    def _detach(self, trainer: pl.Trainer) -> None:
+        super()._detach(trainer)
+        self._everybody = None
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:

@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim import Optimizer
 
-from lightning_optim.diagnostics.change import Change, sample, sum_of_squares
+from lightning_optim.diagnostics.change import Change, sample, squares_of_gradients
 from lightning_optim.optimizers.hybrid import MatrixOptimizer
 from lightning_optim.optimizers.optimizer import RuleOptimizer
 from lightning_optim.routing import Route, clean_name, route, routing_table
@@ -104,7 +104,7 @@ class Step:
         To be asked for before the step; the same for all monitors, and after the step, too.
         """
         if self._unclipped_sq is None:
-            self._unclipped_sq = sum_of_squares(self.gradients()) / self.loss_scale**2
+            self._unclipped_sq = squares_of_gradients(self.gradients()) / self.loss_scale**2
         return self._unclipped_sq
 
     def sampled(self, tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -28,14 +30,19 @@ class Resume(pl.Callback):
     on plateaus have left it, by new over old, and is what the rest of the schedule is relative to. Absolute values
     in a schedule's own arguments, such as OneCycleLR's ``max_lr``, are taken anew with ``"lr"``, too.
 
+    Its other arguments (``T_max``, ``step_size``, ``gamma``, ``total_steps``, ...) a torch schedule has from the
+    checkpoint, too, as far as it keeps them; the same warning names them, and ``override`` takes them: those of
+    OneCycleLR and CyclicLR all together. (:mod:`lightning_optim.schedules` always have the new ones.)
+
     Works with any torch optimizer. Without a checkpoint it does nothing.
 
     Args:
         override: A hyperparameter or several by name, as in the optimizer's parameter groups: ``lr``, ``betas``,
-            ``weight_decay``, ...
+            ``weight_decay``, ...; or arguments of the schedule.
 
     Raises:
-        MisconfigurationException: When training starts, if no optimizer has such a hyperparameter.
+        MisconfigurationException: When training starts, if no optimizer has such a hyperparameter, and no schedule such
+            an argument.
 
     Example:
         >>> trainer = pl.Trainer(callbacks=[Resume(override=["lr", "weight_decay"])], accelerator="cpu", logger=False)
@@ -51,11 +58,12 @@ class Resume(pl.Callback):
         # Optimizers and schedules are there; the checkpoint's state of them is loaded after this.
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         self._built = [_Built(optimizer, schedulers) for optimizer in trainer.optimizers]
-        known = {name for built in self._built for group in built.groups for name in _hyperparameters(group)}
+        known = {name for built in self._built for name in built.names}
         for name in self.override:
             if name not in known:
                 raise MisconfigurationException(
-                    f"resume.override: no parameter group has {name!r}. Known: {', '.join(sorted(known))}."
+                    f"resume.override: no parameter group has {name!r}, nor has a schedule. "
+                    f"Known: {', '.join(sorted(known))}."
                 )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -85,10 +93,16 @@ class _Built:
         self.schedulers = [scheduler for scheduler in schedulers if scheduler.optimizer is optimizer]
         self.groups = [dict(group) for group in optimizer.param_groups]
         self.schedules = [
-            (schedule, {key: list(vars(schedule)[key]) for key in ("base_lrs", "max_lrs") if key in vars(schedule)})
-            for scheduler in self.schedulers
-            for schedule in _with_parts(scheduler)
+            (schedule, _state(schedule)) for scheduler in self.schedulers for schedule in _with_parts(scheduler)
         ]
+
+    @property
+    def names(self) -> Iterator[str]:
+        """What can be given anew."""
+        for group in self.groups:
+            yield from _hyperparameters(group)
+        for schedule, state in self.schedules:
+            yield from _arguments(schedule, state)
 
     def differences(self) -> Iterator[tuple[str, str]]:
         """Hyperparameters that are not those of the checkpoint, and how they differ."""
@@ -100,6 +114,11 @@ class _Built:
                     values.setdefault((name, f"{ours}", f"{saved}"), []).append(repr(built.get("name", i)))
         for (name, ours, saved), groups in values.items():
             yield name, f"{name}={ours} now, {saved} in the checkpoint (group {', '.join(groups)})"
+        for schedule, state in self.schedules:
+            now = _arguments(schedule, _state(schedule))
+            for name, given in _arguments(schedule, state).items():
+                if given != now.get(name):
+                    yield name, f"{name}={given} now, {now.get(name)} in the checkpoint ({type(schedule).__name__})"
 
     def take(self, names: Iterable[str]) -> None:
         """Replace hyperparameters of the checkpoint."""
@@ -117,9 +136,12 @@ class _Built:
             # Most schedules note it down, but not ReduceLROnPlateau. From here it goes into checkpoints.
             if "lr" in loaded:
                 loaded.setdefault("initial_lr", built.get("initial_lr", loaded["lr"]))
-        if "lr" in names:
-            for schedule, lrs in self.schedules:
-                vars(schedule).update(lrs)
+        for schedule, state in self.schedules:
+            taken = {"base_lrs", "max_lrs"} if "lr" in names else set()
+            for name in set(names) & _arguments(schedule, state).keys():
+                taken |= {name, f"_{name}", *_TIMETABLE}
+            vars(schedule).update({key: state[key] for key in taken & state.keys()})
+            if "lr" in names:
                 schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
 
@@ -140,6 +162,34 @@ def _value(group: dict[str, Any], name: str) -> Any:
 def _is_cycled(group: dict[str, Any]) -> bool:
     """Whether OneCycleLR or CyclicLR moves the momentum, the first of the betas."""
     return "max_momentum" in group
+
+
+#: What OneCycleLR and CyclicLR make of their arguments.
+_TIMETABLE = ("total_steps", "_schedule_phases", "_anneal_func_type", "total_size", "step_ratio")
+
+
+def _state(schedule: Any) -> dict[str, Any]:
+    """A copy of what a schedule is made of, without the optimizer, functions and other schedules."""
+    plain = (bool, int, float, str, list, dict)
+    return {
+        key: copy.copy(value)
+        for key, value in vars(schedule).items()
+        if isinstance(value, plain) and key not in ("_schedulers", "lr_lambdas")
+    }
+
+
+def _arguments(schedule: Any, state: dict[str, Any]) -> dict[str, Any]:
+    """A schedule's own arguments by name, as far as its state tells them."""
+    names = [name for name in inspect.signature(type(schedule)).parameters if name != "last_epoch"]
+    arguments = {name: state[key] for name in names for key in (name, f"_{name}") if key in state}
+    if phases := state.get("_schedule_phases"):
+        arguments["pct_start"] = round((phases[0]["end_step"] + 1) / state["total_steps"], 9)
+        arguments["three_phase"] = len(phases) == 3
+        arguments["anneal_strategy"] = state["_anneal_func_type"]
+    if "total_size" in state:
+        arguments["step_size_up"] = round(state["total_size"] * state["step_ratio"])
+        arguments["step_size_down"] = round(state["total_size"] * (1 - state["step_ratio"]))
+    return {name: sorted(x) if isinstance(x, dict) else x for name, x in arguments.items()}
 
 
 def _with_parts(scheduler: Any) -> Iterator[Any]:

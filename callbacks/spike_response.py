@@ -145,6 +145,8 @@ class SpikeResponse(ProbingMonitor):
         if self.probes(step.index):
             with self.probing():
                 self._probe = self._respond(trainer, step)
+            if not self.can_probe:  # Another process cannot.
+                self._probe = {}
         return self._wanted or bool(self._probe)
 
     def sums(self, step: Step) -> dict[str, Tensor]:

@@ -142,6 +142,8 @@ class UpdateVariance(ProbingMonitor):
         if self._source is not None and self.probes(step.index):
             with self.probing():
                 self._updates = self._source.collect(step)
+            if not self.can_probe:  # Another process cannot.
+                self._updates = []
         return bool(step.watched)
 
     def sums(self, step: Step) -> dict[str, Tensor]:

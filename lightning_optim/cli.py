@@ -768,13 +768,14 @@ def _list(args: Sequence[str]) -> None:
                 "description": info.description,
                 "paper": info.paper,
                 "defaults": dict(info.defaults),
+                "internals": {name: internal.description for name, internal in info.internals.items()},
             }
             for info in OPTIMIZERS.values()
         ]
     if options.json:
         print(json.dumps(rows, indent=2))
         return
-    columns = [key for key in rows[0] if key != "defaults"]
+    columns = [key for key in rows[0] if key not in ("defaults", "internals")]
     table = Table(*columns, box=box.SIMPLE)
     for row in rows:
         table.add_row(*(row[column] for column in columns))

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.fsdp import ShardingStrategy
 from torch.distributed.tensor import DTensor
@@ -213,6 +214,12 @@ def build_optimizer(
         built.process_group, built.work_group, built.shard_group = processes
     else:  # The others check themselves what they load.
         built.register_load_state_dict_pre_hook(matched)
+    if isinstance(built, MatrixOptimizer) and not any(group["role"] == "matrix" for group in built.param_groups):
+        rank_zero_warn(
+            f"{cls.__name__} gets no matrix of {type(module).__name__}: its fallback rule, "
+            f"{built.param_groups[0]['rule']}, trains all parameters. grouping.matrix names parameters that are to count "
+            "as hidden matrices; routing_table(route(module).values()) of lightning_optim.routing says what each is."
+        )
     return built
 
 

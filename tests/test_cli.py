@@ -52,9 +52,12 @@ def printed_config(capsys: pytest.CaptureFixture[str], *args: str) -> dict[str, 
 def test_list_as_json_has_every_optimizer(capsys: pytest.CaptureFixture[str]) -> None:
     main(["list", "--json"])
     rows = json.loads(capsys.readouterr().out)
+    internals = {row["name"]: row["internals"] for row in rows}
+    assert internals["Anon"]["refreshes"] == "number of refreshes of the scale so far"
+    assert internals["SGD"] == {}
     assert [row["name"] for row in rows] == list(OPTIMIZERS)
     for row in rows:
-        assert set(row) == {"name", "kind", "description", "paper", "defaults"}
+        assert set(row) == {"name", "kind", "description", "paper", "defaults", "internals"}
         assert row["defaults"]["lr"] >= 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -310,6 +311,19 @@ def test_routing_patterns_reach_the_routes():
     roles = by_parameter(optimizer, "role")
     assert roles["4.weight"] == "matrix"
     assert roles["0.weight"] == "fallback"
+
+
+def test_an_optimizer_for_matrices_says_when_it_gets_none():
+    head = nn.Sequential(nn.Embedding(5, 4), nn.LayerNorm(4))
+    with pytest.warns(
+        UserWarning, match=r"NAMO gets no matrix of Sequential.*fallback rule, LaProp, .*grouping\.matrix"
+    ):
+        build_optimizer(head, OptimizerConfig("NAMO", {"fallback": "LaProp"}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build_optimizer(make_net(), "NAMO")
+        build_optimizer(head, "NAMO", Grouping(matrix=["0.weight"]))
+        build_optimizer(head, "LaProp")
 
 
 def test_compiled_modules_have_clean_names():

@@ -74,7 +74,7 @@ class Change:
     @cached_property
     def gradient_sq(self) -> Tensor:
         """Sum of squared gradients."""
-        return sum_of_squares(self.gradients)
+        return squares_of_gradients(self.gradients)
 
     @cached_property
     def update_dot_gradient(self) -> Tensor:
@@ -103,6 +103,18 @@ def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
     if len(squares) == len(tensors):
         return squares
     return torch.stack([of_one.sum() for of_one in squares.split([len(of_one) for of_one in blocks])])
+
+
+def squares_of_gradients(gradients: Sequence[Tensor]) -> Tensor:
+    """:func:`sum_of_squares`, in float64 where a square is beyond float32: that of a norm above 1.8e19.
+
+    >>> squares_of_gradients([torch.full((4,), 1e20)])
+    tensor([4.0000e+40], dtype=torch.float64)
+    """
+    squares = sum_of_squares(gradients)
+    if squares.device.type == "mps" or squares.isfinite().all():  # Apple's GPUs have no float64.
+        return squares
+    return sum_of_squares([g.double() for g in gradients])
 
 
 def inner_products(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:

@@ -92,9 +92,10 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
             bytes per parameter; a run that goes on from a checkpoint without one starts with zeros.
 
             - ``"nearest"``: nothing is kept.
-            - ``"stochastic"``: up or down at random with the odds that make the mean right. Nothing is kept: the random
-              numbers are a hash of the parameter's step, its position in the optimizer and the element's, the same for
-              every backend and after every restart, and torch's generators are not touched.
+            - ``"stochastic"``: up or down at random with the odds that make the mean right. The random numbers of
+              successive steps are spread evenly, so that their errors cancel. Nothing is kept: they are made of the
+              parameter's step, its position in the optimizer and the element's, the same for every backend and after
+              every restart, and torch's generators are not touched.
             - ``"kahan"``: the residual has the parameter's dtype (in units of its eps); together they have about twice
               its precision.
             - ``"split"``: the residual is the lower 16 bits of a float32 number whose nearest bfloat16 is the
@@ -459,7 +460,9 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         (tensor([1.], dtype=torch.bfloat16), tensor([0.9999]))
         """
         residual = self.state[p].get(execution.RESIDUAL) if p in self.state else None
-        return p.detach() if residual is None else execution.load(p.detach(), residual, torch.float32)
+        if residual is None or residual.dtype != execution.residual_dtype(self.rounding, p.dtype):
+            return p.detach()  # A residual of what was here before a cast, or of another way: the next step drops it.
+        return execution.load(p.detach(), residual, torch.float32)
 
     # --- checkpoints --------------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from lightning_optim.callbacks import SpikeResponse, UpdateVariance
+from lightning_optim.callbacks import SpikeResponse, UpdateVariance, monitor
+from lightning_optim.diagnostics.virtual import VirtualOptimizer
 
 DATA = torch.randn(400, 6, generator=torch.Generator().manual_seed(0))
 
@@ -47,12 +49,16 @@ class Net(pl.LightningModule):
         return DataLoader(data, self.batch_size, sampler=DistributedSampler(data, *processes, shuffle=False))
 
 
-def run(strategy: Any, devices: int, probe: bool, source: Any = "batches") -> tuple[pl.Trainer, dict[str, list[Any]]]:
+def run(
+    strategy: Any, devices: int, probe: bool, source: Any = "batches", optional: bool = False
+) -> tuple[pl.Trainer, dict[str, list[Any]]]:
     """Train; all values."""
     callbacks = [
         UpdateVariance(every_n_steps=5, source=source, probe_every_n_steps=20 if probe else None, layers=["*"]),
         SpikeResponse(follow_steps=20, probe_every_n_steps=15, probe_scales=[1e3], probe_steps=4),
     ]
+    for callback in callbacks:
+        callback.probes_optional = optional
     trainer = pl.Trainer(
         max_steps=90,
         accelerator="cpu",
@@ -69,10 +75,31 @@ def run(strategy: Any, devices: int, probe: bool, source: Any = "batches") -> tu
     return trainer, {tag: list(pairs) for callback in callbacks for tag, pairs in callback.history.items()}
 
 
+def fail_on_one(call: int, in_touch: bool) -> None:
+    """Let the second process fail at a virtual step, in which the first may want something from it."""
+    steps = 0
+    step = VirtualOptimizer.step
+
+    def failing(self: Any, gradients: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == call and torch.distributed.get_rank() == 1:
+            raise RuntimeError("out of memory")
+        if steps == call and in_touch:
+            torch.distributed.all_reduce(torch.zeros(1))
+        return step(self, gradients)
+
+    VirtualOptimizer.step = failing  # type: ignore[method-assign]
+    monitor.PATIENCE = timedelta(seconds=5)
+
+
 if __name__ == "__main__":
     kind, folder = sys.argv[1:]
-    if kind == "ddp":
-        trainer, values = run("ddp", 2, probe=True, source="ranks")
+    if kind.startswith("failing"):
+        fail_on_one(call=7, in_touch=kind == "failing-fsdp2")
+    optional = kind == "failing-ddp"
+    if kind.endswith("ddp"):
+        trainer, values = run("ddp", 2, probe=True, source="ranks", optional=optional)
     else:
         trainer, values = run(ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1), 2, probe=False)
     Path(folder, f"{trainer.global_rank}.json").write_text(json.dumps(values))

@@ -47,6 +47,30 @@ def test_values_are_those_of_one_process(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.distributed
+def test_a_probe_that_fails_on_one_process_is_left_out_by_all(tmp_path: Path) -> None:
+    first, second = launch("failing-ddp", tmp_path)
+    assert first == second
+    # The spike's first probe is made of ten virtual steps, of which the seventh fails; the updates of processes go on.
+    assert not [tag for tag in first if tag.startswith("spike/probe")]
+    assert [step for step, _ in first["spike/zscore"]][-1] == 89
+    assert len(first["update_variance/conditional"]) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_nobody_waits_for_ever_for_a_process_that_fails(tmp_path: Path) -> None:
+    """With shards the first process is in the middle of a virtual step that the second does not make."""
+    command = [sys.executable, distributed_probes.__file__, "failing-fsdp2", str(tmp_path)]
+    # A minute is enough to start two processes, train a little and wait for five seconds.
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=60, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert result.returncode != 0
+    assert "SpikeResponse: a probe failed on this process and did not end on all others" in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_the_local_gradients_of_processes_are_compared(tmp_path: Path) -> None:
     values = launch("ddp", tmp_path)[0]
     assert [value for _, value in values["update_variance/batches"]] == [2] * 4

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from lightning_optim.callbacks import SpikeResponse, UpdateSize
+from lightning_optim.callbacks import GradientHealth, SpikeResponse, UpdateSize
 
 from .probed import Quadratic, fit, normal, sgd, values
 
@@ -61,6 +61,19 @@ def test_clipping_does_not_hide_a_spike() -> None:
     fit(module, [spikes], steps=100, gradient_clip_val=1.0)
     assert values(spikes, "count")[-1] == 1
     assert values(spikes, "amplification") == pytest.approx([1], rel=0.01)
+
+
+def test_a_spike_beyond_the_root_of_the_largest_number_counts() -> None:
+    """Of float32; it is as large as its square, 1e41, is not."""
+    spikes, health = SpikeResponse(), GradientHealth(every_n_steps=1)
+    module = far_away(100, sgd(1e-30))
+    module.factors = {69: 1e18}
+    fit(module, [spikes, health], steps=100)
+    assert values(spikes, "count")[-1] == 1
+    norms = dict(health.history["gradient/norm"])
+    assert norms[69] == pytest.approx(1e18 * norms[68], rel=0.1)
+    assert sum(values(health, "nonfinite")) == 0
+    assert set(values(health, "clipped_fraction")) == {0}
 
 
 def test_probes_answer_what_would_happen() -> None:

@@ -1,8 +1,8 @@
 """Whatever is done to an optimizer: a right step or a clear error, never a silent wrong number.
 
-Every example is a short run over tensors of any shape, precision and strides, with gradients from none to NaN, whose
-parameter groups are edited, added and refused, and whose parameters are cast and replaced on the way. Each step is
-compared with the float64 references, which share no code with the engine.
+Every example is a short run over tensors of any shape, precision and strides, with gradients from none to NaN, in any
+way of rounding, whose parameter groups are edited, added and refused, and whose parameters are cast and replaced on the
+way. Each step is compared with the float64 references, which share no code with the engine.
 
 ``FUZZ_EXAMPLES`` sets how many examples there are in all; any number but the default draws other ones in each run.
 """
@@ -23,6 +23,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from lightning_optim.optimizers.execution import ROUNDINGS
 from lightning_optim.optimizers.registry import OPTIMIZERS
 
 from . import references
@@ -33,7 +34,6 @@ DEFAULT_EXAMPLES = 2090
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", DEFAULT_EXAMPLES))
 
 fuzzed = settings(
-    max_examples=math.ceil(EXAMPLES / len(OURS)),
     deadline=None,
     database=None,
     phases=(Phase.generate, Phase.shrink),
@@ -120,20 +120,41 @@ class Plan:
 
     arguments: dict[str, Any]
     backend: str
+    rounding: str
     specs: list[tuple[tuple[int, ...], torch.dtype, str, float, int]]
     structure: dict[str, Any]
     steps: list[tuple[list[str], str, tuple[Any, ...] | None]]
     seed: int
 
 
+#: Of the backend "compiled", which compiles for each dtype, way of rounding and value of a switch: one of each.
+COMPILED = {
+    "MVNGrad": (BF16, "stochastic"),
+    "DeVAVector": (F64, "nearest"),
+    "HVAdam": (BF16, "split"),
+    "Anon": (BF16, "kahan"),
+    "AdaBelief": (F16, "stochastic"),
+    "LaProp": (F32, "nearest"),
+    "NAMO": (BF16, "stochastic"),
+}
+
+
 @st.composite
-def plans(draw: Any, name: str) -> Plan:
+def plans(draw: Any, name: str, compiled: bool = False) -> Plan:
     info = OPTIMIZERS[name]
-    known = [key for key in info.defaults if key in GOOD or key in STRUCTURE]
+    drawn = {**GOOD, **STRUCTURE}
+    if compiled:
+        drawn = {key: values for key, values in GOOD.items() if values is not switch}
+    known = [key for key in info.defaults if key in drawn]
     chosen = draw(st.lists(st.sampled_from(known), max_size=4, unique=True))
-    arguments = {key: draw({**GOOD, **STRUCTURE}[key]) for key in chosen}
+    arguments = {key: draw(drawn[key]) for key in chosen}
     matrix = info.kind == "matrix"
-    dtypes = draw(st.sampled_from([[F64], [F32], [F32], [F32, F64], [F32, BF16], [F16, BF16, F32, F64]]))
+    if compiled:
+        dtype, rounding = COMPILED[name]
+        dtypes = [dtype]
+    else:
+        dtypes = draw(st.sampled_from([[F64], [F32], [F32], [F32, F64], [BF16], [F32, BF16], [F16, BF16, F32, F64]]))
+        rounding = draw(st.sampled_from([way for way in ROUNDINGS if way != "split" or F16 not in dtypes]))
     spec = st.tuples(
         st.sampled_from(SHAPES + VECTORS),
         st.sampled_from(dtypes),
@@ -147,7 +168,7 @@ def plans(draw: Any, name: str) -> Plan:
         structure = draw(
             st.sampled_from([{}, {}, {"blocks": 2}, {"transposed": True}, {"blocks": 2, "transposed": True}])
         )
-    editable = [key for key in [*info.defaults, "maximize"] if key in GOOD]
+    editable = [key for key in [*info.defaults, "maximize"] if key in GOOD and (key in drawn or key == "maximize")]
     breakable = [
         key for key in [*info.defaults, "maximize", *(("role", "rule", "blocks") if matrix else ())] if key in BAD
     ]
@@ -171,8 +192,8 @@ def plans(draw: Any, name: str) -> Plan:
     kinds = st.lists(st.sampled_from(KINDS + draw(st.sampled_from([[], [], [], BAD_KINDS]))), max_size=3)
     layout = st.sampled_from([*LAYOUTS, "expanded"])
     steps = draw(st.lists(st.tuples(kinds, layout, events()), min_size=1, max_size=4))
-    backend = draw(st.sampled_from(["plain", "chunked"]))
-    return Plan(arguments, backend, specs, structure, steps, draw(st.integers(0, 2**16)))
+    backend = "compiled" if compiled else draw(st.sampled_from(["plain", "chunked"]))
+    return Plan(arguments, backend, rounding, specs, structure, steps, draw(st.integers(0, 2**16)))
 
 
 # --- tensors --------------------------------------------------------------------------------------------------------
@@ -381,7 +402,7 @@ class Example:
                 arguments.get("orthogonalizer", "kj5"), arguments.get("orthogonalizer", "kj5-schatten")
             )
         cls: Any = OPTIMIZERS[name].cls
-        self.optimizer = cls(groups, backend=plan.backend, maximize=maximize, **arguments)
+        self.optimizer = cls(groups, backend=plan.backend, rounding=plan.rounding, maximize=maximize, **arguments)
         self.skipped = 0
 
     def parameter(self, spec: tuple[Any, ...]) -> nn.Parameter:
@@ -523,7 +544,7 @@ class Example:
         finite = all(p.grad.isfinite().all() for _, params in moving for p in params)
         before = self.snapshot()
         grads = {id(p): p.grad.clone() for _, params in moving for p in params}
-        olds = {id(p): p.detach().double().numpy().copy() for _, params in moving for p in params}
+        olds = {id(p): self.exact(p) for _, params in moving for p in params}
         self.optimizer.step()
         for _, params in moving:
             for p in params:
@@ -545,10 +566,22 @@ class Example:
             for p, result in zip(params, expected):
                 self.compare(group, p, olds[id(p)], result, largest)
 
+    def exact(self, p: Tensor) -> Array:
+        return self.optimizer.exact(p).double().numpy().copy()
+
+    def resolution(self, dtype: torch.dtype) -> tuple[float, float]:
+        """The relative and the absolute error of what is stored."""
+        info = torch.finfo(dtype)
+        if dtype in (BF16, F16) and self.plan.rounding == "kahan":  # The rounding error, in units of eps, rounded.
+            return max(info.eps**2 / 4, 2.0**-23), info.eps * info.smallest_normal
+        if dtype == BF16 and self.plan.rounding == "split":
+            info = torch.finfo(F32)
+        return info.eps, info.smallest_normal * 2
+
     def compare(
         self, group: dict[str, Any], p: Tensor, old: Array, result: tuple[Array, Array] | None, largest: float
     ) -> None:
-        new = p.detach().double().numpy()
+        new = self.exact(p)
         assert not np.isnan(new).any(), f"NaN from finite input: {group['rule']}"
         if result is None:
             assert np.isfinite(new).all()
@@ -570,7 +603,8 @@ class Example:
         relative = (
             1e-10 if self.double and group["rule"] not in ("SOAP", "DeVA") else 1e-5
         )  # Their bases: a ramp of 1e-9.
-        tolerance = 2 * info.eps * np.maximum(np.abs(old), np.abs(expected)) + info.smallest_normal * 2
+        resolution, smallest = self.resolution(p.dtype)
+        tolerance = 2 * resolution * np.maximum(np.abs(old), np.abs(expected)) + smallest
         tolerance += floor + relative * np.abs(expected - old) + 100 * spread
         wrong = ~(np.abs(new - expected) <= tolerance)
         assert not wrong.any(), (
@@ -582,15 +616,26 @@ class Example:
 setattr(Example, "break", Example.break_)
 
 
-@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
-@pytest.mark.parametrize("name", OURS)
-def test_a_right_step_or_a_clear_error(name: str) -> None:
-    @fuzzed
-    @given(plan=plans(name))
-    def check(plan: Plan) -> None:
+def check(name: str, compiled: bool, examples: int) -> None:
+    @settings(fuzzed, max_examples=examples)
+    @given(plan=plans(name, compiled))
+    def run(plan: Plan) -> None:
         try:
             Example(name, plan).run()
         except Overflow:
             return
 
-    check()
+    run()
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+@pytest.mark.parametrize("name", OURS)
+def test_a_right_step_or_a_clear_error(name: str) -> None:
+    check(name, False, math.ceil(EXAMPLES / len(OURS)))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+@pytest.mark.parametrize("name", COMPILED)
+def test_a_right_compiled_step_or_a_clear_error(name: str) -> None:
+    check(name, True, math.ceil(EXAMPLES / 5 / len(COMPILED)))

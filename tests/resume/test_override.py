@@ -148,8 +148,88 @@ def test_other_hyperparameters_are_taken_in_every_group_that_has_them(tmp_path: 
 
 
 def test_a_name_that_no_group_has_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(MisconfigurationException, match=r"resume.override: no parameter group has 'beta'.*betas"):
+    with pytest.raises(MisconfigurationException, match=r"resume.override: no parameter group has 'beta', nor.*betas"):
         fit(Net(0.01), tmp_path, Resume(["beta"]))
+
+
+ARGUMENTS: dict[str, tuple[Any, Any, list[str], str]] = {
+    "cosine": (
+        lambda o: optim.CosineAnnealingLR(o, T_max=END),
+        lambda o: optim.CosineAnnealingLR(o, T_max=2 * END),
+        ["T_max"],
+        "T_max=20 now, 10 in the checkpoint (CosineAnnealingLR)",
+    ),
+    "step": (
+        lambda o: optim.StepLR(o, 5),
+        lambda o: optim.StepLR(o, 6, gamma=0.5),
+        ["step_size", "gamma"],
+        "step_size=6 now, 5 in the checkpoint (StepLR); gamma=0.5 now, 0.1 in the checkpoint (StepLR)",
+    ),
+    "milestones": (
+        lambda o: optim.MultiStepLR(o, [6]),
+        lambda o: optim.MultiStepLR(o, [7, 9]),
+        ["milestones"],
+        "milestones=[7, 9] now, [6] in the checkpoint (MultiStepLR)",
+    ),
+    "a part of another": (
+        lambda o: optim.SequentialLR(o, [optim.ConstantLR(o, 1.0, 0), optim.StepLR(o, 2)], [3]),
+        lambda o: optim.SequentialLR(o, [optim.ConstantLR(o, 1.0, 0), optim.StepLR(o, 3)], [3]),
+        ["step_size"],
+        "step_size=3 now, 2 in the checkpoint (StepLR)",
+    ),
+    "one cycle": (
+        lambda o: optim.OneCycleLR(o, 0.3, END, pct_start=0.5),
+        lambda o: optim.OneCycleLR(o, 0.3, END, pct_start=0.6),
+        ["pct_start"],
+        "pct_start=0.6 now, 0.5 in the checkpoint (OneCycleLR)",
+    ),
+    "a longer cycle": (
+        lambda o: optim.OneCycleLR(o, 0.3, END),
+        lambda o: optim.OneCycleLR(o, 0.3, 2 * END),
+        ["total_steps"],
+        "total_steps=20 now, 10 in the checkpoint (OneCycleLR)",
+    ),
+    "cyclic": (
+        lambda o: optim.CyclicLR(o, 0.01, 0.1, step_size_up=5, cycle_momentum=False),
+        lambda o: optim.CyclicLR(o, 0.01, 0.1, step_size_up=6, step_size_down=5, cycle_momentum=False),
+        ["step_size_up"],
+        "step_size_up=6 now, 5 in the checkpoint (CyclicLR)",
+    ),
+    "plateau": (
+        lambda o: optim.ReduceLROnPlateau(o, patience=1),
+        lambda o: optim.ReduceLROnPlateau(o, patience=3),
+        ["patience"],
+        "patience=3 now, 1 in the checkpoint (ReduceLROnPlateau)",
+    ),
+}
+
+
+@pytest.mark.parametrize("which", ARGUMENTS)
+def test_a_schedules_own_arguments(tmp_path: Path, which: str) -> None:
+    """Those of the checkpoint hold, one warning says so, and the new ones are taken when asked for."""
+    old, new, names, said = ARGUMENTS[which]
+    before = Net(0.01, old)
+    fit(before, tmp_path, Resume())
+    resumed = Net(0.01, new)
+    with pytest.warns(UserWarning, match="hyperparameters of its checkpoint") as caught:
+        fit(resumed, tmp_path, Resume(), resume=True)
+    [message] = [str(w.message) for w in caught if "hyperparameters of its checkpoint" in str(w.message)]
+    assert said in message
+    assert f"--resume.override '[{','.join(names)}]'" in message
+    assert resumed.seen == before.seen[STOP:]
+    taken = Net(0.01, new)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*hyperparameters of its checkpoint")
+        trainer = fit(taken, tmp_path, Resume(names), resume=True)
+    whole = Net(0.01, new)
+    other = fit(whole, tmp_path / "whole")
+    if which in ("milestones", "one cycle", "a longer cycle", "cyclic"):  # Others go on from the old place.
+        # That of the step after the resumption was computed before it, by the old ones.
+        for a, b in zip(taken.seen[1:], whole.seen[STOP + 1 :], strict=True):
+            assert a == pytest.approx(b, rel=1e-9)
+    arguments = [vars(t.lr_scheduler_configs[0].scheduler) for t in (trainer, other)]
+    for key in {*names, *(f"_{name}" for name in names), "_schedule_phases", "total_size"} & arguments[0].keys():
+        assert arguments[0][key] == arguments[1][key]
 
 
 def test_a_schedule_that_is_new_begins(tmp_path: Path) -> None:

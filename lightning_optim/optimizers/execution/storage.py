@@ -97,7 +97,8 @@ def store_(
     """
     new_residual: Tensor | None = None
     if noise is not None:
-        value = _round(value, p.dtype, random_bits(noise))
+        # The upper of its bits: the lower ones repeat sooner.
+        value = _round(value, p.dtype, random_bits(noise) >> (16 - _DROPPED[p.dtype]))
     elif residual is not None and residual.dtype == torch.int16:
         bits = torch.where(value.isnan(), torch.nan, value).view(torch.int32)
         new_residual = ((bits + 0x8000) & _BYTES_2) - 0x8000
@@ -131,7 +132,7 @@ def _round(value: Tensor, dtype: torch.dtype, addend: Tensor | int) -> Tensor:
         smallest = torch.finfo(dtype).smallest_normal
         shift = torch.where(x.abs() < smallest, torch.copysign(torch.full_like(x, smallest), x), 0.0)
         x = x + shift
-    bits = (x.view(torch.int32) + (addend & ((1 << dropped) - 1))) & -(1 << dropped)
+    bits = (x.view(torch.int32) + addend) & -(1 << dropped)
     x = bits.view(torch.float32)
     if dtype == torch.float16:
         x = x - shift
@@ -139,21 +140,39 @@ def _round(value: Tensor, dtype: torch.dtype, addend: Tensor | int) -> Tensor:
 
 
 # --- random numbers ---------------------------------------------------------------------------------------------
+#
+# At step t an element has the number h + a t, modulo 1, where h is random. Each is uniform, so that every rounding is
+# right in the mean. And a few in succession are spread evenly, so that what one step rounds up too much the next ones
+# round up too little: after many equal updates an element is less than a unit off, where with independent numbers it
+# wanders. What differs at random from one update to the next makes it wander still, half to three quarters as far.
+#
+# Every so many steps there is another h. Otherwise updates that swing exactly with the period of the numbers, 1 / a,
+# would go ever further astray, and elements with nearly the same h would for ever be rounded in the same way.
+
+#: 2^16 a: odd, so that all numbers come up before one comes again; and the nearest to 2^16 over the golden ratio whose
+#: continued fraction over 2^16 has no quotient above 3, so that multiples of a stay away from integers.
+_STRIDE = 40521
+#: Steps from one h to the next.
+_BLOCK = 1024
+#: From which bit of a number on there are the steps, times the stride; below are the elements.
+_STEPS = 46
 
 
 def first_number(t: int, position: int, offset: int = 0) -> int:
     """The number of a parameter's first element in the stream of random numbers, at one step.
+
+    The numbers of the elements that follow it follow.
 
     Args:
         t: The parameter's step.
         position: Its position among the optimizer's parameters.
         offset: Index in the parameter of the first element that is here, for shards.
     """
-    x = t * 2**32 + position
+    x = t // _BLOCK * 2**32 + position
     for _ in range(2):
         x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 + 0x9E3779B97F4A7C15) % 2**64
         x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) % 2**64
-    return x % 2**61 + offset
+    return (t * _STRIDE % 2**16 << _STEPS) + x % 2 ** (_STEPS - 1) + offset
 
 
 def numbers(first: int, start: int, stop: int, device: torch.device) -> Tensor:
@@ -173,7 +192,8 @@ def random_bits(number: Tensor) -> Tensor:
 
     32 bits are mixed, in 64 so that no product overflows: what that gives is nobody's promise.
     """
-    x = (number ^ (number >> 32)) & _BYTES_4
+    x = number & (2**_STEPS - 1)
+    x = (x ^ (x >> 32)) & _BYTES_4
     for shift, constant in ((15, 0x2C1B3C6D), (12, 0x297A2D39)):
         x = ((x ^ (x >> shift)) * constant) & _BYTES_4
-    return ((x ^ (x >> 15)) & _BYTES_2).to(torch.int32)
+    return (((x ^ (x >> 15)) + (number >> _STEPS)) & _BYTES_2).to(torch.int32)
