@@ -4,7 +4,8 @@
 
 For each method, spectrum and dtype of the products: the relative error ``|X - U V^T| / |U V^T|`` against a float64
 singular value decomposition, the range of the singular values of ``X``, the median time of a call and its ratio to
-that of ``kj5`` in the same dtype. Timings are taken in turns within one process.
+that of ``kj5`` in the same dtype. Timings are taken in turns within one process. On a processor that multiplies a half
+precision more slowly than float32 its products are emulated and not timed.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import platform
 import statistics
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,37 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from lightning_optim.polar import METHODS, orthogonalize
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class EmulatedProducts(TorchFunctionMode):
+    """Matrix products of half precision as matrix units make them: sums in float32, rounded once."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (torch.bmm, torch.baddbmm) and args[0].dtype in (torch.float16, torch.bfloat16):
+            return func(*(x.float() for x in args), **(kwargs or {})).to(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+def multiplies_slowly(dtype: torch.dtype, device: str) -> bool:
+    """Whether products in ``dtype`` take longer than in float32."""
+
+    def seconds(x: Tensor) -> float:
+        start = time.perf_counter()
+        x @ x
+        if x.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    wide = torch.ones(256, 256, device=device)
+    narrow = wide.to(dtype)
+    return dtype.itemsize < 4 and min(seconds(narrow) for _ in range(5)) > min(seconds(wide) for _ in range(5))
 
 
 def spectra(m: int, n: int) -> dict[str, Tensor]:
@@ -77,15 +106,20 @@ def measure(m: int, n: int, dtypes: list[str], device: str, repeats: int) -> lis
     exact = {name: orthogonalize(x, "exact") for name, x in matrices.items()}
     rows = []
     for dtype in dtypes:
+        emulated = multiplies_slowly(DTYPES[dtype], device)
         like = torch.float64 if dtype == "float64" else torch.float32
-        times = call_times(matrices["gaussian"].to(like), DTYPES[dtype], repeats)
+        times = {} if emulated else call_times(matrices["gaussian"].to(like), DTYPES[dtype], repeats)
         for method in track(METHODS, description=dtype):
+            cost: dict[str, Any] = {"median_ms": None, "ratio_to_kj5": None}
+            if times:
+                cost = {"median_ms": times[method], "ratio_to_kj5": times[method] / times["kj5"]}
             for name, x in matrices.items():
-                error, values = polar_error(x, method, DTYPES[dtype], exact[name])
+                with EmulatedProducts() if emulated else nullcontext():
+                    error, values = polar_error(x, method, DTYPES[dtype], exact[name])
                 rows.append({
-                    "method": method, "spectrum": name, "dtype": dtype, "m": m, "n": n, "error": error,
-                    "smallest": values.min().item(), "largest": values.max().item(), "median_ms": times[method],
-                    "ratio_to_kj5": times[method] / times["kj5"],
+                    "method": method, "steps": len(METHODS[method].coefficients), "spectrum": name, "dtype": dtype,
+                    "emulated": emulated, "m": m, "n": n, "error": error, "smallest": values.min().item(),
+                    "largest": values.max().item(), **cost,
                 })  # fmt: skip
     return rows
 
@@ -94,7 +128,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
     columns = ("method", "spectrum", "dtype", "error", "smallest", "largest", "median_ms", "ratio_to_kj5")
     result = Table(*columns)
     for row in rows:
-        result.add_row(*(f"{row[c]:.4f}" if isinstance(row[c], float) else row[c] for c in columns))
+        result.add_row(*(f"{row[c]:.4f}" if isinstance(row[c], float) else row[c] or "" for c in columns))
     return result
 
 

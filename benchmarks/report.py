@@ -208,12 +208,15 @@ def _ratio(row: Row) -> str:
 def _polar_quality() -> str:
     parts = []
     for content in figures("polar_quality").values():
-        rows = [row for row in content["rows"] if row["dtype"] == "float32"]
+        rows = content["rows"]
+        steps = {row["method"]: row["steps"] for row in rows}
         spectra = list(dict.fromkeys(row["spectrum"] for row in rows))
-        lines = [_line(["preset", *spectra]), _line(["---"] * (len(spectra) + 1))]
-        for preset, measured in _by(rows, "method"):
-            errors = {row["spectrum"]: f"{row['error']:.3f}" for row in measured}
-            lines.append(_line([f"`{preset}`", *(errors[spectrum] for spectrum in spectra)]))
+        errors = {(row["method"], row["spectrum"], row["dtype"]): f"{row['error']:.3f}" for row in rows}
+        lines = [_line(["preset", "steps", *spectra]), _line(["---"] * (len(spectra) + 2))]
+        for preset, count in steps.items():
+            cells = ([errors[preset, s, dtype] for dtype in ("float32", "float16", "bfloat16")] for s in spectra)
+            shown = (" / ".join(cell) if len(set(cell)) > 1 else cell[0] for cell in cells)
+            lines.append(_line([f"`{preset}`", str(count), *shown]))
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 

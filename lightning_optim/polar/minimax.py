@@ -23,7 +23,8 @@ def minimax(steps: int, lower: float = 1e-3, safety: float = 0.0, cushion: float
     interval, and so on. Two changes make the result fit for low precision, as in the paper's code:
 
     - ``safety``: every polynomial but the last is evaluated at :math:`x/(1+s)`, so that singular values that
-      rounding has pushed beyond the interval's upper end do not leave the region where the iteration converges.
+      rounding has pushed beyond the interval's upper end do not leave the region where the iteration converges. The
+      next one is fitted to the interval that the polynomial with this change arrives at.
     - ``cushion``: a polynomial is fitted to :math:`[\max(\ell, \kappa u), u]` instead of :math:`[\ell, u]` and then
       scaled so that the image of :math:`[\ell, u]` is centred at 1. That keeps it from dipping towards zero in the
       middle of a long interval, where a rounded Gram matrix would turn the dip into a change of sign.

@@ -17,13 +17,15 @@ PE5 = [
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 ]
-#: The first five of six or more by the authors' code for safety 0.01, cushion 0.02, to ten digits.
+#: The first seven of eight or more by the authors' code for safety 0.01, cushion 0.02.
 PE_SAFETY_1 = [
     (8.2373124905, -23.1577474146, 16.6805684114),
     (4.0824419991, -2.8930477353, 0.5252849257),
     (3.9263479923, -2.8547468035, 0.5318022423),
     (3.2982187133, -2.4245419810, 0.4863200836),
     (2.2970369435, -1.6366255813, 0.4002628456),
+    (1.8763805351, -1.2347896578, 0.3589188750),
+    (1.8564423486, -1.2132449881, 0.3568003488),
 ]
 
 
@@ -36,7 +38,20 @@ def image(polynomials: tuple[Coefficients, ...], lower: float) -> np.ndarray:
 
 def test_reproduces_the_published_sets() -> None:
     np.testing.assert_allclose(minimax(5, 1e-3, safety=0.02, cushion=0.02), PE5, rtol=0, atol=1e-9)
-    np.testing.assert_allclose(minimax(6, 1e-3, safety=0.01, cushion=0.02)[:5], PE_SAFETY_1, rtol=0, atol=1e-9)
+    np.testing.assert_allclose(minimax(8, 1e-3, safety=0.01, cushion=0.02)[:7], PE_SAFETY_1, rtol=0, atol=1e-9)
+
+
+def test_the_last_polynomial_is_fitted_to_where_the_safety_leaves_the_others() -> None:
+    """It is the sixth of eight without the division by 1.01, and closer to 1 than the sixth of the set without safety,
+    which some tables join to the first five of this one."""
+    *first, last = minimax(6, 1e-3, safety=0.01, cushion=0.02)
+    a, b, c = PE_SAFETY_1[5]
+    np.testing.assert_allclose(last, (a * 1.01, b * 1.01**3, c * 1.01**5), rtol=0, atol=1e-9)
+    unsafe = minimax(6, 1e-3, cushion=0.02)[5]
+    assert unsafe == pytest.approx((1.8906150375, -1.2672427340, 0.3767284129), abs=1e-9)
+    error, mixed = (np.abs(1 - image((*first, p), 1e-3)).max() for p in (last, unsafe))
+    assert error == pytest.approx(0.00162, abs=1e-5)
+    assert mixed > 1.2 * error
 
 
 @given(low=st.floats(1e-6, 0.999), high=st.floats(0.1, 10))
