@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
@@ -135,6 +136,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         self.shard_group: Group | None = None
         self._unsettled: _Verdict | None = None
         self._graphs: StepGraphs | None = None
+        self._owners: dict[Tensor, int] = {}  # of parameters whose state lives with one process
         self._seen: list[dict[str, Any]] = []
         super().__init__(params, hyperparameters | {"maximize": options.maximize})
 
@@ -153,6 +155,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
             "shard_group": None,
             "_unsettled": None,
             "_graphs": None,
+            "_owners": self._owners,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -262,7 +265,10 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         for p in group["params"]:
             if not self.state.get(p):
                 continue
-            if fixed or execution.state_shapes(rule, p, group) != execution.state_shapes(rule, p, before):
+            needed, had = (
+                (execution.state_shapes(rule, p, g), execution.lives_with_owner(rule, p, g)) for g in (group, before)
+            )
+            if fixed or needed != had:
                 edits = ", ".join(f"{name}={group[name]!r} (was {before.get(name)!r})" for name in changed)
                 raise ValueError(
                     f"{type(self).__name__}: {edits} does not go with the state that the parameter of shape "
@@ -325,6 +331,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
             finite = True
         elif finite is False:
             return False, []
+        self._bring_state_home()
         each = zip(grads, gains)
         positions = self._noisy_positions()
         ticks: list[Tick] = []
@@ -375,7 +382,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         states = [self.state[p] for p in params]
         for p, state in zip(params, states):
             if not state:
-                state.update(execution.new_state(rule, p, group))
+                state.update(execution.new_state(rule, p, group, self._owners.get(p)))
         execution.follow(rule, params, states, group)
         for p, state in zip(params, states):
             execution.prepare_residual(state, p, self.rounding)
@@ -403,10 +410,20 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
             gain = -gain if group["maximize"] else gain
             noise = execution.first_number(tick.t, noisy[p]) + sharding.offset(p) if p in noisy else None
             held, held_state = sharding.local(p), sharding.local_state(p, state)
-            tasks.append(Task(tick.t, held, g, gain, held_state, tick.scalars, p, noise=noise))
+            owner = self._owners.get(p)
+            tasks.append(Task(tick.t, held, g, gain, held_state, tick.scalars, p, noise=noise, owner=owner))
         ticks.extend(known.values())
         idle = [self.state[p] for p in group["params"] if p.grad is None and self.state.get(p)]
         return Batch(rule, group, tasks, idle)
+
+    def _residents(self) -> list[execution.homes.Resident]:
+        return execution.homes.residents((self.rule(group), group) for group in self.param_groups)
+
+    def _bring_state_home(self) -> None:
+        """See to it that state which is to live with one process does."""
+        if residents := self._residents():
+            self._owners = execution.homes.owners(residents, self._owners)
+            execution.homes.bring_home(residents, self._owners, self.state)
 
     def settle(self) -> None:
         """Advance the step counts of the last step, or count it as skipped.
@@ -467,9 +484,18 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
     # --- checkpoints --------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """State of the optimizer, of tensors and plain values only."""
+        """State of the optimizer, of tensors and plain values only.
+
+        Of parameters that are sharded all processes have to call it: state that lives with one is sent to the others.
+        """
         self.settle()
-        return super().state_dict()
+        state = self.state
+        parts = execution.homes.in_parts(self._residents(), self._owners, state)
+        self.state = defaultdict(dict, {**state, **parts})  # The hooks of torch see what they return.
+        try:
+            return super().state_dict()
+        finally:
+            self.state = state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state of an optimizer with the same rules for the same parameters.
@@ -484,6 +510,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         state_dict = checkpoint.matched(self, state_dict)
         self._check_checkpoint(state_dict)
         super().load_state_dict(state_dict)
+        self._owners = {}
         self._seen = [group.copy() for group in self.param_groups]  # Hyperparameters that go with the loaded state.
         # torch casts state to the parameter's dtype; the saved values are what continues the run exactly.
         for group, saved in zip(self.param_groups, state_dict["param_groups"]):

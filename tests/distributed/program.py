@@ -169,12 +169,19 @@ def difference(expected: Tensor, found: Tensor) -> float:
     return ((a.double() - b.double()).abs().amax() / largest).item() if a.numel() else 0.0
 
 
+def saved_state(optimizer: RuleOptimizer) -> dict[Tensor, dict[str, Tensor]]:
+    """State by parameters, as it stands in a checkpoint."""
+    state = optimizer.state_dict()["state"]
+    return {p: state[i] for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+
+
 @torch.no_grad()
 def compare(optimizer: RuleOptimizer, parameters: dict[str, nn.Parameter], alone: RuleOptimizer, others: Any) -> float:
     differences = []
+    states, alone_states = saved_state(optimizer), saved_state(alone)
     for name, p in parameters.items():
         differences.append(difference(others[name].detach(), p.detach()))
-        state, expected = optimizer.state[p], alone.state[others[name]]
+        state, expected = states[p], alone_states[others[name]]
         assert state.keys() == expected.keys(), (name, state.keys(), expected.keys())
         differences += [difference(x, state[key]) for key, x in expected.items()]
     return max(differences)

@@ -10,6 +10,7 @@ state in place. Rules stay free of everything that changes with the way of runni
 - :mod:`.kernels`: the same, compiled;
 - :mod:`.stacks`: matrix rules, stacked, and the orthogonalisation they share;
 - :mod:`.spread`: matrix rules on many processes;
+- :mod:`.homes`: state that lives with one of them;
 - :mod:`.sharding`: which process has which part of a parameter, and communication.
 """
 
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..rule import MatrixRule
-from . import flat, sharding, spread
+from . import flat, homes, sharding, spread
 from .flat import largest
 from .sharding import Group
 from .stacks import ParameterObserver
@@ -36,6 +37,7 @@ from .tensors import (
     block_shape,
     compute_dtype,
     follow,
+    lives_with_owner,
     new_state,
     number_names,
     state_shapes,
@@ -58,8 +60,10 @@ __all__ = [
     "compute_dtype",
     "first_number",
     "follow",
+    "homes",
     "is_narrow",
     "largest",
+    "lives_with_owner",
     "load",
     "new_state",
     "number_names",

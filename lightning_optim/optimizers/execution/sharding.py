@@ -52,6 +52,11 @@ class Sharding:
     rank: int
     processes: int
 
+    @property
+    def elements(self) -> int:
+        """How many elements the whole has."""
+        return torch.Size(self.shape).numel()
+
     def span(self, rank: int) -> tuple[int, int]:
         """Where the part of a process begins and ends.
 
@@ -186,9 +191,21 @@ def zeros_beside(p: Tensor, shape: Shape, dtype: torch.dtype, whole: bool) -> Te
     cut = None if whole else sharding(p)
     if cut is None:
         return local(p).new_zeros(shape, dtype=dtype)
+    cut = cut.of(shape, 1)
+    return joined(local(p).new_zeros(cut.part(cut.rank), dtype=dtype), p, cut)
+
+
+def zeros_with_owner(p: Tensor, shape: Shape, dtype: torch.dtype, owner: int) -> Tensor:
+    """Zeros of any shape on one of the processes that hold parts of a parameter, nothing on the others."""
+    (group,) = groups(p)
+    return local(p).new_zeros(shape if rank(group) == owner else 0, dtype=dtype)
+
+
+def joined(part: Tensor, p: Tensor, cut: Sharding) -> Tensor:
+    """The whole that is cut over the processes of a parameter, of which this process has a part."""
     assert isinstance(p, DTensor)
-    placements = tuple(placed if placed.is_replicate() else Shard(1) for placed in p.placements)
-    return _spread(local(p).new_zeros(cut.of(shape, 1).part(cut.rank), dtype=dtype), p, shape, placements)
+    placements = tuple(placed if placed.is_replicate() else Shard(cut.axis) for placed in p.placements)
+    return _spread(part, p, cut.shape, placements)
 
 
 def _spread(part: Tensor, p: Any, shape: Sequence[int], placements: Sequence[Any]) -> Tensor:

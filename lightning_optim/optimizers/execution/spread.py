@@ -5,8 +5,8 @@ Three ways, by what a process has of a parameter:
 - all of it, like the other processes (DDP): each orthogonalises its share of the matrices and sends the factors to all;
 - some rows, and the rule works on rows: only what is to be orthogonalised travels, to the one process that does it for
   that matrix, and the rows of the factor travel back;
-- any part, and the rule wants whole tensors: gradient and state travel to the one process that runs the rule, and state
-  travels back with the direction in which the parameter moves.
+- any part, and the rule wants whole tensors: the gradient travels to the one process that has the state and runs the
+  rule (:mod:`.homes`), and the direction in which the parameter moves travels back.
 
 What travels at the same time is a wave. While the tensors of one wave travel, another is worked on, and so are the
 element-wise rules of the step. Every process of a group makes the same waves in the same order; which follows from
@@ -40,7 +40,6 @@ from .tensors import (
     from_blocks,
     number_names,
     state_shapes,
-    stays_in_rows,
 )
 
 Asked = Sequence[tuple[Stack, Request]]
@@ -74,8 +73,7 @@ def run(
             if cut is None:
                 whole.append(task)
             else:
-                stays = stays_in_rows(batch.rule, task.parameter, batch.group)
-                (in_rows if stays else carried)[cut.group].append(_Cut(batch, task, cut))
+                (in_rows if task.owner is None else carried)[cut.group].append(_Cut(batch, task, cut))
         if whole:
             here.append(replace(batch, tasks=whole))
     context = _Context(backend == "plain", finite, observer)
@@ -263,7 +261,7 @@ def _runs(c: _Cut) -> Iterator[tuple[int, Task]]:
             return x.view(-1, n)[start:stop].view(shape)  # noqa: B023
 
         state = dict(task.state)
-        for name in (*_names(c), *([RESIDUAL] if RESIDUAL in state else [])):
+        for name in state.keys() - number_names(c.batch.rule):
             in_rows = shapes.get(name, LIKE_PARAMETER) is LIKE_PARAMETER
             state[name] = here(state[name]) if in_rows else state[name][first : first + count]
         noise = None if task.noise is None else task.noise + start * n
@@ -378,62 +376,35 @@ def _gathered(
 
 
 def _jobs_carried(cuts: Sequence[_Cut], context: _Context) -> Iterator[Iterator[None]]:
-    costs = tuple(c.blocks * _cost(*c.matrix) for c in cuts)
-    owners = sharding.owners(costs, (None,) * len(cuts), cuts[0].cut.processes)
-    owner = {c.parameter: rank for c, rank in zip(cuts, owners)}
     for wave in _waves(cuts, context.plain):
-        yield _carried(wave, owner, context)
+        yield _carried(wave, context)
 
 
-def _names(c: _Cut) -> list[str]:
-    """Names of the state of which this process has a part."""
-    return [name for name in c.task.state if name not in (*number_names(c.batch.rule), RESIDUAL)]
-
-
-def _luggage(c: _Cut) -> list[tuple[Tensor, Sharding]]:
-    """What travels to the owner of a parameter, and how it is cut: the gradient and the state."""
-    shapes = state_shapes(c.batch.rule, c.parameter, c.batch.group)
-    beside = {name: c.cut.of(shape, 1) for name, shape in shapes.items() if shape is not LIKE_PARAMETER}
-    return [(c.task.g, c.cut), *((c.task.state[name], beside.get(name, c.cut)) for name in _names(c))]
-
-
-def _carried(wave: Sequence[_Cut], owner: Mapping[Tensor, int], context: _Context) -> Iterator[None]:
+def _carried(wave: Sequence[_Cut], context: _Context) -> Iterator[None]:
     """Bring whole gradients to the owners of their parameters, who run the rule, and bring back how these move."""
     cut, device = wave[0].cut, wave[0].task.p.device
     ranks = range(cut.processes)
-    of = [[c for c in wave if owner[c.parameter] == rank] for rank in ranks]
-    mine = [(c, _luggage(c)) for c in of[cut.rank]]
+    of = [[c for c in wave if c.task.owner == rank] for rank in ranks]
+    mine = of[cut.rank]
     there = sharding.exchange(
-        [[x for c in each for x, _ in _luggage(c)] for each in of],
-        [[(s.part(rank), x.dtype) for _, luggage in mine for x, s in luggage] for rank in ranks],
+        [[c.task.g for c in each] for each in of],
+        [[(c.cut.part(rank), c.task.g.dtype) for c in mine] for rank in ranks],
         device,
         cut.group,
     )
     yield
-    received = [iter(xs) for xs in there.wait()]
-    tasks: dict[int, list[Task]] = defaultdict(list)
-    states: list[tuple[Tensor, Sharding]] = []
-    for c, luggage in mine:
-        g, *state = (torch.cat([next(xs) for xs in received], s.axis) for _, s in luggage)
-        states += zip(state, (s for _, s in luggage[1:]))
-        tasks[id(c.batch)].append(replace(c.task, g=g, state={**c.task.state, **dict(zip(_names(c), state))}))
-    batches = {id(c.batch): replace(c.batch, tasks=tasks[id(c.batch)]) for c, _ in mine}
+    batches: dict[int, Batch] = {}
+    for c, *parts in zip(mine, *there.wait()):
+        batch = batches.setdefault(id(c.batch), replace(c.batch, tasks=[]))
+        batch.tasks.append(replace(c.task, g=torch.cat(parts, c.cut.axis)))
     moves: dict[Tensor, list[Tensor]] = {}
-    for job in stacks.jobs(
-        batches.values(), context.plain, context.finite, context.report, move=partial(_pack_moves, moves)
-    ):
+    move = partial(_pack_moves, moves)
+    for job in stacks.jobs(batches.values(), context.plain, context.finite, context.report, move=move):
         for _ in job:
             pass
     returning = sharding.exchange(
-        [
-            [c.cut.take(x, rank) for c, _ in mine for x in moves[c.parameter]] + [s.take(x, rank) for x, s in states]
-            for rank in ranks
-        ],
-        [
-            [kind for c in each for kind in _move_kinds(c)]
-            + [(c.task.state[name].shape, c.task.state[name].dtype) for c in each for name in _names(c)]
-            for each in of
-        ],
+        [[c.cut.take(x, rank) for c in mine for x in moves[c.parameter]] for rank in ranks],
+        [[kind for c in each for kind in _move_kinds(c)] for each in of],
         device,
         cut.group,
     )
@@ -441,9 +412,6 @@ def _carried(wave: Sequence[_Cut], owner: Mapping[Tensor, int], context: _Contex
     for each, arrived in zip(of, map(iter, returning.wait())):
         for c in each:
             _move(c, [next(arrived) for _ in _move_kinds(c)], context.finite)
-        for c in each:
-            for name in _names(c):
-                c.task.state[name].copy_(next(arrived))
 
 
 def _pack_moves(moves: dict[Tensor, list[Tensor]], stack: Stack, move: Move, finite: Tensor | None) -> None:

@@ -30,6 +30,7 @@ class Task:
         parameter: The parameter as the optimizer has it.
         first: The first of its matrices that the task is about, if not all.
         noise: The number of the first element in the stream of random numbers; ``None`` where none are needed.
+        owner: The process that has the state and runs the rule, where several hold parts of the parameter and one does.
     """
 
     t: int
@@ -41,6 +42,7 @@ class Task:
     parameter: Tensor
     first: int = 0
     noise: int | None = None
+    owner: int | None = None
 
 
 @dataclass
@@ -88,8 +90,10 @@ def state_shapes(rule: Rule, p: Tensor, group: Mapping[str, Any]) -> dict[str, S
     }
 
 
-def new_state(rule: Rule, p: Tensor, group: Mapping[str, Any]) -> State:
+def new_state(rule: Rule, p: Tensor, group: Mapping[str, Any], owner: int | None = None) -> State:
     """Zero state for one parameter: its step count, the rule's host scalars and the rule's tensors.
+
+    These are with the owner, if there is one, and otherwise cut as the parameter is.
 
     Counts and host scalars live on the CPU whatever the device, since the host computes with them, and have the same
     precision whatever torch's default, which Lightning lowers in training steps that step by hand at 16-true.
@@ -99,7 +103,9 @@ def new_state(rule: Rule, p: Tensor, group: Mapping[str, Any]) -> State:
     for name in rule.host_state:
         state[name] = torch.tensor(0.0, dtype=torch.float64, device="cpu")
     for name, shape in state_shapes(rule, p, group).items():
-        if shape is LIKE_PARAMETER:
+        if owner is not None:
+            state[name] = sharding.zeros_with_owner(p, tuple(p.shape) if shape is None else shape, dtype, owner)
+        elif shape is LIKE_PARAMETER:
             state[name] = sharding.zeros(p, dtype)
         else:
             state[name] = sharding.zeros_beside(p, shape, dtype, whole=stays_in_rows(rule, p, group))
@@ -121,7 +127,7 @@ def follow(rule: Rule, params: Sequence[Tensor], states: Sequence[State], group:
         return
     for p, state in zip(params, states):
         x, dtype = state[alike], compute_dtype(p.dtype)
-        if x.shape != p.shape:
+        if x.shape != p.shape and x.numel():  # Of state that lives elsewhere nothing is here.
             raise ValueError(
                 f"A parameter of shape {tuple(x.shape)} was replaced by one of shape {tuple(p.shape)}, which its state "
                 "does not fit: delete optimizer.state[parameter] to start it anew, or build a new optimizer."
@@ -134,7 +140,10 @@ def _convert(rule: Rule, p: Tensor, state: State, group: Mapping[str, Any]) -> N
     dtype = compute_dtype(p.dtype)
     limit = largest_gradient(dtype)
     names = list(state_shapes(rule, p, group))
-    if any(state[name].dtype != dtype and state[name].abs().max() > limit for name in names):
+    here = [sharding.local(state[name]) for name in names if state[name].dtype != dtype]
+    peaks = [x.abs().max().double() for x in here if x.numel()]
+    peak = torch.stack([torch.zeros((), dtype=torch.float64, device=p.device), *peaks]).max()
+    if sharding.largest(peak, sharding.groups(p)) > limit:
         raise ValueError(
             f"A parameter of shape {tuple(p.shape)} was cast to {p.dtype}, for which its state is too large "
             f"(above {limit:.1e}): delete optimizer.state[parameter] to start it anew, or cast it back."
@@ -143,6 +152,11 @@ def _convert(rule: Rule, p: Tensor, state: State, group: Mapping[str, Any]) -> N
         state[name] = state[name].to(p.device, dtype)
     for name in rule.group_state if isinstance(rule, GroupRule) else ():
         state[name] = state[name].to(p.device, accumulation_dtype(p.device))
+
+
+def lives_with_owner(rule: Rule, p: Tensor, group: Mapping[str, Any]) -> bool:
+    """Whether several processes hold parts of a parameter, and one of them has its state and runs the rule."""
+    return isinstance(rule, MatrixRule) and sharding.sharding(p) is not None and not stays_in_rows(rule, p, group)
 
 
 def stays_in_rows(rule: Rule, p: Tensor, group: Mapping[str, Any]) -> bool:
