@@ -218,7 +218,8 @@ def build_optimizer(
         rank_zero_warn(
             f"{cls.__name__} gets no matrix of {type(module).__name__}: its fallback rule, "
             f"{built.param_groups[0]['rule']}, trains all parameters. grouping.matrix names parameters that are to "
-            "count as hidden matrices; routing_table(route(module).values()) of lightning_optim.routing says what each is."
+            "count as hidden matrices; routing_table(route(module).values()) of lightning_optim.routing says what each "
+            "is."
         )
     return built
 
