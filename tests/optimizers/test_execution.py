@@ -432,15 +432,11 @@ def test_state_is_the_algorithms_own(name: str, backend: str) -> None:
     params = [nn.Parameter(torch.randn(s)) for s in ((100, 300), (50,), (60,))]
     optimizer = build(name, params, backend=backend)
     run(optimizer, params, range(1, 3))
-    for p in params:
-        tensors = [x for x in optimizer.state[p].values() if x.ndim]
-        stored = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
-        assert sum(stored.values()) <= 4 * STATE[name] * p.numel()
-    # Numbers of the group's parameters share their memory.
-    numbers = [x for p in params for x in optimizer.state[p].values() if not x.ndim]
-    assert sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in numbers}.values()) <= 8 * len(
-        numbers
-    )
+    # Small parameters and all their numbers share memory.
+    tensors = [x for p in params for x in optimizer.state[p].values()]
+    stored = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+    elements, numbers = sum(p.numel() for p in params), sum(not x.ndim for x in tensors)
+    assert sum(stored.values()) <= 4 * STATE[name] * elements + 8 * numbers
 
 
 def test_twins_are_orthogonalised_together(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -596,7 +592,7 @@ def test_a_compiled_look_sees_every_entry(dtype: torch.dtype) -> None:
 @given(data=st.data())
 @settings(max_examples=20, deadline=None)
 def test_the_largest_entry_is_bounded(backend: str, data: st.DataObject) -> None:
-    """At least the largest entry, at most the largest norm, and not finite if and only if an entry is not."""
+    """At least the largest entry, at most the norm of all, and not finite if and only if an entry is not."""
     sizes = data.draw(st.lists(st.sampled_from([1, 7, 2000, flat.LONG, flat.LONG + 3]), min_size=1, max_size=4))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 100)))
     grads = [torch.randn(n, generator=generator) for n in sizes]
@@ -604,7 +600,9 @@ def test_the_largest_entry_is_bounded(backend: str, data: st.DataObject) -> None
         grads[0] = torch.randn(3, max(sizes), generator=generator).mT  # Not contiguous.
     bound = flat.largest(grads, backend)
     # A norm in float32 is good to 1e-6.
-    assert max(g.abs().max() for g in grads) <= bound * (1 + 1e-6) <= max(g.norm() for g in grads) * (1 + 1e-5)
+    assert (
+        max(g.abs().max() for g in grads) <= bound * (1 + 1e-6) <= sum(g.norm() ** 2 for g in grads) ** 0.5 * (1 + 1e-5)
+    )
     i = data.draw(st.integers(0, len(grads) - 1))
     where = torch.tensor(data.draw(st.integers(0, grads[i].numel() - 1)))
     grads[i][torch.unravel_index(where, grads[i].shape)] = data.draw(st.sampled_from([math.nan, math.inf, -math.inf]))

@@ -16,10 +16,12 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from ..rule import GroupRule, Rule
 from . import kernels, sharding
@@ -77,8 +79,8 @@ def _chosen(backend: str, xs: Sequence[Tensor]) -> str:
     """What ``auto`` stands for."""
     if backend != "auto":
         return backend
-    compilable = all(x.device.type in ("cpu", "cuda") for x in xs)
-    return "compiled or chunked" if compilable and sum(x.numel() for x in xs) >= COMPILE_FROM else "chunked"
+    long = sum([x.numel() for x in xs]) >= COMPILE_FROM
+    return "compiled or chunked" if long and all(x.device.type in ("cpu", "cuda") for x in xs) else "chunked"
 
 
 def _state_names(rule: Rule, tasks: Sequence[Task]) -> list[str]:
@@ -287,11 +289,6 @@ def packs(items: Sequence[Item], sizes: Sequence[int], limit: int) -> Iterator[l
         yield pack
 
 
-def vector(x: Tensor) -> Tensor:
-    """The elements of ``x`` in logical order: a view if there is one."""
-    return x if x.ndim == 1 else x.reshape(-1)
-
-
 def _noise(task: Task, start: int, stop: int) -> Tensor:
     assert task.noise is not None
     return numbers(task.noise, start, stop, task.p.device)
@@ -301,10 +298,12 @@ def _joined(tasks: Sequence[Task], names: Sequence[str], noisy: bool, writes: bo
     if len(tasks) == 1:
         yield from _slices(tasks[0], names, None, noisy, writes)
         return
-    columns = [[task.p for task in tasks], *([task.state[name] for task in tasks] for name in names)]
-    vectors = [[vector(x) for x in xs] for xs in columns]
-    p, *state = (torch.cat(xs) for xs in vectors)
-    g = torch.cat([vector(task.g) for task in tasks])
+    params = [task.p for task in tasks]
+    state = {name: [task.state[name] for task in tasks] for name in names}
+    # State of sharded parameters is part of something else and has to stay where it is.
+    here = tasks[0].p is tasks[0].parameter
+    p, g = _flatten_dense_tensors(params), _flatten_dense_tensors([task.g for task in tasks])
+    joined = {name: _joined_state(tasks, name) if here else _flatten_dense_tensors(xs) for name, xs in state.items()}
     gain = tasks[0].gain
     sizes = [task.p.numel() for task in tasks]
     if isinstance(gain, Tensor):
@@ -312,15 +311,29 @@ def _joined(tasks: Sequence[Task], names: Sequence[str], noisy: bool, writes: bo
         g, gain = g.mul_(gains), torch.ones_like(gain)  # In place: a kernel is for the dtype of the gradients.
     firsts = [task.noise for task in tasks if task.noise is not None]
     noise = joined_numbers(firsts, sizes, p.device) if noisy else None
-    yield Work(p, g, gain, dict(zip(names, state)), noise)
-    if not writes:
-        return
-    for xs, views, joined in zip(columns, vectors, (p, *state)):
-        parts = joined.split(sizes)
-        if all(x.is_contiguous() for x in xs):
-            torch._foreach_copy_(views, parts)
-        else:
-            torch._foreach_copy_(xs, [part.view(x.shape) for part, x in zip(parts, xs)])
+    yield Work(p, g, gain, joined, noise)
+    if writes:
+        torch._foreach_copy_(params, _unflatten_dense_tensors(p, params))
+        for name, xs in () if here else state.items():
+            torch._foreach_copy_(xs, _unflatten_dense_tensors(joined[name], xs))
+
+
+def _joined_state(tasks: Sequence[Task], name: str) -> Tensor:
+    """A vector of which the state tensors of some tasks are the parts, one after another."""
+    xs = [task.state[name] for task in tasks]
+    vector = xs[0]._base
+    if vector is None or not _are_parts(xs, vector):
+        # New, from a checkpoint, or of other parameters than the last time.
+        vector = _flatten_dense_tensors(xs)
+        for task, part in zip(tasks, _unflatten_dense_tensors(vector, xs)):
+            task.state[name] = part
+    return vector
+
+
+def _are_parts(xs: Sequence[Tensor], vector: Tensor) -> bool:
+    *starts, end = accumulate([x.numel() for x in xs], initial=0)
+    views = all([x._base is vector and x.storage_offset() == i and x.is_contiguous() for x, i in zip(xs, starts)])
+    return views and vector.shape == (end,)
 
 
 def _slices(task: Task, names: Sequence[str], limit: int | None, noisy: bool, writes: bool) -> Iterator[Work]:
@@ -351,7 +364,7 @@ def _slices(task: Task, names: Sequence[str], limit: int | None, noisy: bool, wr
 def largest(xs: Sequence[Tensor], backend: str) -> float:
     """A bound for the absolute values of all entries of tensors on the CPU, infinite or NaN if one is.
 
-    It is at most the largest of their Euclidean norms, which is what it is where nothing is compiled.
+    It is at most their Euclidean norm, all taken together.
     """
     kinds: dict[Any, list[Tensor]] = {}
     for x in xs:
@@ -364,6 +377,8 @@ def largest(xs: Sequence[Tensor], backend: str) -> float:
             # The last first: the step, which begins with the first, then finds those in cache.
             peaks += [peak(x.view(-1)) for x in reversed(some) if x.numel() >= LONG and x.is_contiguous()]
             some = [x for x in some if x.numel() < LONG or not x.is_contiguous()]
-        if some:
-            peaks += torch._foreach_norm(some, dtype=compute_dtype(dtype))
+        small = [x for x in some if x.numel() <= SMALL["cpu"]]
+        rest = [x for x in some if x.numel() > SMALL["cpu"]]
+        rest += [_flatten_dense_tensors(pack) for pack in packs(small, [x.numel() for x in small], CHUNK["cpu"])]
+        peaks += torch._foreach_norm(rest, dtype=compute_dtype(dtype)) if rest else ()
     return float(torch.stack(peaks).max())
