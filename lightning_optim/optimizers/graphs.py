@@ -156,9 +156,10 @@ class StepGraphs:
         settings = (optimizer.backend, optimizer.skip_nonfinite, optimizer.rounding)
         groups = [(id(group), *(group.get(name) for name in ("maximize", "blocks", "transposed"))) for group, _ in work]
         params = [p for _, params in work for p in params]
+        tensors = [*params, *(p.grad for p in params if p.grad is not None)]
         states = [x for p in params for x in optimizer.state[p].values()] if self._ticks else []
-        tensors = [*params, *(p.grad for p in params if p.grad is not None), *states]
-        return settings, groups, [(x.data_ptr(), x.dtype, x.shape, x.stride()) for x in tensors]
+        places = [(x.data_ptr(), x.dtype, x.shape, x.stride()) for x in tensors]
+        return settings, groups, places, [(id(x), x.data_ptr()) for x in states]
 
 
 def record(work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
