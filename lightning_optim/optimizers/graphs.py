@@ -187,4 +187,4 @@ def _numbers(scalars: Scalars) -> dict[str, float]:
 
 def _form(scalars: Scalars) -> Sequence[Any]:
     """What a graph depends on: everything but the values of numbers."""
-    return tuple((name, None if is_number(x) and x not in _PLAIN else x) for name, x in scalars.items())
+    return tuple((name, float if is_number(x) and x not in _PLAIN else x) for name, x in scalars.items())
