@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from lightning_optim import build_optimizer
+from lightning_optim import build_optimizer, capture_step
 from lightning_optim.factory import Grouping, OptimizerConfig
 from lightning_optim.optimizers.registry import OPTIMIZERS
 
@@ -46,7 +46,7 @@ class Contender:
 
     Args:
         optimizer: Name in :data:`lightning_optim.OPTIMIZERS`.
-        implementation: Whose it is: ``ours/<backend>`` or ``ours/<backend>+<rounding>``, ``torch/<variant>``,
+        implementation: Whose it is: ``ours/<backend>``, ``+<rounding>``, ``+graph``, ``torch/<variant>``,
             ``baseline/<variant>`` or a package.
         build: Makes it for the parameters of a workload: one or several objects, stepped one after another.
         backend: The way in which ours runs.
@@ -71,7 +71,11 @@ def installed(peer: str) -> bool:
 
 
 def contenders(
-    optimizers: Iterable[str], backends: Iterable[str], peers: Iterable[str], roundings: Iterable[str] = ("nearest",)
+    optimizers: Iterable[str],
+    backends: Iterable[str],
+    peers: Iterable[str],
+    roundings: Iterable[str] = ("nearest",),
+    graphs: bool = False,
 ) -> list[Contender]:
     """All implementations of some optimizers; torch's fused AdamW, the reference, comes first.
 
@@ -81,24 +85,31 @@ def contenders(
         backends: Ways in which ours run.
         peers: Names in :data:`PEERS`, of installed ones.
         roundings: How ours store results in bfloat16 parameters.
+        graphs: Whether ours run as CUDA graphs, too, where they can.
     """
     optimizers, peers = list(optimizers), list(peers)
     ways = list(product(backends, roundings))
     found = [REFERENCE]
     for name in optimizers:
-        if OPTIMIZERS[name].cls not in (SGD, Adam, AdamW):
+        cls: Any = OPTIMIZERS[name].cls
+        if cls not in (SGD, Adam, AdamW):
             found += [_ours(name, backend, rounding) for backend, rounding in ways]
+            if graphs and all(rule.capturable for rule in cls.rules):
+                found += [_ours(name, *way, graph=True) for way in ways if way[1] != "stochastic"]
         found += [c for peer in peers for c in _PEERS[peer] if c.optimizer == name and c is not REFERENCE]
     return found
 
 
-def _ours(name: str, backend: str, rounding: str) -> Contender:
+def _ours(name: str, backend: str, rounding: str, graph: bool = False) -> Contender:
     def build(work: Workload) -> list[Stepper]:
         config = OptimizerConfig(name, COMMON | {"backend": backend, "rounding": rounding})
-        return [build_optimizer(work.module, config, Grouping(no_decay=[], matrix=list(work.matrix)))]
+        optimizer: Any = build_optimizer(work.module, config, Grouping(no_decay=[], matrix=list(work.matrix)))
+        if graph:
+            capture_step(optimizer)
+        return [optimizer]
 
-    label = f"ours/{backend}" if rounding == "nearest" else f"ours/{backend}+{rounding}"
-    return Contender(name, label, build, backend)
+    extras = [*([] if rounding == "nearest" else [rounding]), *(["graph"] if graph else [])]
+    return Contender(name, "+".join([f"ours/{backend}", *extras]), build, backend)
 
 
 # --- peers: the hidden matrices and the rest are those of our routing, so that all do the same work -----------------

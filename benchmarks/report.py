@@ -296,7 +296,8 @@ def _draw_growth(name: str, content: Figures) -> None:
         figure = _figure(6, 4)
         axis = figure.subplots()
         for label, points in _lines(rows, sweep).items():
-            axis.loglog(list(points), list(points.values()), marker="o", markersize=3, label=label)
+            style = "-" if "ours/" in label else "--"
+            axis.loglog(list(points), list(points.values()), style, marker="o", markersize=3, label=label)
         axis.set_xlabel(_SWEEPS[sweep])
         axis.set_ylabel("ms per step")
         axis.grid(True, which="major", alpha=0.3)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
 from typing import Any
 
@@ -18,6 +18,8 @@ from .rule import Scalars
 
 #: Numbers that stay what they are, as switches do: rules leave out what has no effect with them.
 _PLAIN = (0.0, 1.0, inf)
+#: Places of tensors (gradients may take turns) for which graphs are kept.
+_PLACES = 4
 #: Steps in a row without a graph after which to say why.
 _PATIENCE = 10
 
@@ -29,9 +31,9 @@ def capture_step(optimizer: RuleOptimizer) -> None:
     corrections) is computed on the host as ever, in double precision, and copied to the device in one piece before the
     graph runs; schedules and edits of ``param_groups`` work as ever.
 
-    A graph knows its tensors by their place in memory. A step is made without it, and a new one recorded, where
-    parameters, gradients or state lie elsewhere than in the step before, and where an observer watches. So
-    **gradients have to stay where they are**: call ``zero_grad(set_to_none=False)``. A rule that works differently
+    A graph knows its tensors by their place in memory. A step is made without one, and one recorded, where parameters,
+    gradients or state lie where they have not been in the last few steps; one that an observer watches is made without.
+    So **gradients have to stay where they are**: call ``zero_grad(set_to_none=False)``. A rule that works differently
     at some steps (Anon's refreshes, AdaBelief's first five steps) gets a graph for each of its forms.
 
     Copies of an optimizer, pickled ones too, start without graphs. The graphs keep the memory of their temporaries.
@@ -72,14 +74,20 @@ class _Graph:
     replay: Callable[[], None]
 
 
+@dataclass
+class _Recording:
+    """What is known of steps with tensors in certain places: the last ticks, and a graph for each form of them."""
+
+    ticks: list[Tick]
+    graphs: dict[Any, _Graph] = field(default_factory=dict)
+
+
 class StepGraphs:
     """The graphs of an optimizer's steps; what the optimizer calls to make one."""
 
     def __init__(self, optimizer: RuleOptimizer) -> None:
         self.optimizer = optimizer
-        self._layout: Any = None
-        self._ticks: list[Tick] = []
-        self._graphs: dict[Any, _Graph] = {}
+        self._recordings: dict[Any, _Recording] = {}
         self._moves = 0
 
     def check(self) -> None:
@@ -110,31 +118,33 @@ class StepGraphs:
     def __call__(self, work: Work) -> tuple[bool | Tensor, list[Tick]]:
         """Make a step, as :meth:`.optimizer.RuleOptimizer._run` does."""
         optimizer = self.optimizer
-        if self._layout != self._find_layout(work):
-            return self._start_anew(work)
+        recording = self._recordings.get(self._find_layout(work))
+        if recording is None:
+            return self._start(work)
         self._moves = 0
         if optimizer.observer is not None:
             return optimizer._run(work)
-        ticks = [tick.next() for tick in self._ticks]
+        ticks = [tick.next() for tick in recording.ticks]
         numbers = [_numbers(tick.scalars) for tick in ticks]
         forms = tuple(_form(tick.scalars) for tick in ticks)
         host = torch.tensor([x for each in numbers for x in each.values()], dtype=torch.float64, device="cpu")
-        graph = self._graphs.get(forms)
+        graph = recording.graphs.get(forms)
         if graph is not None:
             _send(host, graph.values)
             graph.replay()
             return graph.finite, ticks
         # Made once without a graph, so that kernels are compiled and libraries loaded; recording does not run it again.
-        values = torch.empty_like(host, device=work[0][1][0].device)
+        device = work[0][1][0].device
+        values = torch.empty_like(host, device=device)
         _send(host, values)
         rest = iter(values.unbind())
         given = [tick.scalars | {name: next(rest) for name in each} for tick, each in zip(ticks, numbers)]
         finite, _ = optimizer._run(work, iter(given))
-        replay, recorded = record(lambda: optimizer._run(work, iter(given))[0])
-        self._graphs[forms] = _Graph(values, recorded, replay)
+        replay, recorded = record(lambda: optimizer._run(work, iter(given))[0], device)
+        recording.graphs[forms] = _Graph(values, recorded, replay)
         return finite, ticks
 
-    def _start_anew(self, work: Work) -> tuple[bool | Tensor, list[Tick]]:
+    def _start(self, work: Work) -> tuple[bool | Tensor, list[Tick]]:
         """Make the first step with these tensors, whose state may not be there yet."""
         self.check()
         self._moves += 1
@@ -145,27 +155,32 @@ class StepGraphs:
                 "zero_grad(set_to_none=False), and give the same parameters a gradient at every step.",
                 stacklevel=2,
             )
-        finite, self._ticks = self.optimizer._run(work)
-        self._graphs.clear()
-        self._layout = self._find_layout(work)
-        return finite, self._ticks
+        finite, ticks = self.optimizer._run(work)
+        while len(self._recordings) >= _PLACES:
+            del self._recordings[next(iter(self._recordings))]
+        self._recordings[self._find_layout(work)] = _Recording(ticks)
+        return finite, ticks
 
     def _find_layout(self, work: Work) -> Any:
         """What a graph is bound to, but for the forms of the rules: tensors in memory, and settings."""
         optimizer = self.optimizer
         settings = (optimizer.backend, optimizer.skip_nonfinite, optimizer.rounding)
-        groups = [(id(group), *(group.get(name) for name in ("maximize", "blocks", "transposed"))) for group, _ in work]
+        groups = tuple((id(g), g["maximize"], g.get("blocks"), g.get("transposed")) for g, _ in work)
         params = [p for _, params in work for p in params]
-        states = [x for p in params for x in optimizer.state[p].values()] if self._ticks else []
-        tensors = [*params, *(p.grad for p in params if p.grad is not None), *states]
-        return settings, groups, [(x.data_ptr(), x.dtype, x.shape, x.stride()) for x in tensors]
+        tensors = [*params, *(p.grad for p in params if p.grad is not None)]
+        states = [x for p in params for x in optimizer.state.get(p, {}).values()]
+        places = tuple((x.data_ptr(), x.dtype, x.shape, x.stride()) for x in tensors)
+        return settings, groups, places, tuple((id(x), x.data_ptr()) for x in states)
 
 
-def record(work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+def record(work: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
     """Capture what ``work`` launches, without running it; returns what runs it, and what ``work`` returned."""
     graph = torch.cuda.CUDAGraph()
     # Other threads, such as those that load data, may go on allocating meanwhile.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with (
+        torch.cuda.device(device),
+        torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"),
+    ):
         result = work()
     return graph.replay, result
 

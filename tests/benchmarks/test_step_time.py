@@ -218,6 +218,15 @@ def test_published_muon_is_the_same_stacked_or_not_and_orthogonal() -> None:
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
+def test_captured_steps_take_part_where_they_can() -> None:
+    who = {
+        (c.optimizer, c.implementation): c for c in contenders(["LaProp", "NAMO", "SOAP"], ["auto"], [], graphs=True)
+    }
+    assert {key for key in who if "graph" in key[1]} == {("LaProp", "ours/auto+graph"), ("NAMO", "ours/auto+graph")}
+    with pytest.raises(ValueError, match="a graph is of one CUDA device"):
+        who["LaProp", "ours/auto+graph"].build(Workload(nn.Linear(3, 3)))
+
+
 def test_a_slow_contender_takes_part_in_fewer_rounds() -> None:
     work = Workload(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), matrix=("*.weight",))
     who = contenders(["LaProp"], ["plain"], [])

@@ -518,7 +518,8 @@ def launches(name: str, shapes: list[tuple[int, ...]], backend: str) -> int:
 @needs_gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["chunked", "compiled"])
-@each_optimizer
+# SOAP and DeVA refresh their bases by QR decompositions, which torch makes one by one.
+@pytest.mark.parametrize("name", [name for name in OURS if name not in ("SOAP", "DeVA")])
 def test_launches_on_a_gpu_hardly_grow_with_the_number_of_tensors(name: str, backend: str) -> None:
     shape = (16, 16) if name in MATRIX else (256,)
     few, many = (launches(name, [shape] * k, backend) for k in (20, 200))

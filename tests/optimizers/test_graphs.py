@@ -74,7 +74,7 @@ class Recorder:
         self.recorded = 0
         self.replayed = 0
 
-    def __call__(self, work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+    def __call__(self, work: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
         self.recorded += 1
         with Tape() as tape:
             result = work()
@@ -111,6 +111,11 @@ def put(params: list[Tensor], grads: list[Tensor]) -> None:
         p.grad.copy_(g)
 
 
+#: Coefficients that are tensors are multiplied in another order, as in compiled kernels; the update's powers and
+#: differences amplify the roundings of 19 steps. Products of an iteration on a GPU are float16.
+TOLERANCE = {"cpu": {"rtol": 2e-3, "atol": 2e-4}, "cuda": {"rtol": 1e-2, "atol": 2e-3}}
+
+
 def same_steps(name: str, arguments: dict[str, Any], ps: list[Tensor], qs: list[Tensor], **engine: Any) -> None:
     """Steps with and without graphs, whose gradients, learning rates, betas and decay change, and one is not finite."""
     a, b = (build(name, params, **arguments, **engine) for params in (ps, qs))
@@ -135,9 +140,7 @@ def same_steps(name: str, arguments: dict[str, Any], ps: list[Tensor], qs: list[
     assert a.skipped_steps == b.skipped_steps == 1
     for p, q in zip(ps, qs):
         assert a.state[p]["step"] == b.state[q]["step"] == 19
-        # Coefficients that are tensors are multiplied in another order, as in compiled kernels; the update's powers and
-        # differences amplify the roundings of 19 steps.
-        torch.testing.assert_close(p, q, rtol=2e-3, atol=2e-4)
+        torch.testing.assert_close(p, q, **TOLERANCE[p.device.type])
 
 
 @pytest.mark.parametrize(("name", "arguments"), CAPTURED)
@@ -223,6 +226,22 @@ def test_a_parameter_that_misses_a_gradient(recorder: Recorder) -> None:
     for p, q in zip(ps, qs):
         assert a.state[p]["step"] == b.state[q]["step"] == 15 - (p is ps[1])
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)  # Roundings, amplified by differences of squares.
+
+
+def test_gradients_may_take_turns(recorder: Recorder) -> None:
+    ps, qs = twins()
+    a, b = lo.MVNGrad(ps), lo.MVNGrad(qs)
+    lo.capture_step(b)
+    places = [[torch.zeros_like(q) for q in qs] for _ in range(2)]
+    for t in range(1, 15):
+        for q, g in zip(qs, places[t % 2]):
+            q.grad = g
+        step_with(a, ps, t)
+        step_with(b, qs, t)
+    # At each place one step finds it, and one records.
+    assert (recorder.recorded, recorder.replayed) == (2, 14 - 2 * 2)
+    for p, q in zip(ps, qs):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)  # A few roundings a step.
 
 
 def test_an_observer_sees_every_value(recorder: Recorder) -> None:
@@ -329,4 +348,4 @@ def test_replayed_steps_wait_for_nothing(name: str) -> None:
             torch.cuda.set_sync_debug_mode("default")
     optimizer.settle()
     assert all(optimizer.state[p]["step"] == 8 for p in params)
-    assert optimizer._graphs._graphs  # It was captured.
+    assert any(recording.graphs for recording in optimizer._graphs._recordings.values())  # It was captured.
