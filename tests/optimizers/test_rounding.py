@@ -579,7 +579,7 @@ def test_small_updates_add_up(name: str, dtype: torch.dtype) -> None:
             elif rounding == "stochastic":
                 # With independent numbers elements would wander: an update u is a jump by the spacing s of the numbers
                 # with odds u / s, and has the variance u s. In [1, 2) s is eps. The numbers of an element are spread
-                # so that its jumps are. Their mean, along the way that all go, is off by 1 / sqrt(n); 4 standard errors.
+                # so that its jumps are. Their mean along the way that all go is off by 1 / sqrt(n); 4 standard errors.
                 wander = (moved * torch.finfo(dtype).eps) ** 0.5
                 # What rounding once leaves. Measured: 3 to 7 times that in bfloat16, 5 to 14 times in float16, where
                 # updates are larger parts of a unit and what is random in them makes the elements wander further.
