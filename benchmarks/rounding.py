@@ -3,10 +3,10 @@
     python -m benchmarks.rounding TEXT_FILE [--steps 300] [--seeds 3] [--json FILE]
 
 Distances are relative to the float32 run's parameters, in the Euclidean norm, and stand beside the least that there
-can be, which is that of the float32 run's parameters rounded once. First, updates that are the same for all: 1000
-equal ones of 1e-4 of each weight, 1000 random ones, and those of a small transformer that trains in float32. Second,
-trainings of that transformer, which go their own ways: their distance says how far, and their validation loss whether
-it matters. Parameters and gradients are in bfloat16 there, products in float32, so that storage is all that differs.
+can be, which is that of the float32 run's parameters rounded once. First, updates that are the same for all: 1000 equal
+ones of 1e-4 of each weight, 1000 random ones, and those of a small transformer that trains in float32. Second,
+trainings of it that go their own ways: their distance says how far, and their validation loss whether it matters.
+Parameters and gradients are in bfloat16 there, products in float32, so that storage is all that differs.
 """
 
 from __future__ import annotations

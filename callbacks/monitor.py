@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_optim.checkpoint_io import make_safe
 from lightning_optim.routing import clean_name
 
 from .recorder import Step, StepRecorder, Watched
@@ -63,6 +64,7 @@ class Keyed(pl.Callback):
         return self._state_key or f"{self.settings_key} {id(self)}"
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        make_safe(trainer.strategy)
         before = takewhile(lambda callback: callback is not self, trainer.callbacks)  # type: ignore[attr-defined]
         equal = sum(isinstance(callback, Keyed) and callback.settings_key == self.settings_key for callback in before)
         self._state_key = f"{self.settings_key} {equal + 1}" if equal else self.settings_key

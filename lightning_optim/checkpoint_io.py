@@ -5,18 +5,32 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import platform
+import re
+import shutil
+import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from torch.distributed.checkpoint import filesystem, metadata
 
 from .optimizers.checkpoint import CheckpointError
 
-__all__ = ["CheckpointError", "SafeCheckpointIO", "look_at_checkpoint", "read_checkpoint"]
+__all__ = [
+    "CheckpointError",
+    "SafeCheckpointIO",
+    "SafeFSDPStrategy",
+    "SafeModelParallelStrategy",
+    "look_at_checkpoint",
+    "make_safe",
+    "read_checkpoint",
+]
 
 _OTHER = "Use another checkpoint of the run, which the command line does by itself for `--ckpt_path last`."
 
@@ -43,8 +57,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
             return
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        # One name for all attempts, so that what a killed process has left is overwritten and not collected.
-        part = path.with_name(f".{path.name}.part")
+        part = _place_beside(path)
         with part.open("wb") as file:
             torch.save(checkpoint, file)
             file.flush()
@@ -67,6 +80,146 @@ class SafeCheckpointIO(TorchCheckpointIO):
                 "checkpoint that holds other objects, if you trust it."
             )
         return read_checkpoint(path, map_location)
+
+
+# --- folders of shards --------------------------------------------------------------------------------------------
+
+
+class SafeModelParallelStrategy(ModelParallelStrategy):
+    """Lightning's ModelParallelStrategy (FSDP2), whose checkpoints are folders that are replaced as a whole.
+
+    A folder is written beside its place and renamed. One that it replaces is put aside as ``NAME.replaced.ckpt`` for
+    the moment between two renamings, so that one of the two is whole whenever the process is killed. A checkpoint is
+    looked through before it is read (:func:`look_at_checkpoint`).
+
+    Args:
+        args: Those of ModelParallelStrategy.
+
+    Example:
+        >>> strategy = SafeModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        folder = self._save_distributed_checkpoint
+        _save(self, super().save_checkpoint, checkpoint, filepath, storage_options, folder)
+
+    def load_checkpoint(self, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        _look(checkpoint_path)
+        return super().load_checkpoint(checkpoint_path, *args, **kwargs)
+
+
+class SafeFSDPStrategy(FSDPStrategy):
+    """Lightning's FSDPStrategy (FSDP1) with checkpoints as those of :class:`SafeModelParallelStrategy`.
+
+    They are folders with ``state_dict_type="sharded"``.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        folder = self._state_dict_type == "sharded"
+        _save(self, super().save_checkpoint, checkpoint, filepath, storage_options, folder)
+
+    def load_checkpoint(self, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        _look(checkpoint_path)
+        return super().load_checkpoint(checkpoint_path, *args, **kwargs)
+
+
+_SAFE: dict[type[Strategy], type[Strategy]] = {
+    ModelParallelStrategy: SafeModelParallelStrategy,
+    FSDPStrategy: SafeFSDPStrategy,
+}
+
+
+def make_safe(strategy: Strategy) -> None:
+    """Let a strategy of Lightning's that writes folders of shards do so as :class:`SafeModelParallelStrategy`.
+
+    The callbacks ``Resume`` and ``Diagnostics``, the models of this library, ``OptimizerMixin`` and the command line
+    call it, in ``setup``: no hook of Lightning's knows the path of a checkpoint before that is read, so it is the
+    strategy that has to look. Other strategies, subclasses of those included, are left as they are.
+    """
+    if type(strategy) in _SAFE:
+        strategy.__class__ = _SAFE[type(strategy)]
+
+
+def _save(
+    strategy: Strategy,
+    save: Callable[..., None],
+    checkpoint: dict[str, Any],
+    filepath: str | Path,
+    storage_options: Any,
+    folder: bool,
+) -> None:
+    """What ``save`` does, of folders beside their place."""
+    if not folder or "://" in str(filepath):
+        save(checkpoint, filepath, storage_options)
+        return
+    path, part = Path(filepath), Path()
+    if strategy.is_global_zero:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = _place_beside(path)
+    path, part = strategy.broadcast((path, part))
+    save(checkpoint, part, storage_options)
+    strategy.barrier()
+    if strategy.is_global_zero:
+        _replace_folder(part, path)
+    strategy.barrier()
+
+
+def _look(path: str | Path) -> None:
+    if "://" not in str(path):
+        look_at_checkpoint(Path(path))
+
+
+def _replace_folder(part: Path, path: Path) -> None:
+    aside = path.with_name(f"{path.stem}.replaced{path.suffix}")
+    if path.exists():
+        _remove(aside)
+        path.rename(aside)
+    part.rename(path)
+    _remove(aside)
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint; of a folder first what makes it a whole one."""
+    if path.is_dir():
+        (path / "meta.pt").unlink(missing_ok=True)
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+# --- what is being written ----------------------------------------------------------------------------------------
+
+_DAY = 24 * 3600
+
+
+def _place_beside(path: Path) -> Path:
+    """Where this process writes what is to become ``path``; what dead ones have left in that folder is removed."""
+    for left in path.parent.glob(".*.part"):
+        if _is_left(left):
+            _remove(left)
+    part = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.part")
+    _remove(part)
+    return part
+
+
+def _is_left(part: Path) -> bool:
+    """Whether nobody writes there any more. Of processes on other machines, one that is silent for a day."""
+    found = re.fullmatch(rf"\..+\.{re.escape(platform.node())}-(\d+)\.part", part.name)
+    if found and os.name == "posix":
+        try:
+            os.kill(int(found[1]), 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            pass
+        return False
+    try:
+        return time.time() - part.stat().st_mtime > _DAY
+    except FileNotFoundError:  # It has just become a checkpoint.
+        return False
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
 
 
 def read_checkpoint(path: str | Path, map_location: Any = "cpu", *, mmap: bool = False) -> dict[str, Any]:

@@ -53,7 +53,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from . import factory, schedules
 from .callbacks import Diagnostics, RescueCheckpoint, Resume, RNGState
-from .checkpoint_io import CheckpointError, SafeCheckpointIO, look_at_checkpoint
+from .checkpoint_io import CheckpointError, SafeCheckpointIO, look_at_checkpoint, make_safe
 from .commands import spike
 from .data import DataError
 from .factory import Grouping, OptimizerConfig, OptimizerMixin, SchedulerConfig
@@ -210,6 +210,7 @@ class OptimCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         trainer = super().instantiate_trainer(**kwargs)
         strategy = trainer.strategy
+        make_safe(strategy)
         if type(strategy.checkpoint_io) is TorchCheckpointIO:  # and not one that the user has chosen
             strategy.checkpoint_io = SafeCheckpointIO()
         return trainer

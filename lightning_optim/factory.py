@@ -32,6 +32,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.optim.optimizer import _default_to_fused_or_foreach
 
 from . import schedules
+from .checkpoint_io import make_safe
 from .optimizers import registry
 from .optimizers.checkpoint import matched
 from .optimizers.hybrid import MatrixOptimizer
@@ -217,9 +218,8 @@ def build_optimizer(
     if isinstance(built, MatrixOptimizer) and not any(group["role"] == "matrix" for group in built.param_groups):
         rank_zero_warn(
             f"{cls.__name__} gets no matrix of {type(module).__name__}: its fallback rule, "
-            f"{built.param_groups[0]['rule']}, trains all parameters. grouping.matrix names parameters that are to "
-            "count as hidden matrices; routing_table(route(module).values()) of lightning_optim.routing says what each "
-            "is."
+            f"{built.param_groups[0]['rule']}, trains all parameters. grouping.matrix names those that are to count as "
+            "hidden matrices; routing_table(route(module).values()) of lightning_optim.routing says what each is."
         )
     return built
 
@@ -560,3 +560,8 @@ class OptimizerMixin:
         """Called by Lightning when training starts."""
         assert isinstance(self, nn.Module)
         return configure_optimizers(self, self.optimizer, self.lr_scheduler, self.grouping)
+
+    def setup(self, stage: str) -> None:
+        """Called by Lightning before a checkpoint is read; see :func:`.checkpoint_io.make_safe`."""
+        super().setup(stage)  # type: ignore[misc]
+        make_safe(self.trainer.strategy)  # type: ignore[attr-defined]

@@ -20,7 +20,7 @@ from lightning_optim.optimizers import execution
 from lightning_optim.optimizers import gradients as inspection
 from lightning_optim.optimizers.execution import RESIDUAL, ROUNDINGS, flat, stacks, storage
 from lightning_optim.optimizers.registry import OPTIMIZERS
-from lightning_optim.optimizers.rule import ElementwiseRule, MatrixRule, Move, like
+from lightning_optim.optimizers.rule import ElementwiseRule, MatrixRule, like
 
 from .rows import OURS, build, each_configuration, each_optimizer, gradients, network, run
 
@@ -36,8 +36,8 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 @pytest.fixture
 def tiny_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Limits at which tensors of some hundred elements are cut, joined, stacked and left alone."""
-    monkeypatch.setattr(flat, "SMALL", {"cpu": 16, "cuda": 16})
-    monkeypatch.setattr(flat, "CHUNK", {"cpu": 40, "cuda": 40})
+    monkeypatch.setattr(flat, "SMALL", 16)
+    monkeypatch.setattr(flat, "CHUNK", 40)
     monkeypatch.setattr(stacks, "STACK", {"cpu": 24, "cuda": 24})
     monkeypatch.setattr(stacks, "TOGETHER", {"cpu": 48, "cuda": 48})
 
@@ -269,12 +269,8 @@ def _add(p: Tensor, g: Tensor, **_: Any) -> None:
     p.add_(g)
 
 
-def _add_matrices(g: Tensor, **_: Any) -> Move:
-    return Move(g, step=-1.0, keep=1.0)
-
-
 ADD = ElementwiseRule("add", state=like(), scalars=lambda t, hp: {}, update=_add)
-ADD_MATRICES = MatrixRule("add", state=like(), scalars=lambda t, hp, shape: {}, update=_add_matrices)
+ADD_MATRICES = MatrixRule("add", state=like(), scalars=lambda t, hp, shape: {}, update=_add)
 
 
 def added(
@@ -283,7 +279,7 @@ def added(
     """Parameters and residuals after two steps that add the gradient: no arithmetic that could be done otherwise."""
     generator = torch.Generator().manual_seed(9)
     matrix = isinstance(rule, MatrixRule)
-    shapes = [(4, 6), (4, 6), (30, 4), (4, 2, 3, 3)] if matrix else [(), (3,), (97,), (7, 13), (flat.SMALL["cpu"] + 9,)]
+    shapes = [(4, 6), (4, 6), (30, 4), (4, 2, 3, 3)] if matrix else [(), (3,), (97,), (7, 13), (flat.SMALL + 9,)]
     params = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
     if not matrix:
         params[3] = params[3].t().contiguous().t()
@@ -583,8 +579,7 @@ def test_small_updates_add_up(name: str, dtype: torch.dtype) -> None:
             elif rounding == "stochastic":
                 # With independent numbers elements would wander: an update u is a jump by the spacing s of the numbers
                 # with odds u / s, and has the variance u s. In [1, 2) s is eps. The numbers of an element are spread
-                # so that its jumps are. Their mean, along the way that all go, is off by 1 / sqrt(n); 4 standard
-                # errors.
+                # so that its jumps are. Their mean along the way that all go is off by 1 / sqrt(n); 4 standard errors.
                 wander = (moved * torch.finfo(dtype).eps) ** 0.5
                 # What rounding once leaves. Measured: 3 to 7 times that in bfloat16, 5 to 14 times in float16, where
                 # updates are larger parts of a unit and what is random in them makes the elements wander further.

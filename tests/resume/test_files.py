@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import pickle
+import platform
+import shutil
+import subprocess
 import sys
+import warnings
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,9 +24,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
-from lightning_optim.checkpoint_io import CheckpointError, SafeCheckpointIO, look_at_checkpoint, read_checkpoint
+from lightning_optim import OptimizerMixin, checkpoint_io
+from lightning_optim.callbacks import Diagnostics, Resume
+from lightning_optim.checkpoint_io import (
+    CheckpointError,
+    SafeCheckpointIO,
+    SafeModelParallelStrategy,
+    look_at_checkpoint,
+    make_safe,
+    read_checkpoint,
+)
 from lightning_optim.cli import OptimCLI, find_checkpoint, main
 
 QUIET: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -217,6 +233,119 @@ def test_a_folder_of_shards_executes_nothing(place: str | None, tmp_path: Path) 
     with suppress(Exception, CheckpointException):
         dcp.load(plain | {"extra": None}, checkpoint_id=folder)
     assert marker.exists(), "torch executes it"
+
+
+class Sharded(BoringModel):
+    def configure_model(self) -> None:
+        if self.device_mesh is not None and not isinstance(self.layer.weight, DTensor):
+            fully_shard(self.layer, mesh=self.device_mesh["data_parallel"])
+
+
+class Mixed(OptimizerMixin, Sharded):
+    optimizer = "AdamW"
+
+
+def sharded_trainer(folder: Path, *callbacks: pl.Callback, steps: int = 1, strategy: Any = None) -> pl.Trainer:
+    strategy = strategy or ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1)
+    return pl.Trainer(
+        accelerator="cpu", devices=1, strategy=strategy, max_steps=steps, callbacks=list(callbacks),
+        default_root_dir=folder, enable_checkpointing=False, **QUIET,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("who", ["Resume", "Diagnostics", "OptimizerMixin", "strategy"])
+def test_a_folder_is_looked_through_before_torch_reads_it(who: str, tmp_path: Path) -> None:
+    """From Python, with nothing but one of these in the run; what is written is written as a whole."""
+    marker, folder = tmp_path / "executed", tmp_path / "checkpoints" / "a.ckpt"
+    callbacks = {"Resume": [Resume()], "Diagnostics": [Diagnostics(tier="light")]}.get(who, [])
+    strategy = SafeModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1) if who == "strategy" else None
+    model = Mixed if who == "OptimizerMixin" else Sharded
+
+    trainer = sharded_trainer(tmp_path, *callbacks, strategy=strategy)
+    trainer.fit(model())
+    assert type(trainer.strategy) is SafeModelParallelStrategy
+    trainer.save_checkpoint(folder)
+    trainer.save_checkpoint(folder)
+    assert [path.name for path in folder.parent.iterdir()] == ["a.ckpt"]
+    assert look_at_checkpoint(folder)["global_step"] == 1
+
+    strategy = SafeModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1) if who == "strategy" else None
+    again = sharded_trainer(tmp_path, *callbacks, steps=2, strategy=strategy)
+    again.fit(model(), ckpt_path=folder)
+    assert again.global_step == 2
+
+    (folder / ".metadata").write_bytes(pickle.dumps(Bomb(marker)))
+    os.utime(folder / "meta.pt")
+    for call in ("fit", "validate"):
+        trainer = sharded_trainer(tmp_path, *callbacks, steps=2)
+        if who == "strategy":
+            make_safe(trainer.strategy)
+        with pytest.raises(CheckpointError, match="holds other things"):
+            getattr(trainer, call)(model(), ckpt_path=folder)
+        assert not marker.exists()
+
+
+def whole_folder(path: Path, epoch: int) -> None:
+    dcp.save({"weight": torch.full((3,), float(epoch))}, checkpoint_id=path)
+    torch.save({"epoch": epoch}, path / "meta.pt")
+
+
+def test_a_folder_is_there_at_every_moment_of_being_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped before any call that replaces it, the old or the new one is found, and the next attempt is clean."""
+    folder = tmp_path / "run" / "checkpoints"
+    path = folder / "last.ckpt"
+    whole_folder(path, 0)
+    calls = 0
+
+    def counted(call: Callable[..., Any], stop_at: int) -> Callable[..., Any]:
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == stop_at:
+                raise KeyboardInterrupt
+            return call(*args, **kwargs)
+
+        return counting
+
+    for epoch in range(1, 20):
+        part = checkpoint_io._place_beside(path)
+        whole_folder(part, epoch)
+        calls, stopped = 0, True
+        with monkeypatch.context() as patch:
+            for owner, name in ((os, "rename"), (os, "unlink"), (os, "rmdir"), (shutil, "rmtree"), (Path, "rename")):
+                patch.setattr(owner, name, counted(getattr(owner, name), epoch))
+            try:
+                checkpoint_io._replace_folder(part, path)
+                stopped = False
+            except KeyboardInterrupt:
+                pass
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it passes over what is half removed
+            assert look_at_checkpoint(find_checkpoint("last", tmp_path))["epoch"] in (epoch - 1, epoch)
+        whole_folder(part, epoch)
+        checkpoint_io._replace_folder(part, path)
+        assert look_at_checkpoint(path)["epoch"] == epoch
+        assert [found.name for found in folder.iterdir()] == ["last.ckpt"]
+        if not stopped:
+            break
+    assert epoch > 4
+
+
+def test_processes_do_not_write_to_the_same_place(tmp_path: Path) -> None:
+    """What is left by one that is dead goes, what another writes stays."""
+    path = tmp_path / "last.ckpt"
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    node = platform.node()
+    left = tmp_path / f".epoch=1.ckpt.{node}-{dead.pid}.part"
+    written_by_another = tmp_path / f".last.ckpt.{node}-{os.getppid()}.part"
+    elsewhere, forgotten = (tmp_path / f".last.ckpt.another-{i}.part" for i in (1, 2))
+    for file in (left, written_by_another, elsewhere, forgotten):
+        file.write_bytes(b"half")
+    os.utime(forgotten, (0, 0))
+    written(path)
+    assert sorted(os.listdir(tmp_path)) == sorted([path.name, written_by_another.name, elsewhere.name])
+    assert written_by_another.read_bytes() == b"half"
 
 
 def test_the_command_line_uses_it_unless_told_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,22 +6,30 @@ The program writes a checkpoint at every step, slowly, so that many of the kills
 from __future__ import annotations
 
 import multiprocessing
+import os
 import random
 import shutil
 import signal
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
+import warnings
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.demos.boring_classes import BoringModel
+from torch.distributed.fsdp import fully_shard
 
-from lightning_optim.checkpoint_io import look_at_checkpoint
+from lightning_optim.checkpoint_io import CheckpointError, SafeModelParallelStrategy, look_at_checkpoint
 from lightning_optim.cli import find_checkpoint, main
 
 STEPS, KILLS = 20, 50
+KILLS_OF_FOLDERS = 10
 ARGS = [
     *("fit", "-c", "digits", "--model.backbone_args", "{channels: [4, 8, 8, 8], stem_width: 4}"),
     *("--model.mixup", "0.2", "--model.stem_stride", "2", "--optimizer", "NAMO", "--data.batch_size", "16"),
@@ -62,13 +70,44 @@ def train(folder: Path, *args: str) -> None:
         main()
 
 
+class Sharded(BoringModel):
+    def configure_model(self) -> None:
+        fully_shard(self.layer, mesh=self.device_mesh["data_parallel"])  # type: ignore[index]
+
+
+def slowly(call: Any, *args: Any, **kwargs: Any) -> Any:
+    time.sleep(0.02)
+    return call(*args, **kwargs)
+
+
+def train_sharded(folder: Path, port: int) -> None:
+    """Overwrites one folder of shards at every step, slowly."""
+    os.environ["MASTER_PORT"] = str(port)
+    for owner, name in ((os, "rename"), (os, "unlink"), (os, "rmdir"), (torch, "save")):
+        setattr(owner, name, partial(slowly, getattr(owner, name)))
+    torch.set_num_threads(1)
+    last = folder / "run" / "checkpoints" / "last.ckpt"
+    with (folder / "output").open("w") as output, redirect_stdout(output), redirect_stderr(output):
+        pl.Trainer(
+            accelerator="cpu",
+            devices=1,
+            strategy=SafeModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1),
+            max_steps=10**6,
+            max_epochs=-1,
+            callbacks=[ModelCheckpoint(last.parent, save_last=True, save_top_k=0, every_n_train_steps=1)],
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        ).fit(Sharded(), ckpt_path=last if last.exists() else None)
+
+
 # Its processes are forked from one that has imported everything, which takes longer than the runs.
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["lightning_optim.cli"])
 
 
-def start(folder: Path, *args: str) -> Any:
-    process = processes.Process(target=train, args=(folder, *args))
+def start(folder: Path, *args: Any, target: Any = train) -> Any:
+    process = processes.Process(target=target, args=(folder, *args))
     process.start()
     return process
 
@@ -143,3 +182,31 @@ def test_a_run_that_is_killed_ends_as_one_that_is_not(tmp_path: Path) -> None:
     for key, state in expected["callbacks"].items():
         if not key.startswith("ModelCheckpoint"):  # which holds paths
             assert_same(resumed["callbacks"][key], state, key)
+
+
+@pytest.mark.slow
+def test_a_folder_that_is_being_overwritten_is_not_lost(tmp_path: Path) -> None:
+    """However often it is killed, a run goes on from no earlier than the last step that was on the disk."""
+    folder = tmp_path / "run" / "checkpoints"
+    step, amid, between = 0, 0, 0
+    for kill in range(KILLS_OF_FOLDERS):
+        process = start(tmp_path, 29600 + kill, target=train_sharded)
+        seen = step
+        while process.is_alive() and seen < step + 2:
+            with suppress(CheckpointError, FileNotFoundError, RuntimeError):  # It is read while it is replaced.
+                seen = look_at_checkpoint(folder / "last.ckpt")["global_step"]
+        time.sleep(random.uniform(0, 0.5))
+        assert process.is_alive(), (tmp_path / "output").read_text()[-3000:]
+        process.kill()
+        process.join()
+        amid += bool(list(folder.glob(".*.part")))
+        between += not (folder / "last.ckpt").exists()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it passes over what is half removed
+            found = find_checkpoint("last", tmp_path)
+        assert look_at_checkpoint(found)["global_step"] >= seen
+        if found.name != "last.ckpt":
+            found.rename(folder / "last.ckpt")
+        step = look_at_checkpoint(folder / "last.ckpt")["global_step"]
+    print(f"{KILLS_OF_FOLDERS} kills, {amid} with a folder half written, {between} between the renamings")
+    assert amid

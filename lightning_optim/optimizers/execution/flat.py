@@ -332,7 +332,7 @@ def _joined_state(tasks: Sequence[Task], name: str) -> Tensor:
 
 def _are_parts(xs: Sequence[Tensor], vector: Tensor) -> bool:
     *starts, end = accumulate([x.numel() for x in xs], initial=0)
-    views = all([x._base is vector and x.storage_offset() == i and x.is_contiguous() for x, i in zip(xs, starts)])
+    views = all(x._base is vector and x.storage_offset() == i and x.is_contiguous() for x, i in zip(xs, starts))
     return views and vector.shape == (end,)
 
 
