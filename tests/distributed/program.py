@@ -232,14 +232,21 @@ def on_accelerators() -> dict[str, Any]:
 def bytes_sent() -> dict[str, Any]:
     """What one step sends, by operation and optimizer."""
     results = {}
+    parameters = start(torch.float32, line(), EVEN)
+    set_gradients(parameters, 1, line())
     for name in ("Muon", "NAMO", "NAMOD", "SOAP", "DeVA", "MVNGrad", "HVAdam"):
-        parameters = start(torch.float32, line(), EVEN)
         optimizer = build(name, parameters)
-        set_gradients(parameters, 1, line())
         optimizer.step()
         before = sharding.sent.copy()
         optimizer.step()
         results[name] = sharding.sent - before
+    for name in ("Muon", "NAMO"):
+        columns = start(torch.float32, line(), {"columns": SHAPES["columns"]})
+        optimizer = build(name, columns)
+        set_gradients(columns, 1, line())
+        before = sharding.sent.copy()
+        optimizer.step()
+        results[f"{name}, columns"] = sharding.sent - before
     optimizer = build("SOAP", parameters)
     optimizer.step()
     before = sharding.sent.copy()
