@@ -256,7 +256,7 @@ def _scaling() -> str:
 
 
 def _milliseconds_and_bytes(row: Row) -> str:
-    return f"{row['median_ms']:.3g} ms, {row['sent_bytes'] / 1e6:.2f} MB"
+    return f"{row['median_ms']:.3g} ms, {row['sent_bytes'] / 1e6:.2f} MB, {row['state_bytes'] / 1e6:.2f} MB"
 
 
 #: What stands between the markers of each page.

@@ -4,7 +4,8 @@
 
 Measured: 1, 2 and 4 processes of one thread each, with gloo, which share the memory and caches of one machine. Replicas
 (``ddp``) hold all parameters and share the orthogonalisation, shards (``fsdp2``) hold a part of each. A step takes as
-long as on the slowest process, gradients are there already, and bytes are those that one process sends in a step.
+long as on the slowest process, and gradients are there already. Bytes are those that a process sends in a step, and
+those of the optimizer's state that it holds, where these are most.
 
 Computed: :mod:`benchmarks.cluster`, with the fractions of this machine's limits that our kernels reach in the same run.
 The JSON file holds ``{"machine": ..., "cluster": ..., "fractions": ..., "measured": [...], "computed": [...]}``.
@@ -69,8 +70,12 @@ def _gradient(p: Tensor) -> Tensor:
     return DTensor.from_local(part, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
 
 
+def _local(x: Tensor) -> Tensor:
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
 def _time(model: str, strategy: str, optimizer: str, steps: int) -> dict[str, Any]:
-    """The time of the slowest process in each step, and what this one sends."""
+    """The time of the slowest process in each step, and the most that one sends and holds."""
     module = _module(model, strategy)
     built = build_optimizer(module, optimizer)
     if strategy == "ddp" and isinstance(built, RuleOptimizer):
@@ -86,12 +91,18 @@ def _time(model: str, strategy: str, optimizer: str, steps: int) -> dict[str, An
         start = time.perf_counter()
         built.step()
         seconds.append(time.perf_counter() - start)
-    slowest = torch.tensor(seconds[WARM_UP:])
     sent = sum(sharding.sent.values()) / steps
+    held = sum(x.nbytes for state in built.state.values() for x in map(_local, state.values()))
+    most = torch.tensor([*seconds[WARM_UP:], sent, held], dtype=torch.float64)
     if dist.is_initialized():
-        dist.all_reduce(slowest, dist.ReduceOp.MAX)
-    parameters = sum(p.numel() for p in module.parameters())
-    return {"parameters": parameters, "median_ms": round(1e3 * median(slowest.tolist()), 3), "sent_bytes": round(sent)}
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+    *slowest, sent, held = most.tolist()
+    return {
+        "parameters": sum(p.numel() for p in module.parameters()),
+        "median_ms": round(1e3 * median(slowest), 3),
+        "sent_bytes": round(sent),
+        "state_bytes": round(held),
+    }
 
 
 def _work(rank: int, processes: int, folder: str, options: argparse.Namespace) -> None:
@@ -172,10 +183,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     machine = describe(torch.device("cpu")) | limits(torch.device("cpu"))
     measured = measure(options)
-    table = Table("model", "optimizer", "strategy", "processes", "median ms", "MB sent")
+    table = Table("model", "optimizer", "strategy", "processes", "median ms", "MB sent", "MB of state")
     for row in measured:
         cells = [row[key] for key in ("model", "optimizer", "strategy", "processes", "median_ms")]
-        table.add_row(*map(str, cells), f"{row['sent_bytes'] / 1e6:.3g}")
+        table.add_row(*map(str, cells), f"{row['sent_bytes'] / 1e6:.3g}", f"{row['state_bytes'] / 1e6:.3g}")
     Console().print(table)
     reached = fractions(machine)
     cluster = Cluster()

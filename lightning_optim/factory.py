@@ -25,7 +25,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.distributed.fsdp import ShardingStrategy
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -37,6 +37,7 @@ from .optimizers import registry
 from .optimizers.checkpoint import matched
 from .optimizers.hybrid import MatrixOptimizer
 from .optimizers.optimizer import RuleOptimizer
+from .optimizers.rule import GroupRule
 from .routing import Route, clean_name, route, routing_table
 
 __all__ = [
@@ -230,7 +231,8 @@ def _processes(module: nn.Module, cls: type[Optimizer]) -> tuple[Any, Any, Any]:
     FSDP2's parameters say themselves which process has what.
 
     Raises:
-        ValueError: The optimizer has a matrix rule, and the strategy leaves no matrices.
+        ValueError: The optimizer has a matrix rule, and the strategy leaves no matrices; or it adds up over all
+            parameters, and nobody knows over which processes.
     """
     trainer = _trainer(module)
     strategy = None if trainer is None else trainer.strategy
@@ -242,14 +244,30 @@ def _processes(module: nn.Module, cls: type[Optimizer]) -> tuple[Any, Any, Any]:
             f"{cls.__name__} needs whole matrices, and {type(strategy).__name__} cuts flattened parameters up: use "
             "ModelParallelStrategy (FSDP2), DDPStrategy, or an optimizer with an element-wise rule."
         )
+    if isinstance(strategy, DeepSpeedStrategy):
+        _check_deepspeed(strategy, cls)
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return None, None, None
+    if isinstance(strategy, DeepSpeedStrategy):
+        return None, None, dist.group.WORLD
     if flat:
-        return None, None, getattr(strategy.model, "process_group", dist.group.WORLD)  # type: ignore[union-attr]
+        (wrapped, *_) = FullyShardedDataParallel.fsdp_modules(strategy.model)  # type: ignore[union-attr, arg-type]
+        return getattr(wrapped, "_inter_node_pg", None), None, wrapped.process_group  # hybrid: replicas of shards
     # Where models are averaged now and then, gradients differ in between.
     if isinstance(strategy, DDPStrategy) and strategy._model_averaging_period is None:
         return dist.group.WORLD, _processes_of_node(dist.group.WORLD, trainer.num_devices), None  # type: ignore[union-attr]
     return None, None, None
+
+
+def _check_deepspeed(strategy: DeepSpeedStrategy, cls: type[Optimizer]) -> None:
+    """Without ZeRO every process may have all of the parameters, whose sums would be added up as those of parts."""
+    if not issubclass(cls, RuleOptimizer) or not isinstance(cls.rules[0], GroupRule):
+        return
+    if ((strategy.config or {}).get("zero_optimization") or {}).get("stage", 0) == 0:
+        raise ValueError(
+            f"{cls.__name__} needs inner products over all parameters, and DeepSpeed's stage 0 does not say which "
+            "process has what: use stage 1 or 2, or DDPStrategy."
+        )
 
 
 @cache

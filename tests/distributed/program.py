@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
 from lightning_optim import NAMO, MVNGrad
+from lightning_optim.diagnostics.virtual import VirtualOptimizer, gradients_of
 from lightning_optim.optimizers import gradients
 from lightning_optim.optimizers.execution import sharding
 from lightning_optim.optimizers.hybrid import MatrixOptimizer
@@ -231,14 +232,30 @@ def on_accelerators() -> dict[str, Any]:
 def bytes_sent() -> dict[str, Any]:
     """What one step sends, by operation and optimizer."""
     results = {}
-    for name in ("Muon", "NAMO", "NAMOD", "SOAP", "MVNGrad", "HVAdam"):
-        parameters = start(torch.float32, line(), EVEN)
+    parameters = start(torch.float32, line(), EVEN)
+    set_gradients(parameters, 1, line())
+    for name in ("Muon", "NAMO", "NAMOD", "SOAP", "DeVA", "MVNGrad", "HVAdam"):
         optimizer = build(name, parameters)
-        set_gradients(parameters, 1, line())
         optimizer.step()
         before = sharding.sent.copy()
         optimizer.step()
         results[name] = sharding.sent - before
+    for name in ("Muon", "NAMO"):
+        columns = start(torch.float32, line(), {"columns": SHAPES["columns"]})
+        optimizer = build(name, columns)
+        set_gradients(columns, 1, line())
+        before = sharding.sent.copy()
+        optimizer.step()
+        results[f"{name}, columns"] = sharding.sent - before
+    optimizer = build("SOAP", parameters)
+    optimizer.step()
+    before = sharding.sent.copy()
+    saved = optimizer.state_dict()
+    results["SOAP's checkpoint"] = sharding.sent - before
+    optimizer.load_state_dict(saved)
+    before = sharding.sent.copy()
+    optimizer.step()
+    results["SOAP after loading"] = sharding.sent - before
     parameters = start(torch.float32, None, EVEN)
     optimizer = build("NAMO", parameters)
     optimizer.process_group = dist.group.WORLD
@@ -316,6 +333,62 @@ def whole_state() -> dict[str, Any]:
     return results
 
 
+def lives_of_state() -> dict[str, Any]:
+    """State that lives with one process, through what happens to optimizers, against a single process."""
+    results: dict[str, Any] = {}
+    for name in ("NAMO", "SOAP", "DeVA"):
+        parameters, others = start(torch.float64, line()), start(torch.float64)
+        later = ("conv", "transposed")
+        optimizer, alone = (
+            build(name, {key: p for key, p in ps.items() if key not in later}, **ROWS[name][0])
+            for ps in (parameters, others)
+        )
+
+        def step(t: int) -> None:
+            set_gradients(parameters, t, line())  # noqa: B023
+            set_gradients(others, t)  # noqa: B023
+            optimizer.step()  # noqa: B023
+            alone.step()  # noqa: B023
+
+        step(NOT_FINITE)
+        step(1)
+        for o, ps in ((optimizer, parameters), (alone, others)):
+            for key in later:
+                _, blocks, transposed = SHAPES[key]
+                o.add_param_group({"params": [ps[key]], "role": "matrix", "blocks": blocks, "transposed": transposed})
+        step(2)
+        optimizer.load_state_dict(optimizer.state_dict())
+        after_loading = compare(optimizer, parameters, alone, others)
+        step(4)
+        tried = VirtualOptimizer(optimizer).step(gradients_of(optimizer))
+        before = {p: p.detach().clone() for p in parameters.values()}
+        step(4)
+        results[name] = {
+            "same": max(after_loading, compare(optimizer, parameters, alone, others)),
+            "tried": all(
+                torch.equal(sharding.local(p.detach() - before[p]), sharding.local(x)) for p, x in tried.items()
+            ),
+            "elements": {
+                key: [x.numel() for n, x in optimizer.state[p].items() if n != "step"]
+                for key, p in parameters.items()
+                if sharding.sharding(p) is not None and (name != "NAMO" or key in ("transposed", "columns"))
+            },
+            "whole": {key: [x.numel() for n, x in alone.state[p].items() if n != "step"] for key, p in others.items()},
+            "placed": {n: str(sharding.placements(x)) for n, x in saved_state(optimizer)[parameters["up"]].items()},
+        }
+        for ps in (parameters, others):
+            nn.ParameterDict(ps).float()
+        step(1)
+        results[name]["cast"] = compare(optimizer, parameters, alone, others)
+    group = next(g for g in optimizer.param_groups if g.get("transposed"))
+    group["transposed"] = False
+    try:
+        optimizer.step()
+    except ValueError as error:
+        results["refused"] = str(error)
+    return results
+
+
 def refused() -> dict[str, str]:
     """What is said of placements that a rule does not take."""
     square = init_device_mesh("cpu", (2, 2))
@@ -351,6 +424,7 @@ CASES: dict[int, dict[str, Callable[[], Any]]] = {
         "unused": unused,
         "checkpoint": checkpoint,
         "whole state": whole_state,
+        "lives of state": lives_of_state,
         "bytes": bytes_sent,
     },
     4: {

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -141,6 +142,34 @@ def test_sharded_parameters_take_their_part_of_whole_state(results: Results) -> 
             assert difference <= 2**-12, name  # as in the case "fsdp2 split"
 
 
+@pytest.mark.parametrize("name", ["NAMO", "SOAP", "DeVA"])
+def test_state_lives_with_one_process(name: str, results: Results) -> None:
+    """After a first step that is skipped, with parameters that come later, and through a checkpoint."""
+    found = [result[name] for result in results(2, "lives of state")]
+    for result in found:
+        assert result["same"] <= 1e-13
+        assert result["tried"]  # a copy of the optimizer makes the same step
+        assert result["cast"] <= 1e-6  # goes on in float32
+    # A process has all of a parameter's state or nothing.
+    whole, elements = found[0]["whole"], [result["elements"] for result in found]
+    matrices = [key for key in elements[0] if name == "NAMO" or key not in ("bias", "short")]
+    for key in matrices:
+        nothing = [0] * len(whole[key])
+        assert sorted(each[key] for each in elements) == [nothing, whole[key]]
+    # No process has more than its share and the largest parameter's, which is what largest first guarantees.
+    sizes = [sum(whole[key]) for key in matrices]
+    assert max(sum(map(sum, each.values())) for each in elements) <= sum(sizes) / 2 + max(sizes)
+
+
+def test_checkpoints_have_state_in_parts(results: Results) -> None:
+    for result in results(2, "lives of state"):
+        placed = result["SOAP"]["placed"]
+        assert placed.pop("step") == "None"
+        for name, x in placed.items():
+            assert x == ("(Shard(dim=0),)" if name in ("m", "v") else "(Shard(dim=1),)"), name
+        assert "transposed=False (was True) does not go with the state" in result["refused"]
+
+
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_bytes_are_at_their_minimum(processes: int, results: Results) -> None:
     n = processes
@@ -149,18 +178,26 @@ def test_bytes_are_at_their_minimum(processes: int, results: Results) -> None:
     # Two norms of each of two matrices, and of four experts, go to the owner and come back from it.
     norms = 2 * (2 + 4) * 2 * 4 * (n - 1)
     column_norms = 2 * (8 + 32 + 4 * 8) * 2 * 4 * (n - 1)
-    # SOAP: gradient, m and v there, direction, m and v back, and for each axis gram and basis both ways.
-    # The experts are one parameter.
+    # SOAP and DeVA: the gradient there, the direction back. The experts are one parameter.
     elements = 16 * 8 + 8 * 32 + 4 * 4 * 8
-    bases = 2 * 2 * (16**2 + 8**2 + 8**2 + 32**2 + 4 * (4**2 + 8**2))
-    soap = 4 * (6 * elements + bases) * (n - 1) // n
+    carried = 2 * 4 * elements * (n - 1) // n
+    # A checkpoint has m and v, and for each axis gram and basis.
+    bases = 2 * (16**2 + 8**2 + 8**2 + 32**2 + 4 * (4**2 + 8**2))
+    state = 4 * (2 * elements + bases) * (n - 1) // n
+    # Six columns of four rows, of which the first process has its own already.
+    columns = 4 * 4 * (6 - math.ceil(6 / n))
     verdict = 4 * 2 * (n - 1)
     inner_products = 3 * 8 * 2 * (n - 1)
     expected = {
         "Muon": (there_and_back, verdict),
         "NAMO": (there_and_back + norms, verdict),
         "NAMOD": (there_and_back + column_norms, verdict),
-        "SOAP": (soap, verdict),
+        "SOAP": (carried, verdict),
+        "DeVA": (carried, verdict),
+        "Muon, columns": (2 * columns, verdict),
+        "NAMO, columns": (3 * columns, verdict),  # the weight decay of each matrix is another
+        "SOAP's checkpoint": (state, 0),
+        "SOAP after loading": (state + carried, verdict),
         "MVNGrad": (0, verdict),
         "HVAdam": (0, verdict + inner_products),
     }

@@ -19,7 +19,14 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType, fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    FullStateDictConfig,
+    FullyShardedDataParallel,
+    ShardingStrategy,
+    StateDictType,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -113,6 +120,17 @@ class FSDP1OnCPU(FSDPStrategy):
         return FullyShardedDataParallel(model, device_id=self.root_device, use_orig_params=True)
 
 
+class HybridOnCPU(FSDP1OnCPU):
+    """Two replicas, each of two shards. Lightning itself would make the mesh on GPUs."""
+
+    def _setup_model(self, model: nn.Module) -> nn.Module:
+        mesh = init_device_mesh("cpu", (2, 2))
+        return FullyShardedDataParallel(
+            model, device_id=self.root_device, use_orig_params=True, device_mesh=mesh,
+            sharding_strategy=ShardingStrategy.HYBRID_SHARD,
+        )  # fmt: skip
+
+
 CASES: dict[str, tuple[dict[str, Any], Callable[[], Any]]] = {
     **{
         f"ddp {name}": ({"optimizer": name, "partly": True}, lambda: DDPStrategy(find_unused_parameters=True))
@@ -125,10 +143,14 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[], Any]]] = {
     },
     **{f"fsdp1 {name}": ({"optimizer": name, "strategy": "fsdp1"}, FSDP1OnCPU) for name in ("MVNGrad", "HVAdam")},
 }
+#: On four processes: two replicas of two shards.
+HYBRID: dict[str, tuple[dict[str, Any], Callable[[], Any]]] = {
+    f"hybrid {name}": ({"optimizer": name, "strategy": "fsdp1"}, HybridOnCPU) for name in ("MVNGrad", "HVAdam")
+}
 
 
 #: How many processes have the same, share the work and have flat parts.
-SPREAD = {"ddp": [2, 2, 0], "two": [2, 1, 0], "fsdp1": [0, 0, 2]}
+SPREAD = {"ddp": [2, 2, 0], "two": [2, 1, 0], "fsdp1": [0, 0, 2], "hybrid": [2, 0, 2]}
 
 
 def fit(model: Model, **options: Any) -> dict[str, Any]:
@@ -171,30 +193,33 @@ def fit(model: Model, **options: Any) -> dict[str, Any]:
 def main(out: Path) -> None:
     """What each process does."""
     environment = dict(os.environ)
-    for name, (settings, strategy) in CASES.items():
+    cases = CASES if environment["WORLD_SIZE"] == "2" else HYBRID
+    for name, (settings, strategy) in cases.items():
         nodes = 2 if name.startswith("two nodes") else 1
         os.environ |= {"LOCAL_RANK": "0", "GROUP_RANK": environment["RANK"]} if nodes == 2 else environment
-        result = fit(Model(**settings), strategy=strategy(), devices=2 // nodes, num_nodes=nodes)
+        devices = int(environment["WORLD_SIZE"]) // nodes
+        result = fit(Model(**settings), strategy=strategy(), devices=devices, num_nodes=nodes)
         torch.save(result, out / f"{name} {os.environ['RANK']}.pt")
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[dict[str, Any]]]:
     out = tmp_path_factory.mktemp("processes")
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__, str(out)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(run, capture_output=True, text=True, timeout=120, env=environment)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return lambda name: [torch.load(out / f"{name} {rank}.pt") for rank in (0, 1)]
+    for processes in (2, 4):
+        run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        done = subprocess.run([*run, __file__, str(out)], capture_output=True, text=True, timeout=120, env=environment)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return lambda name: [torch.load(file) for file in sorted(out.glob(f"{name} *.pt"))]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, *HYBRID])
 def test_training_is_that_of_a_single_process(name: str, results: Callable[..., Any]) -> None:
-    settings = CASES[name][0]
+    settings = (CASES | HYBRID)[name][0]
     expected = fit(Model(**settings | {"strategy": ""}))
     # Float64 gradients are added in another order; steps divide them by their own size. Lightning's FSDP1 computes in
     # float32. SOAP tells the eigenvectors of a gradient of low rank apart by a ramp of 1e-9 of its size.
-    close = 1e-4 if name.startswith("fsdp1") else 1e-6 if name.endswith("SOAP") else 1e-10
+    close = 1e-4 if settings.get("strategy") == "fsdp1" else 1e-6 if name.endswith("SOAP") else 1e-10
     for result in results(name):
         assert result["skipped"] == expected["skipped"] == 1
         for key, x in expected["weights"].items():
@@ -217,6 +242,20 @@ def test_flat_parameters_are_refused_by_matrix_rules(strategy: Any, monkeypatch:
     with pytest.raises(ValueError, match=r"NAMO needs whole matrices.*ModelParallelStrategy"):
         build_optimizer(model, "NAMO")
     assert build_optimizer(model, "MVNGrad") is not None
+
+
+def test_sums_over_all_parameters_need_to_know_who_has_what(monkeypatch: pytest.MonkeyPatch) -> None:
+    strategy: Any = DeepSpeedStrategy.__new__(DeepSpeedStrategy)
+    model = Model("HVAdam")
+    monkeypatch.setattr(pl.Trainer, "strategy", strategy)
+    monkeypatch.setattr(pl.Trainer, "precision_plugin", SimpleNamespace(scaler=None))
+    model._trainer = pl.Trainer.__new__(pl.Trainer)
+    for strategy.config in ({}, {"zero_optimization": {"stage": 0}}):
+        assert build_optimizer(model, "MVNGrad") is not None
+        with pytest.raises(ValueError, match=r"HVAdam needs inner products.*stage 0.*use stage 1 or 2, or DDPStrategy"):
+            build_optimizer(model, "HVAdam")
+    strategy.config = {"zero_optimization": {"stage": 1}}
+    assert build_optimizer(model, "HVAdam") is not None
 
 
 if __name__ == "__main__":

@@ -292,84 +292,104 @@ def _collector(wave: Sequence[_Cut], owner: Mapping[Key, int], report: Report | 
     return collect
 
 
+@dataclass(frozen=True)
+class _Solved:
+    """A matrix at its owner: all of its rows, what came of them, and its sums over processes."""
+
+    matrix: Tensor
+    factor: Tensor
+    totals: list[Tensor]
+
+
 def _gathered(
     asked: Asked, wave: Sequence[_Cut], owner: Mapping[Key, int], report: Report | None
 ) -> Generator[None, None, list[Any]]:
     """Bring matrices together, each at its owner, who orthogonalises it, adds up its sums, and sends the rows back."""
     cut, device = wave[0].cut, asked[0][1][0].device
     ranks, me = range(cut.processes), cut.rank
-    # Of each matrix that is asked for, what this process has of it, and the method.
-    rows: dict[Key, list[Tensor]] = {}
+    # Of each matrix that is asked for, what this process has of it and of its sums, and the method.
+    parts: dict[Key, list[Tensor]] = {}
     methods: dict[Key, str] = {}
     for stack, (x, method, *sums) in asked:
         for i, key in enumerate(_keys(stack)):
-            rows[key], methods[key] = [y[i] for y in (x, *sums)], method
-    cuts = {(c.parameter, block): c for c in wave for block in range(c.blocks) if (c.parameter, block) in rows}
-    of = {rank: [key for key in cuts if owner[key] == rank] for rank in ranks}
+            parts[key], methods[key] = [y[i] for y in (x, *sums)], method
+    cuts = {(c.parameter, block): c for c in wave for block in range(c.blocks) if (c.parameter, block) in parts}
+    of = [[key for key in cuts if owner[key] == rank] for rank in ranks]
 
     def kinds(key: Key, rank: int) -> list[Kind]:
         start, stop = cuts[key].rows(key[1], rank)
-        own, *sums = rows[key]
-        return [((stop - start, own.shape[1]), own.dtype), *((y.shape, y.dtype) for y in sums)]
+        rows, *sums = parts[key]
+        return [((stop - start, rows.shape[1]), rows.dtype), *((y.shape, y.dtype) for y in sums)]
 
     there = sharding.exchange(
-        [[x for key in of[rank] for x in rows[key]] for rank in ranks],
+        [[x for key in keys for x in parts[key]] for keys in of],
         [[kind for key in of[me] for kind in kinds(key, rank)] for rank in ranks],
         device,
         cut.group,
     )
     yield
     received = [iter(xs) for xs in there.wait()]
-    whole = {key: [[next(xs) for xs in received] for _ in rows[key]] for key in of[me]}
-    matrices = {key: torch.cat(parts) for key, (parts, *_) in whole.items()}
-    totals = {key: [torch.stack(parts).sum(0) for parts in sums] for key, (_, *sums) in whole.items()}
-    factors = dict(
-        zip(of[me], (x[0] for x in stacks.orthogonalized([(matrices[key][None], methods[key]) for key in of[me]])))
-    )
-    # Observers want all matrices of a parameter in one place: where the first of them is.
-    told = [key for key in cuts if report is not None and owner[key] != owner[key[0], 0]]
+    solved = _solved({key: [[next(xs) for xs in received] for _ in parts[key]] for key in of[me]}, methods)
 
     def back(key: Key, rank: int) -> list[Tensor]:
         start, stop = cuts[key].rows(key[1], rank)
-        return [factors[key][start:stop], *totals[key]]
+        return [solved[key].factor[start:stop], *solved[key].totals]
 
     returning = sharding.exchange(
-        [
-            [x for key in of[me] for x in back(key, rank)]
-            + [x for key in told if (owner[key], owner[key[0], 0]) == (me, rank) for x in (matrices[key], factors[key])]
-            for rank in ranks
-        ],
-        [
-            [kind for key in of[rank] for kind in kinds(key, me)]
-            + [
-                (cuts[key].matrix, rows[key][0].dtype)
-                for key in told
-                if (owner[key], owner[key[0], 0]) == (rank, me)
-                for _ in range(2)
-            ]
-            for rank in ranks
-        ],
+        [[x for key in of[me] for x in back(key, rank)] for rank in ranks],
+        [[kind for key in keys for kind in kinds(key, me)] for keys in of],
         device,
         cut.group,
     )
     yield
-    received = [iter(xs) for xs in returning.wait()]
-    for rank in ranks:
-        rows |= {key: [next(received[rank]) for _ in rows[key]] for key in of[rank]}
+    for keys, arrived in zip(of, map(iter, returning.wait())):
+        parts |= {key: [next(arrived) for _ in parts[key]] for key in keys}
     if report is not None:
-        for key in told:
-            if owner[key[0], 0] == me:
-                matrices[key], factors[key] = next(received[owner[key]]), next(received[owner[key]])
-        for c in wave:
-            keys = [(c.parameter, block) for block in range(c.blocks)]
-            if owner[keys[0]] == me and keys[0] in cuts:
-                report(c.task, "momentum", torch.stack([matrices[key] for key in keys]))
-                report(c.task, "orthogonal_factor", torch.stack([factors[key] for key in keys]))
+        yield from _tell(solved, cuts, owner, report)
     answers = []
     for stack, _ in asked:
-        factor, *sums = (torch.stack(xs) for xs in zip(*(rows[key] for key in _keys(stack))))
+        factor, *sums = (torch.stack(xs) for xs in zip(*(parts[key] for key in _keys(stack))))
         answers.append(stacks.answer(factor, sums))
     return answers
+
+
+def _solved(arrived: Mapping[Key, list[list[Tensor]]], methods: Mapping[Key, str]) -> dict[Key, _Solved]:
+    """Orthogonalise matrices and add up their sums, of which the parts of all processes are there."""
+    matrices = [torch.cat(rows) for rows, *_ in arrived.values()]
+    factors = stacks.orthogonalized([(x[None], methods[key]) for key, x in zip(arrived, matrices)])
+    return {
+        key: _Solved(x, factor[0], [torch.stack(summands).sum(0) for summands in sums])
+        for (key, (_, *sums)), x, factor in zip(arrived.items(), matrices, factors)
+    }
+
+
+def _tell(
+    solved: Mapping[Key, _Solved], cuts: Mapping[Key, _Cut], owner: Mapping[Key, int], report: Report
+) -> Iterator[None]:
+    """Report all matrices of a parameter in one place: where the first of them is."""
+    some = next(iter(cuts.values()))
+    cut, device = some.cut, some.task.p.device
+    ranks, me = range(cut.processes), cut.rank
+    to = {key: first for key in cuts if (first := owner[key[0], 0]) != owner[key]}
+    mine = {key: [x.matrix, x.factor] for key, x in solved.items()}
+
+    def kinds(key: Key) -> list[Kind]:
+        return [(cuts[key].matrix, compute_dtype(cuts[key].task.p.dtype))] * 2
+
+    moving = sharding.exchange(
+        [[x for key in to if to[key] == rank and owner[key] == me for x in mine[key]] for rank in ranks],
+        [[kind for key in to if to[key] == me and owner[key] == rank for kind in kinds(key)] for rank in ranks],
+        device,
+        cut.group,
+    )
+    yield
+    arrived = [iter(xs) for xs in moving.wait()]
+    mine |= {key: [next(arrived[owner[key]]), next(arrived[owner[key]])] for key in to if to[key] == me}
+    for (p, block), c in cuts.items():
+        if block == 0 and owner[p, 0] == me:
+            matrices, factors = (torch.stack(xs) for xs in zip(*(mine[p, i] for i in range(c.blocks))))
+            report(c.task, "momentum", matrices)
+            report(c.task, "orthogonal_factor", factors)
 
 
 # --- whole tensors ----------------------------------------------------------------------------------------------------
