@@ -325,8 +325,8 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         grads = [_gradient(p) for p in params]
         parts, replicas = sharding.several(self.shard_group), sharding.several(self.process_group)
         # Replicas have equal gradients; but a defect in one's must not part it from the others, who wait for it.
-        everybody = dict.fromkeys((*(group for p in params for group in sharding.peers(p)), *parts, *replicas))
-        finite, gains = inspect_gradients(grads, tuple(everybody), not parts, self.backend)
+        everybody = tuple(dict.fromkeys((*sharding.peers(params), *parts, *replicas)))
+        finite, gains = inspect_gradients(grads, everybody, not parts, self.backend)
         if not self.skip_nonfinite:
             finite = True
         elif finite is False:
@@ -384,8 +384,9 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
             if not state:
                 state.update(execution.new_state(rule, p, group, self._owners.get(p)))
         execution.follow(rule, params, states, group)
-        for p, state in zip(params, states):
-            execution.prepare_residual(state, p, self.rounding)
+        if self.rounding != "nearest" or any(execution.RESIDUAL in state for state in states):
+            for p, state in zip(params, states):
+                execution.prepare_residual(state, p, self.rounding)
         clocks = _clocks(states, ("step", *rule.host_state))
         matrix = isinstance(rule, MatrixRule)
         phases = rule.phases(group) if isinstance(rule, MatrixRule) and rule.phases is not None else 0

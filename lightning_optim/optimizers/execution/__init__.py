@@ -97,7 +97,8 @@ def run(
         replicas: The processes that hold equal parameters and gradients and share orthogonalisation, if any do.
         parts: Processes that hold other parts of the parameters where those do not say so themselves.
     """
-    with _without_autocast({task.p.device.type for batch in batches for task in batch.tasks}):
+    kinds = {"cpu" if task.p.is_cpu else task.p.device.type for batch in batches for task in batch.tasks}
+    with _without_autocast(kinds):
         matrices = spread.run(
             [batch for batch in batches if isinstance(batch.rule, MatrixRule)], backend, finite, observer, replicas
         )

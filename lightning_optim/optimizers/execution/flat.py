@@ -303,9 +303,11 @@ def _joined(tasks: Sequence[Task], names: Sequence[str], noisy: bool, writes: bo
     # State of sharded parameters is part of something else and has to stay where it is.
     here = tasks[0].p is tasks[0].parameter
     p, g = _flatten_dense_tensors(params), _flatten_dense_tensors([task.g for task in tasks])
-    joined = {name: _joined_state(tasks, name) if here else _flatten_dense_tensors(xs) for name, xs in state.items()}
-    gain = tasks[0].gain
     sizes = [task.p.numel() for task in tasks]
+    joined = {
+        name: _joined_state(tasks, name, sizes) if here else _flatten_dense_tensors(xs) for name, xs in state.items()
+    }
+    gain = tasks[0].gain
     if isinstance(gain, Tensor):
         gains = torch.cat([task.gain.expand(n) for task, n in zip(tasks, sizes)])  # type: ignore[union-attr]
         g, gain = g.mul_(gains), torch.ones_like(gain)  # In place: a kernel is for the dtype of the gradients.
@@ -318,11 +320,11 @@ def _joined(tasks: Sequence[Task], names: Sequence[str], noisy: bool, writes: bo
             torch._foreach_copy_(xs, _unflatten_dense_tensors(joined[name], xs))
 
 
-def _joined_state(tasks: Sequence[Task], name: str) -> Tensor:
+def _joined_state(tasks: Sequence[Task], name: str, sizes: Sequence[int]) -> Tensor:
     """A vector of which the state tensors of some tasks are the parts, one after another."""
     xs = [task.state[name] for task in tasks]
     vector = xs[0]._base
-    if vector is None or not _are_parts(xs, vector):
+    if vector is None or not _are_parts(xs, sizes, vector):
         # New, from a checkpoint, or of other parameters than the last time.
         vector = _flatten_dense_tensors(xs)
         for task, part in zip(tasks, _unflatten_dense_tensors(vector, xs)):
@@ -330,9 +332,9 @@ def _joined_state(tasks: Sequence[Task], name: str) -> Tensor:
     return vector
 
 
-def _are_parts(xs: Sequence[Tensor], vector: Tensor) -> bool:
-    *starts, end = accumulate([x.numel() for x in xs], initial=0)
-    views = all(x._base is vector and x.storage_offset() == i and x.is_contiguous() for x, i in zip(xs, starts))
+def _are_parts(xs: Sequence[Tensor], sizes: Sequence[int], vector: Tensor) -> bool:
+    *starts, end = accumulate(sizes, initial=0)
+    views = all(x._base is vector and x.storage_offset() == i for x, i in zip(xs, starts))
     return views and vector.shape == (end,)
 
 

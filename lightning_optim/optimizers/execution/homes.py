@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rule import LIKE_PARAMETER, Rule
+from ..rule import LIKE_PARAMETER, MatrixRule, Rule
 from . import sharding
 from .flat import packs
 from .sharding import Sharding
@@ -52,8 +52,12 @@ class Resident:
 
 def residents(groups: Iterable[tuple[Rule, Mapping[str, Any]]]) -> list[Resident]:
     """The parameters of some groups whose state lives with one process each."""
+    matrices = [(rule, group) for rule, group in groups if isinstance(rule, MatrixRule)]
     return [
-        Resident(rule, group, p) for rule, group in groups for p in group["params"] if lives_with_owner(rule, p, group)
+        Resident(rule, group, p)
+        for rule, group in matrices
+        for p in group["params"]
+        if lives_with_owner(rule, p, group)
     ]
 
 

@@ -125,9 +125,9 @@ def groups(p: Tensor) -> tuple[Group, ...]:
     return tuple(group for _, group in cuts(p))
 
 
-def peers(p: Tensor) -> tuple[Group, ...]:
-    """The process groups that hold other parts or copies of a parameter."""
-    return tuple(group for _, group in _placed(p))
+def peers(params: Sequence[Tensor]) -> list[Group]:
+    """The process groups that hold other parts or copies of some parameters."""
+    return list(dict.fromkeys([group for p in params if isinstance(p, DTensor) for _, group in _placed(p)]))
 
 
 def sharding(p: Tensor) -> Sharding | None:
