@@ -78,6 +78,18 @@ class Sharding:
         start, stop = self.span(rank)
         return whole.narrow(self.axis, start, stop - start)
 
+    def positions(self, rank: int, device: torch.device) -> Tensor:
+        """Where the elements of the part of a process stand among those of the whole.
+
+        >>> Sharding((2, 3), 1, None, 0, 2).positions(0, torch.device("cpu"))
+        tensor([[0, 1],
+                [3, 4]])
+        """
+        inner = torch.Size(self.shape[self.axis + 1 :]).numel()
+        start, stop = self.span(rank)
+        rows = torch.arange(0, self.elements, self.shape[self.axis] * inner, device=device)
+        return (rows[:, None] + torch.arange(start * inner, stop * inner, device=device)).view(self.part(rank))
+
     def of(self, shape: Shape, axis: int) -> Sharding:
         """The same processes with a tensor of another shape."""
         return replace(self, shape=shape, axis=axis)

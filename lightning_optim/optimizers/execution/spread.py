@@ -31,7 +31,7 @@ from . import sharding, stacks
 from .flat import packs
 from .sharding import Group, Kind, Sharding
 from .stacks import ParameterObserver, Report, Request, Stack
-from .storage import RESIDUAL, numbers
+from .storage import RESIDUAL
 from .tensors import (
     Batch,
     Task,
@@ -456,6 +456,8 @@ def _move(c: _Cut, packed: Sequence[Tensor], finite: Tensor | None) -> None:
     task, scalars, p = c.task, c.task.scalars, c.task.p
     direction, *keep = packed
     move = Move(direction, scalars.get("step", 1.0), keep[0] if keep else scalars["keep"])
-    noise = None if task.noise is None else numbers(task.noise, 0, p.numel(), p.device).view(p.shape)
+    noise = None
+    if task.noise is not None:
+        noise = c.cut.positions(c.cut.rank, p.device).add_(task.noise - sharding.offset(c.parameter))
     finite = None if finite is None else finite.to(p.device)
     stacks.move_tensor_(p, move, task.state.get(RESIDUAL), noise, finite)
