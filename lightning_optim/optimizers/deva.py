@@ -170,8 +170,9 @@ class DeVA(MatrixOptimizer):
         eps: :math:`\epsilon`, in squared units of the gradient's norm.
         weight_decay: Decoupled weight decay :math:`\lambda`, after the step.
         precondition_frequency: Steps between refreshes of the bases.
-        stagger: Spread the refreshes of different parameters evenly over these steps, instead of making them all in
-            one step as the released code does. Which step is a parameter's follows from its position in its group.
+        stagger: Spread the refreshes of different parameters evenly over these steps, so that none takes longer than
+            the others; ``False`` makes them all in one step, as the released code does. Which step is a parameter's
+            follows from its position in its group.
         max_precondition_dim: Axes longer than this are not rotated.
         correct_bias: Correct the bias of the moments.
         nesterov: Orthogonalise the look-ahead momentum.
@@ -217,7 +218,7 @@ class DeVA(MatrixOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.01,
         precondition_frequency: int = 10,
-        stagger: bool = False,
+        stagger: bool = True,
         max_precondition_dim: int = 10000,
         correct_bias: bool = True,
         nesterov: bool = True,

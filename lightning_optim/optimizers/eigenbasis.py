@@ -7,13 +7,16 @@ approximate its eigenvectors. Both are ``(k, d, d)``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import reduce
+from math import prod
 
 import torch
 from torch import Tensor
 
 from .rule import Hyperparameters, Internal, Observer, Shape, ignore, squared_norm
 
+_KERNEL = 64  # Positions of a kernel up to which its axes are worked on as one, which saves moving them to the end.
 _RIDGE = 1e-9  # Far below float32's resolution of the average, far above float64's.
 
 
@@ -31,26 +34,48 @@ class Eigenbasis:
 
     def rotate(self, x: Tensor) -> Tensor:
         """Coordinates of ``x`` in the bases."""
-        for axis in self.axes:
-            x = _along(x, axis, self.state[f"basis{axis}"])
+        for axes in self._joined():
+            x = _along(x, axes, self._basis(axes))
         return x
 
     def rotate_back(self, x: Tensor) -> Tensor:
         """Inverse of :meth:`rotate`."""
-        for axis in self.axes:
-            x = _along(x, axis, self.state[f"basis{axis}"].mT)
+        for axes in self._joined():
+            x = _along(x, axes, self._basis(axes).mT)
         return x
 
     def accumulate(self, g: Tensor, beta: float) -> None:
         """Average the outer products of the gradient ``g`` with weight ``1 - beta``."""
-        for axis in self.axes:
-            if _is_last(axis, g):
-                columns = g.flatten(1, -2)
+        for axes in self._joined():
+            x = _join(g, axes)
+            if _is_last(axes[0], x):
+                columns = x.flatten(1, -2)
                 rows = columns.mT
             else:
-                rows = g.movedim(axis + 1, 1).reshape(len(g), g.shape[axis + 1], -1)
+                rows = x.movedim(axes[0] + 1, 1).reshape(len(x), x.shape[axes[0] + 1], -1)
                 columns = rows.mT
-            self.state[f"gram{axis}"].baddbmm_(rows, columns, beta=beta, alpha=1 - beta)
+            if len(axes) == 1:
+                self.state[f"gram{axes[0]}"].baddbmm_(rows, columns, beta=beta, alpha=1 - beta)
+                continue
+            lengths = [g.shape[axis + 1] for axis in axes]
+            product = torch.bmm(rows, columns).view(-1, *lengths, *lengths)
+            labels = list(range(1, len(axes) + 1))
+            for i, axis in enumerate(axes):  # The trace over the other axes.
+                others = [*labels[:i], 0, *labels[i + 1 :]]
+                part = torch.einsum(product, [..., *labels, *others], [..., labels[i], 0])
+                self.state[f"gram{axis}"].mul_(beta).add_(part, alpha=1 - beta)
+
+    def _joined(self) -> list[tuple[int, ...]]:
+        """The axes, those of a small kernel as one."""
+        kernel = tuple(axis for axis in self.axes if axis >= 2)
+        lengths = [self.state[f"basis{axis}"].shape[-1] for axis in kernel]
+        if kernel != tuple(range(2, 2 + len(kernel))) or prod(lengths) > _KERNEL or not kernel:
+            return [(axis,) for axis in self.axes]
+        return [*((axis,) for axis in self.axes if axis < 2), kernel]
+
+    def _basis(self, axes: Sequence[int]) -> Tensor:
+        """The basis of joined axes: the Kronecker product of theirs."""
+        return reduce(_kronecker, (self.state[f"basis{axis}"] for axis in axes))
 
     def start(self) -> None:
         """Set the bases to the eigenvectors of the averages, largest eigenvalue first.
@@ -125,14 +150,25 @@ def _is_last(axis: int, x: Tensor) -> bool:
     return 1 < axis + 1 == x.ndim - 1
 
 
-def _along(x: Tensor, axis: int, matrix: Tensor) -> Tensor:
-    """Multiply axis ``axis`` of every tensor of the stack by its matrix, from the right."""
+def _join(x: Tensor, axes: Sequence[int]) -> Tensor:
+    return x.flatten(axes[0] + 1, axes[-1] + 1)
+
+
+def _kronecker(a: Tensor, b: Tensor) -> Tensor:
+    size = a.shape[-1] * b.shape[-1]
+    return (a[:, :, None, :, None] * b[:, None, :, None, :]).reshape(-1, size, size)
+
+
+def _along(x: Tensor, axes: Sequence[int], matrix: Tensor) -> Tensor:
+    """Multiply neighbouring axes of every tensor of the stack, taken as one, by its matrix from the right."""
+    axis, shape = axes[0], x.shape
+    x = _join(x, axes)
     if axis == 0:
-        return (matrix.mT @ x.reshape(*x.shape[:2], -1)).view(x.shape)
+        return (matrix.mT @ x.reshape(*x.shape[:2], -1)).view(shape)
     if _is_last(axis, x):
-        return (x.flatten(1, -2) @ matrix).view(x.shape)
+        return (x.flatten(1, -2) @ matrix).view(shape)
     y = x.movedim(axis + 1, -1)
-    return (y.flatten(1, -2) @ matrix).view(y.shape).movedim(-1, axis + 1).contiguous()
+    return (y.flatten(1, -2) @ matrix).view(y.shape).movedim(-1, axis + 1).reshape(shape)
 
 
 #: Zero when the basis consists of eigenvectors; near 1 it is refreshed too rarely.

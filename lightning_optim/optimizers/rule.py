@@ -71,7 +71,10 @@ class Move(NamedTuple):
 
     def apply_(self, p: Tensor) -> Tensor:
         """Move parameters in place."""
-        return add_(shrink_(p, self.keep), self.direction, -self.step)
+        p = shrink_(p, self.keep)
+        if isinstance(self.step, Tensor):
+            return p.addcmul_(self.direction, self.step, value=-1)  # Without the temporary of add_.
+        return add_(p, self.direction, -self.step)
 
 
 #: What an update that orthogonalises is; see :class:`MatrixRule`.
@@ -261,6 +264,10 @@ def regularize(g: Tensor, p: Tensor, l2: Any) -> Tensor:
     return (g + l2 * p).clamp_(-limit, limit)
 
 
+#: Elements of a temporary that stays in the cache of a core.
+_TEMPORARY = 2**16
+
+
 # --- in-place operations on tensors with coefficients that are floats or 0-d tensors ---------------------------------
 
 
@@ -304,5 +311,9 @@ def squared_difference(x: Tensor, y: Tensor) -> Tensor:
 
 
 def squared_norm(x: Tensor, axes: tuple[int, ...] = (-2, -1)) -> Tensor:
-    """Sum of squares over ``axes``, which are kept with size 1."""
-    return x.square().sum(axes, keepdim=True)
+    """Sum of squares over some of the last two axes, which are kept with size 1."""
+    if -1 in axes:  # Row by row: without a temporary of the size of ``x``, and no sum is long.
+        rows = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+        return rows.sum(-2, keepdim=True) if -2 in axes else rows
+    some = x.split(max(1, _TEMPORARY * x.shape[-2] // max(1, x.numel())), dim=-2) if x.is_cpu else (x,)
+    return torch.stack([part.square().sum(-2, keepdim=True) for part in some]).sum(0)

@@ -143,8 +143,9 @@ class SOAP(MatrixOptimizer):
         eps: :math:`\epsilon`, in units of the rotated gradient.
         weight_decay: Decoupled weight decay :math:`\lambda`.
         precondition_frequency: Steps between refreshes of the bases.
-        stagger: Spread the refreshes of different parameters evenly over these steps, instead of making them all in
-            one step as the released code does. Which step is a parameter's follows from its position in its group.
+        stagger: Spread the refreshes of different parameters evenly over these steps, so that none takes longer than
+            the others; ``False`` makes them all in one step, as the released code does. Which step is a parameter's
+            follows from its position in its group.
         max_precondition_dim: Axes longer than this are left as they are.
         merge_dims: Merge neighbouring axes as long as the product stays within ``max_precondition_dim``.
         precondition_1d: Precondition vectors too; otherwise they get Adam.
@@ -187,7 +188,7 @@ class SOAP(MatrixOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.01,
         precondition_frequency: int = 10,
-        stagger: bool = False,
+        stagger: bool = True,
         max_precondition_dim: int = 10000,
         merge_dims: bool = False,
         precondition_1d: bool = False,

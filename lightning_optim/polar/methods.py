@@ -116,8 +116,9 @@ def _normalize(x: Tensor) -> Tensor:
     """Divide by the Frobenius norm; by the largest entry first, as squares of tiny or huge ones leave the range."""
     y = x.to(torch.promote_types(x.dtype, torch.float32))
     tiny = torch.finfo(y.dtype).tiny
-    # Not by vector_norm(inf), which is not vectorised on a CPU.
-    y = y / y.abs().amax(dim=(-2, -1), keepdim=True).clamp_(min=tiny)
+    # vector_norm(inf) is not vectorised on a CPU.
+    largest = torch.maximum(y.amax(dim=(-2, -1), keepdim=True), -y.amin(dim=(-2, -1), keepdim=True))
+    y = y / largest.clamp_(min=tiny)
     return y.div_(torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True).clamp_(min=tiny))
 
 

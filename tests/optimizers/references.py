@@ -422,8 +422,14 @@ class EigenbasisReference(Reference):
     eps: float = 1e-8
     weight_decay: float = 0.01
     precondition_frequency: int = 10
+    stagger: bool = False  # Released: every basis is refreshed in the same step.
     max_precondition_dim: int = 10000
     correct_bias: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for i, s in enumerate(self.states):
+            s["position"] = i
 
     def update(self, p: Array, g: Array, s: State, lr: float) -> Array:
         b1, b2 = self.betas
@@ -449,7 +455,7 @@ class EigenbasisReference(Reference):
 
         for axis in axes:
             s["L"][axis] = beta * s["L"][axis] + (1 - beta) * outer_product(g, axis)
-        if t % self.precondition_frequency == 0:
+        if (t + (s["position"] if self.stagger else 0)) % self.precondition_frequency == 0:
             m = rotate_back(s["m"], s["Q"])
             for axis in axes:
                 left, q = s["L"][axis], s["Q"][axis]

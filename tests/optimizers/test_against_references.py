@@ -28,6 +28,7 @@ eigenbasis = {
     "eps": eps,
     "shampoo_beta": st.sampled_from([None, 0.5, 0.9]),
     "precondition_frequency": st.integers(1, 4),
+    "stagger": st.booleans(),
     "max_precondition_dim": st.sampled_from([5, 10000]),
     "correct_bias": st.booleans(),
 }

@@ -390,7 +390,8 @@ def test_launches_do_not_grow_with_the_number_of_small_tensors(name: str, backen
 
 @pytest.mark.parametrize("name", MATRIX)
 def test_launches_do_not_grow_with_the_number_of_equal_matrices(name: str) -> None:
-    few, many = (operations(name, [(8, 8)] * k, "chunked").count for k in (4, 40))
+    # At least two of them refresh their bases in any step.
+    few, many = (operations(name, [(8, 8)] * k, "chunked").count for k in (20, 200))
     assert few == many
 
 

@@ -72,7 +72,7 @@ GOOD: dict[str, st.SearchStrategy[Any]] = {
     "precondition_frequency": st.integers(1, 3),
     "clamp": st.sampled_from([1e-18, 0.1, 0.75, 1.0]),
     "orthogonalizer": st.sampled_from(["exact", "kj5"]),
-    **dict.fromkeys(("nesterov", "decoupled", "rectify", "correct_bias", "maximize"), switch),
+    **dict.fromkeys(("nesterov", "decoupled", "rectify", "correct_bias", "maximize", "stagger"), switch),
 }
 #: Those that decide on the state, and so may be drawn at the start only.
 STRUCTURE: dict[str, st.SearchStrategy[Any]] = {
@@ -308,6 +308,8 @@ class Oracle:
                 if "orthogonalizer" in group and hasattr(reference, "orthogonalizer"):
                     reference.orthogonalizer = "exact" if group["orthogonalizer"] == "exact" else "kj5"
                 reference.params = [x.copy() for x in old]
+                for state in reference.states:
+                    state["position"] = next(i for i, p in enumerate(group["params"]) if p is params[some[0]])
                 noise = self.noise if j else 0.0
                 reference.step([self._disturbed(g, noise, group["rule"]) for g in grad], lr=float(group["lr"]))
                 news.append(self._per_parameter(reference.params, [olds[i].shape for i in some], group))

@@ -140,7 +140,7 @@ def eigenbasis(hp: Hyper) -> Hyper:
         hp, "lr", "betas", "eps", "weight_decay", "precondition_frequency", "correct_bias",
         max_precondition_dim="max_precond_dim",
     )  # fmt: skip
-    return names | {"shampoo_beta": None if beta < 0 else beta}
+    return names | {"shampoo_beta": None if beta < 0 else beta, "stagger": False}
 
 
 def soap(hp: Hyper, variant: str) -> Hyper:

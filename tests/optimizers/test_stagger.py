@@ -34,13 +34,13 @@ def refreshed(name: str, steps: int, resume_at: int | None = None, **arguments: 
 
 @pytest.mark.parametrize("name", ["SOAP", "DeVA"])
 def test_released_schedule_refreshes_everything_at_once(name: str) -> None:
-    assert refreshed(name, 10) == [{5, 9}] * 6
+    assert refreshed(name, 10, stagger=False) == [{5, 9}] * 6
 
 
 @pytest.mark.parametrize("resume_at", [None, 4])
 @pytest.mark.parametrize("name", ["SOAP", "DeVA"])
-def test_staggered_refreshes_are_dealt_evenly_and_survive_a_resume(name: str, resume_at: int | None) -> None:
-    found = refreshed(name, 13, resume_at, stagger=True)
+def test_by_default_refreshes_are_dealt_evenly_and_survive_a_resume(name: str, resume_at: int | None) -> None:
+    found = refreshed(name, 13, resume_at)
     for i, steps in enumerate(found):
         # As often as without, one step earlier for each position in the group.
         assert steps == {t for t in range(2, 14) if (t - 1 + i) % FREQUENCY == 0}

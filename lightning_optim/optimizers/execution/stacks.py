@@ -31,10 +31,13 @@ Report = Callable[[Task, str, Tensor], None]
 Request = tuple[Any, ...]
 
 #: Matrices up to this many elements are stacked: below it copying them costs less than dispatching their operations.
-STACK = {"cpu": 2**14, "cuda": 2**20}
+STACK = {"cpu": 2**16, "cuda": 2**20}
 #: Matrices up to this many elements are orthogonalised together: above it one matrix product keeps the device busy.
 TOGETHER = {"cpu": 2**18, "cuda": 2**21}
-#: Elements whose orthogonalisation may wait at the same time, which bounds the memory for it.
+#: Elements that one process works on at the same time, on a CPU for each thread: what stays in its cache and in memory
+#: that is not handed back to the system in between; elsewhere what bounds the memory.
+LOT = {"cpu": 2**18, "cuda": 2**24}
+#: Elements whose orthogonalisation several processes share at the same time.
 WAVE = 2**24
 
 
@@ -117,13 +120,19 @@ def jobs(
     for _, some in groupby(stacks, key=lambda stack: stack.shape if processes == 1 else None):
         alike = list(some)
         sizes = [stack.elements for stack in alike]
-        for wave in packs(alike, sizes, 0 if plain else wave_limit(sizes, processes)):
+        limit = lot(alike[0].tasks[0].g.device) if processes == 1 else wave_limit(sizes, processes)
+        for wave in packs(alike, sizes, 0 if plain else limit):
             yield drive(wave, finite, report, solve, move)
+
+
+def lot(device: torch.device) -> int:
+    """How many elements one process works on at the same time."""
+    return LOT["cpu"] * torch.get_num_threads() if device.type == "cpu" else LOT["cuda"]
 
 
 def wave_limit(elements: Sequence[int], processes: int) -> int:
     """How many elements a wave may have: enough for each process to work on the largest."""
-    return WAVE if processes == 1 else max(WAVE, processes * max(elements, default=0))
+    return max(WAVE, processes * max(elements, default=0))
 
 
 def split(batch: Batch, plain: bool) -> Iterator[Stack]:
@@ -134,10 +143,11 @@ def split(batch: Batch, plain: bool) -> Iterator[Stack]:
     for i, task in enumerate(batch.tasks):
         g = task.g
         small = not plain and g.numel() // batch.group["blocks"] <= STACK.get(g.device.type, STACK["cuda"])
-        key = (id(task.scalars), g.shape, task.p.dtype, g.dtype, g.device) if small else i
+        key = (*task.scalars.items(), g.shape, task.p.dtype, g.dtype, g.device) if small else i
         alike.setdefault(key, []).append(task)
     for tasks in alike.values():
-        yield Stack(rule, batch.group, tasks)
+        for some in packs(tasks, [task.g.numel() for task in tasks], lot(tasks[0].g.device)):
+            yield Stack(rule, batch.group, some)
 
 
 def _update(stack: Stack, finite: Tensor | None, report: Report | None, move: Mover) -> Iterator[Request]:
