@@ -20,7 +20,7 @@ from .distributed_probes import Net
 def launch(kind: str, folder: Path) -> list[dict[str, Any]]:
     command = [sys.executable, distributed_probes.__file__, kind, str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
@@ -63,7 +63,7 @@ def test_nobody_waits_for_ever_for_a_process_that_fails(tmp_path: Path) -> None:
     command = [sys.executable, distributed_probes.__file__, "failing-fsdp2", str(tmp_path)]
     # A minute is enough to start two processes, train a little and wait for five seconds.
     result = subprocess.run(
-        command, capture_output=True, text=True, timeout=60, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     assert result.returncode != 0
     assert "SpikeResponse: a probe failed on this process and did not end on all others" in result.stderr

@@ -57,7 +57,7 @@ def start(processes: int, out: Path) -> list[dict[str, Any]]:
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [*run, program.__file__, str(out)], capture_output=True, text=True, timeout=120, env=environment
+        [*run, program.__file__, str(out)], capture_output=True, text=True, timeout=300, env=environment
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     # Weights only would refuse counters and sets.

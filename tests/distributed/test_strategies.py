@@ -208,7 +208,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[di
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     for processes in (2, 4):
         run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        done = subprocess.run([*run, __file__, str(out)], capture_output=True, text=True, timeout=120, env=environment)
+        done = subprocess.run([*run, __file__, str(out)], capture_output=True, text=True, timeout=300, env=environment)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return lambda name: [torch.load(file) for file in sorted(out.glob(f"{name} *.pt"))]
 

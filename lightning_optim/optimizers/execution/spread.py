@@ -376,15 +376,16 @@ def _tell(
     def kinds(key: Key) -> list[Kind]:
         return [(cuts[key].matrix, compute_dtype(cuts[key].task.p.dtype))] * 2
 
-    moving = sharding.exchange(
-        [[x for key in to if to[key] == rank and owner[key] == me for x in mine[key]] for rank in ranks],
-        [[kind for key in to if to[key] == me and owner[key] == rank for kind in kinds(key)] for rank in ranks],
-        device,
-        cut.group,
-    )
-    yield
-    arrived = [iter(xs) for xs in moving.wait()]
-    mine |= {key: [next(arrived[owner[key]]), next(arrived[owner[key]])] for key in to if to[key] == me}
+    if to:  # The matrices of some parameter have several owners.
+        moving = sharding.exchange(
+            [[x for key in to if to[key] == rank and owner[key] == me for x in mine[key]] for rank in ranks],
+            [[kind for key in to if to[key] == me and owner[key] == rank for kind in kinds(key)] for rank in ranks],
+            device,
+            cut.group,
+        )
+        yield
+        arrived = [iter(xs) for xs in moving.wait()]
+        mine |= {key: [next(arrived[owner[key]]), next(arrived[owner[key]])] for key in to if to[key] == me}
     for (p, block), c in cuts.items():
         if block == 0 and owner[p, 0] == me:
             matrices, factors = (torch.stack(xs) for xs in zip(*(mine[p, i] for i in range(c.blocks))))
