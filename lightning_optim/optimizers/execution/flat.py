@@ -187,7 +187,6 @@ class _Grouped:
     finite: Tensor | None
 
     def __post_init__(self) -> None:
-        self.names = _state_names(self.rule, self.batch.tasks)
         self.device = self.batch.tasks[0].p.device
 
     def update(self, groups: tuple[sharding.Group, ...]) -> Sums:
@@ -204,13 +203,12 @@ class _Grouped:
         for key, tasks in apart.items():
             # Inductor makes one loop of the update and one of the sums: the second should find the vectors in cache.
             parts = [
-                part
-                for some in _alike(tasks)
-                for part in _each(update, some, self.names, {}, self.backend, self.finite, moves=False, longest=CHUNK)
+                part for some in _alike(tasks) for part in self._call(update, some, {}, moves=False, longest=CHUNK)
             ]
             if not parts:  # This process has no element of them, but the others wait for its zeros.
                 task = tasks[0]
-                parts = [self.rule.sums(**{name: task.state[name] for name in self.names}, **task.scalars)]
+                names = _state_names(self.rule, tasks)
+                parts = [self.rule.sums(**{name: task.state[name] for name in names}, **task.scalars)]
             sums[key] = torch.stack([torch.stack([x.to(self.device) for x in column]).sum(0) for column in zip(*parts)])
         return sums
 
@@ -224,12 +222,19 @@ class _Grouped:
         new, coefficients = rule.combine(*totals.unbind(), **old, **oldest.scalars)
         for some in _alike(tasks):
             local = {name: x.to(some[0].p.device) for name, x in coefficients.items()}
-            _each(rule.finish, some, self.names, local, self.backend, finite, takes_gradient=False)
+            self._call(rule.finish, some, local, takes_gradient=False)
         states = [*(task.state for task in tasks), *self.batch.idle]
         for name, value in new.items():
             if finite is not None:
                 value = torch.where(finite.to(self.device), value, old[name])
             torch._foreach_copy_([state[name] for state in states], [value] * len(states))
+
+    def _call(
+        self, function: Callable[..., Any], tasks: list[Task], coefficients: dict[str, Tensor], **options: Any
+    ) -> list[Any]:
+        # Parameters of one group can be of several precisions, and then only some have a residual.
+        names = _state_names(self.rule, tasks)
+        return _each(function, tasks, names, coefficients, self.backend, self.finite, **options)
 
 
 def _run_groups(grouped: Sequence[_Grouped], groups: tuple[sharding.Group, ...]) -> None:
