@@ -429,6 +429,24 @@ def test_weights_that_somebody_sets_to_zero_stay_numbers() -> None:
         assert p.abs().max() < 0.1
 
 
+@each_optimizer
+@pytest.mark.parametrize("backend", ["plain", "chunked"])
+@pytest.mark.parametrize("rounding", ["kahan", "split"])
+@pytest.mark.parametrize("first", [torch.float32, torch.bfloat16])
+def test_parameters_of_several_precisions_in_one_group(
+    name: str, backend: str, rounding: str, first: torch.dtype
+) -> None:
+    """Only some have a residual, and these have one whatever comes first."""
+    second = torch.bfloat16 if first == torch.float32 else torch.float32
+    params = [nn.Parameter(torch.ones(4, 3).to(dtype)) for dtype in (first, second, first)]
+    optimizer = build(name, params, rounding=rounding, backend=backend, lr=1e-4)
+    run(optimizer, params, range(1, 4))
+    for p in params:
+        moved = (optimizer.exact(p).float() != 1).double().mean()
+        assert moved > 0.9
+        assert (RESIDUAL in optimizer.state[p]) == (p.dtype == torch.bfloat16)
+
+
 # --- checkpoints ------------------------------------------------------------------------------------------------
 
 

@@ -176,7 +176,6 @@ class _Grouped:
     finite: Tensor | None
 
     def __post_init__(self) -> None:
-        self.names = _state_names(self.rule, self.batch.tasks)
         self.device = self.batch.tasks[0].p.device
 
     def sums(self, groups: tuple[sharding.Group, ...]) -> Sums:
@@ -190,14 +189,10 @@ class _Grouped:
             apart.setdefault(sharding.groups(task.parameter) or groups, []).append(task)
         sums = {}
         for key, tasks in apart.items():
-            parts = [
-                part
-                for some in _alike(tasks)
-                for part in _each(self.rule.sums, some, self.names, {}, self.backend, self.finite, writes=False)
-            ]
+            parts = [part for some in _alike(tasks) for part in self._call(self.rule.sums, some, {}, writes=False)]
             if not parts:  # This process has no element of them, but the others wait for its zeros.
                 task = tasks[0]
-                state = {name: task.state[name] for name in self.names}
+                state = {name: task.state[name] for name in _state_names(self.rule, tasks)}
                 parts = [call(self.rule.sums, task.p, task.g, task.gain, None, state, task.scalars, writes=False)]
             sums[key] = torch.stack([torch.stack([x.to(self.device) for x in column]).sum(0) for column in zip(*parts)])
         return sums
@@ -215,12 +210,19 @@ class _Grouped:
             # With numbers, operations need no temporaries; reading them from an accelerator would wait for it.
             known = finite is None and device.type == "cpu"
             local = {name: float(x) if known else x.to(device) for name, x in coefficients.items()}
-            _each(rule.update, some, self.names, local, self.backend, finite)
+            self._call(rule.update, some, local)
         states = [*(task.state for task in tasks), *self.batch.idle]
         for name, value in new.items():
             if finite is not None:
                 value = torch.where(finite.to(self.device), value, old[name])
             torch._foreach_copy_([state[name] for state in states], [value] * len(states))
+
+    def _call(
+        self, function: Callable[..., Any], tasks: list[Task], coefficients: dict[str, Any], writes: bool = True
+    ) -> list[Any]:
+        # Parameters of one group can be of several precisions, and then only some have a residual.
+        names = _state_names(self.rule, tasks)
+        return _each(function, tasks, names, coefficients, self.backend, self.finite, writes)
 
 
 def _run_groups(grouped: Sequence[_Grouped], groups: tuple[sharding.Group, ...]) -> None:
