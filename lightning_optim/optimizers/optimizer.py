@@ -136,7 +136,8 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         self.shard_group: Group | None = None
         self._unsettled: _Verdict | None = None
         self._graphs: StepGraphs | None = None
-        self._owners: dict[Tensor, int] = {}  # of parameters whose state lives with one process
+        #: Of parameters with a matrix rule that have state: the process it lives with, ``None`` if not with one.
+        self._owners: dict[Tensor, int | None] = {}
         self._seen: list[dict[str, Any]] = []
         super().__init__(params, hyperparameters | {"maximize": options.maximize})
 
@@ -331,7 +332,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
             finite = True
         elif finite is False:
             return False, []
-        self._bring_state_home()
+        self._bring_state_home(work)
         each = zip(grads, gains)
         positions = self._noisy_positions()
         ticks: list[Tick] = []
@@ -420,11 +421,15 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
     def _residents(self) -> list[execution.homes.Resident]:
         return execution.homes.residents((self.rule(group), group) for group in self.param_groups)
 
-    def _bring_state_home(self) -> None:
+    def _bring_state_home(self, work: Work) -> None:
         """See to it that state which is to live with one process does."""
-        if residents := self._residents():
-            self._owners = execution.homes.owners(residents, self._owners)
-            execution.homes.bring_home(residents, self._owners, self.state)
+        matrices = [p for group, params in work if isinstance(self.rule(group), MatrixRule) for p in params]
+        if all(p in self._owners and self.state.get(p) for p in matrices):
+            return
+        residents = self._residents()
+        owners = execution.homes.owners(residents, self._owners)
+        execution.homes.bring_home(residents, owners, self.state)
+        self._owners = self._owners | dict.fromkeys(matrices) | owners
 
     def settle(self) -> None:
         """Advance the step counts of the last step, or count it as skipped.

@@ -61,7 +61,7 @@ def residents(groups: Iterable[tuple[Rule, Mapping[str, Any]]]) -> list[Resident
     ]
 
 
-def owners(some: Sequence[Resident], known: Mapping[Tensor, int]) -> dict[Tensor, int]:
+def owners(some: Sequence[Resident], known: Mapping[Tensor, int | None]) -> dict[Tensor, int]:
     """An owner for each parameter: the known one, or whoever has least state, the largest first."""
     found: dict[Tensor, int] = {}
     apart: dict[Any, list[Resident]] = defaultdict(list)
@@ -93,7 +93,7 @@ def bring_home(some: Sequence[Resident], owner: Mapping[Tensor, int], states: Ma
 
 
 def in_parts(
-    some: Sequence[Resident], owner: Mapping[Tensor, int], states: Mapping[Tensor, State]
+    some: Sequence[Resident], owner: Mapping[Tensor, int | None], states: Mapping[Tensor, State]
 ) -> dict[Tensor, State]:
     """State as checkpoints have it, of those parameters whose state is with their owners, where it also stays."""
     found: dict[Tensor, State] = {}
@@ -128,14 +128,16 @@ class _StateTensor:
 
 
 def _tensors(
-    some: Iterable[Resident], owner: Mapping[Tensor, int], states: Mapping[Tensor, State], in_parts: bool
+    some: Iterable[Resident], owner: Mapping[Tensor, int | None], states: Mapping[Tensor, State], in_parts: bool
 ) -> Iterator[_StateTensor]:
     """The tensors of the parameters' state that are in parts, or those that are not."""
     for r in some:
-        state = states.get(r.parameter, {})
+        state, home = states.get(r.parameter), owner.get(r.parameter)
+        if not state or home is None:
+            continue
         for name, cut in r.state_cuts.items():
-            if name in state and (sharding.placements(state[name]) is not None) is in_parts:
-                yield _StateTensor(r.parameter, owner[r.parameter], state, name, cut)
+            if (sharding.placements(state[name]) is not None) is in_parts:
+                yield _StateTensor(r.parameter, home, state, name, cut)
 
 
 def _waves(tensors: Iterable[_StateTensor]) -> Iterator[tuple[list[_StateTensor], Sharding]]:
