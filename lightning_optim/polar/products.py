@@ -16,7 +16,7 @@ def symmetric_product(
     alpha: float = 1.0,
     out: Tensor | None = None,
 ) -> Tensor:
-    """``beta * plus + alpha * x @ y``, which has to be symmetric, for stacks of matrices.
+    """``x @ y``, or ``beta * plus + alpha * x @ y``, which has to be symmetric, for stacks of matrices.
 
     Where it pays, three eighths of the multiplications are left out: four horizontal bands are made up to the diagonal
     only, with one product each, and mirrored.
@@ -26,7 +26,7 @@ def symmetric_product(
         y: Shape ``(k, n, m)``.
         plus: Shape ``(k, m, m)``, symmetric.
         beta: Its factor.
-        alpha: Factor of the product.
+        alpha: Factor of the product that is added to it.
         out: Where to put the result; it may be ``plus``.
 
     Example:
@@ -55,6 +55,11 @@ def symmetric_product(
 
 
 def _halving_pays(x: Tensor) -> bool:
-    """As measured on a CPU: below, the smaller products are less efficient than what they save."""
+    """Whether what is left out outweighs that smaller products are less efficient.
+
+    Measured on a CPU with AVX2 and one thread, the time of the halves over that of the whole: 1.3 for 64 matrices of
+    64 x 64, 1.0 for 16 of 128 x 128, 0.9 for 7 of 192 x 192, 0.8 for 512 x 512, 0.67 for 2048 x 2048. With four threads
+    0.9 for 24 of 192 x 192, 0.78 for 1024 x 1024.
+    """
     k, m, n = x.shape
     return x.device.type == "cpu" and m >= 192 and k * m * m * n >= torch.get_num_threads() * 2**25

@@ -24,7 +24,7 @@ def test_it_is_the_product(halved: bool, k: int, m: int, n: int, added: bool, in
     x = torch.randn(k, m, n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     plus = x @ x.mT if added else None
     out = (plus if added else torch.empty(k, m, m, dtype=torch.float64)) if in_place else None
-    expected = 0.5 * x @ x.mT + (3.0 * plus if plus is not None else 0.0)
+    expected = x @ x.mT if plus is None else 3.0 * plus + 0.5 * x @ x.mT
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(products, "_halving_pays", lambda x: halved)
         result = products.symmetric_product(x, x.mT, plus, beta=3.0, alpha=0.5)
