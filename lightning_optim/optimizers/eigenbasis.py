@@ -14,6 +14,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from ..polar import symmetric_product
 from .rule import Hyperparameters, Internal, Observer, Shape, ignore, squared_norm
 
 _KERNEL = 64  # Positions of a kernel up to which its axes are worked on as one, which saves moving them to the end.
@@ -55,7 +56,8 @@ class Eigenbasis:
                 rows = x.movedim(axes[0] + 1, 1).reshape(len(x), x.shape[axes[0] + 1], -1)
                 columns = rows.mT
             if len(axes) == 1:
-                self.state[f"gram{axes[0]}"].baddbmm_(rows, columns, beta=beta, alpha=1 - beta)
+                gram = self.state[f"gram{axes[0]}"]
+                symmetric_product(rows, columns, gram, beta, 1 - beta, out=gram)
                 continue
             lengths = [g.shape[axis + 1] for axis in axes]
             product = torch.bmm(rows, columns).view(-1, *lengths, *lengths)

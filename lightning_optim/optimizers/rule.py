@@ -315,5 +315,6 @@ def squared_norm(x: Tensor, axes: tuple[int, ...] = (-2, -1)) -> Tensor:
     if -1 in axes:  # Row by row: without a temporary of the size of ``x``, and no sum is long.
         rows = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
         return rows.sum(-2, keepdim=True) if -2 in axes else rows
-    some = x.split(max(1, _TEMPORARY * x.shape[-2] // max(1, x.numel())), dim=-2) if x.is_cpu else (x,)
-    return torch.stack([part.square().sum(-2, keepdim=True) for part in some]).sum(0)
+    some = max(1, _TEMPORARY * x.shape[-2] // max(1, x.numel())) if x.is_cpu else max(1, x.shape[-2])
+    parts = [part.square().sum(-2, keepdim=True) for part in x.split(some, dim=-2)]
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from .minimax import Coefficients
 from .presets import Iteration, find
+from .products import symmetric_product
 
 _SHORT_GRAM = 3  # Steps on one Gram matrix; more lose small singular values, as eigenvalues of A are their squares.
 _LONG = 2  # Aspect ratio from which iterating on the Gram matrix pays.
-_BANDS = 4  # In which the lower part of a symmetric product is made.
 
 
 def orthogonalize(x: Tensor, method: str = "pe6", dtype: torch.dtype | None = None) -> Tensor:
@@ -123,36 +123,7 @@ def _normalize(x: Tensor) -> Tensor:
 
 
 def _gram(y: Tensor, tall: bool) -> Tensor:
-    return _symmetric(y.mT, y) if tall else _symmetric(y, y.mT)
-
-
-def _symmetric(x: Tensor, y: Tensor, plus: Tensor | None = None, beta: float = 1.0, alpha: float = 1.0) -> Tensor:
-    """``beta * plus + alpha * x @ y``, known to be symmetric.
-
-    Where it pays, three eighths of the multiplications are left out: horizontal bands are made up to the diagonal only,
-    with one product each, and mirrored.
-    """
-    if not _halving_pays(x):
-        return torch.bmm(x, y) if plus is None else torch.baddbmm(plus, x, y, beta=beta, alpha=alpha)
-    m = x.shape[-2]
-    size = -(-m // _BANDS)
-    result = x.new_empty(len(x), m, m)
-    for start in range(0, m, size):
-        end = min(start + size, m)
-        rows, columns = x[:, start:end], y[..., :end]
-        if plus is None:
-            band = torch.bmm(rows, columns)
-        else:
-            band = torch.baddbmm(plus[:, start:end, :end], rows, columns, beta=beta, alpha=alpha)
-        result[:, start:end, :end] = band
-        result[:, :start, start:end] = band[..., :start].mT
-    return result
-
-
-def _halving_pays(x: Tensor) -> bool:
-    """As measured on a CPU: below, the smaller products are less efficient than what they save."""
-    k, m, n = x.shape
-    return x.device.type == "cpu" and m >= 192 and k * m * m * n >= torch.get_num_threads() * 2**25
+    return symmetric_product(y.mT, y) if tall else symmetric_product(y, y.mT)
 
 
 def _rescale(y: Tensor, gram: Tensor, tall: bool, rescale: str) -> tuple[Tensor, Tensor]:
@@ -177,17 +148,17 @@ def _advance(y: Tensor, gram: Tensor, tall: bool, steps: tuple[Coefficients, ...
     """
     total: Tensor | None = None
     for a, b, c in steps[:-1]:
-        q = _symmetric(gram, gram, gram, beta=b, alpha=c)
-        half = _symmetric(q, gram, gram, beta=a)
-        gram = _symmetric(half, q, half, beta=a)
+        q = symmetric_product(gram, gram, gram, beta=b, alpha=c)
+        half = symmetric_product(q, gram, gram, beta=a)
+        gram = symmetric_product(half, q, half, beta=a)
         if total is None:
             total = q
             total.diagonal(dim1=-2, dim2=-1).add_(a)
         else:
-            total = _symmetric(q, total, total, beta=a)
+            total = symmetric_product(q, total, total, beta=a)
     a, b, c = steps[-1]
-    q = _symmetric(gram, gram, gram, beta=b, alpha=c)
+    q = symmetric_product(gram, gram, gram, beta=b, alpha=c)
     if total is None:
         return torch.baddbmm(y, y, q, beta=a) if tall else torch.baddbmm(y, q, y, beta=a)
-    total = _symmetric(q, total, total, beta=a)
+    total = symmetric_product(q, total, total, beta=a)
     return torch.bmm(y, total) if tall else torch.bmm(total, y)

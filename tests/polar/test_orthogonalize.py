@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from benchmarks.polar_quality import DTYPES, EmulatedProducts, polar_error, spectra
-from lightning_optim.polar import METHODS, find, methods, orthogonalize
+from lightning_optim.polar import METHODS, find, methods, orthogonalize, products
 
 #: Slope at zero, and the range on [0.1, 1], [0.01, 1] and [1e-3, 1], of the scalar maps, to the digits given.
 MAPS = {
@@ -146,9 +146,9 @@ def test_every_shape_follows_the_written_iteration(method: str, k: int, m: int, 
 def test_half_of_a_symmetric_product_is_enough(method: str, k: int, m: int, n: int, seed: int) -> None:
     x = torch.randn(k, m, n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(methods, "_halving_pays", lambda x: True)
+        patch.setattr(products, "_halving_pays", lambda x: True)
         halved = orthogonalize(x, method)
-        patch.setattr(methods, "_halving_pays", lambda x: False)
+        patch.setattr(products, "_halving_pays", lambda x: False)
         torch.testing.assert_close(halved, orthogonalize(x, method), rtol=1e-7, atol=1e-7)  # As below.
 
 
