@@ -294,11 +294,11 @@ def _collector(wave: Sequence[_Cut], owner: Mapping[Key, int], report: Report | 
 
 @dataclass(frozen=True)
 class _Solved:
-    """A matrix at its owner: all of its rows, what came of them, and its sums over processes."""
+    """A matrix: all of its rows, what came of them, and, where it was solved, its sums over processes."""
 
     matrix: Tensor
     factor: Tensor
-    totals: list[Tensor]
+    totals: Sequence[Tensor] = ()
 
 
 def _gathered(
@@ -331,21 +331,31 @@ def _gathered(
     received = [iter(xs) for xs in there.wait()]
     solved = _solved({key: [[next(xs) for xs in received] for _ in parts[key]] for key in of[me]}, methods)
 
+    # Observers want all matrices of a parameter in one place: where the first of them is.
+    told = {key: home for key in cuts if report and (home := owner[key[0], 0]) != owner[key]}
+
     def back(key: Key, rank: int) -> list[Tensor]:
         start, stop = cuts[key].rows(key[1], rank)
-        return [solved[key].factor[start:stop], *solved[key].totals]
+        one = solved[key]
+        return [one.factor[start:stop], *one.totals] + [one.matrix, one.factor] * (told.get(key) == rank)
+
+    def back_kinds(key: Key) -> list[Kind]:
+        return kinds(key, me) + [(cuts[key].matrix, parts[key][0].dtype)] * 2 * (told.get(key) == me)
 
     returning = sharding.exchange(
         [[x for key in of[me] for x in back(key, rank)] for rank in ranks],
-        [[kind for key in keys for kind in kinds(key, me)] for keys in of],
+        [[kind for key in keys for kind in back_kinds(key)] for keys in of],
         device,
         cut.group,
     )
     yield
     for keys, arrived in zip(of, map(iter, returning.wait())):
-        parts |= {key: [next(arrived) for _ in parts[key]] for key in keys}
+        for key in keys:
+            parts[key] = [next(arrived) for _ in parts[key]]
+            if told.get(key) == me:
+                solved[key] = _Solved(next(arrived), next(arrived))
     if report is not None:
-        yield from _tell(solved, cuts, owner, report)
+        _tell([c for c in wave if owner[c.parameter, 0] == me and (c.parameter, 0) in cuts], solved, report)
     answers = []
     for stack, _ in asked:
         factor, *sums = (torch.stack(xs) for xs in zip(*(parts[key] for key in _keys(stack))))
@@ -363,34 +373,12 @@ def _solved(arrived: Mapping[Key, list[list[Tensor]]], methods: Mapping[Key, str
     }
 
 
-def _tell(
-    solved: Mapping[Key, _Solved], cuts: Mapping[Key, _Cut], owner: Mapping[Key, int], report: Report
-) -> Iterator[None]:
-    """Report all matrices of a parameter in one place: where the first of them is."""
-    some = next(iter(cuts.values()))
-    cut, device = some.cut, some.task.p.device
-    ranks, me = range(cut.processes), cut.rank
-    to = {key: first for key in cuts if (first := owner[key[0], 0]) != owner[key]}
-    mine = {key: [x.matrix, x.factor] for key, x in solved.items()}
-
-    def kinds(key: Key) -> list[Kind]:
-        return [(cuts[key].matrix, compute_dtype(cuts[key].task.p.dtype))] * 2
-
-    if to:  # The matrices of some parameter have several owners.
-        moving = sharding.exchange(
-            [[x for key in to if to[key] == rank and owner[key] == me for x in mine[key]] for rank in ranks],
-            [[kind for key in to if to[key] == me and owner[key] == rank for kind in kinds(key)] for rank in ranks],
-            device,
-            cut.group,
-        )
-        yield
-        arrived = [iter(xs) for xs in moving.wait()]
-        mine |= {key: [next(arrived[owner[key]]), next(arrived[owner[key]])] for key in to if to[key] == me}
-    for (p, block), c in cuts.items():
-        if block == 0 and owner[p, 0] == me:
-            matrices, factors = (torch.stack(xs) for xs in zip(*(mine[p, i] for i in range(c.blocks))))
-            report(c.task, "momentum", matrices)
-            report(c.task, "orthogonal_factor", factors)
+def _tell(some: Iterable[_Cut], solved: Mapping[Key, _Solved], report: Report) -> None:
+    """Report all matrices of parameters together."""
+    for c in some:
+        matrices = [solved[c.parameter, block] for block in range(c.blocks)]
+        report(c.task, "momentum", torch.stack([x.matrix for x in matrices]))
+        report(c.task, "orthogonal_factor", torch.stack([x.factor for x in matrices]))
 
 
 # --- whole tensors ----------------------------------------------------------------------------------------------------
