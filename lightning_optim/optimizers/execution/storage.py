@@ -97,8 +97,10 @@ def store_(
     """
     new_residual: Tensor | None = None
     if noise is not None:
-        # The upper of its bits: the lower ones repeat sooner.
-        value = _round(value, p.dtype, random_bits(noise) >> (16 - _DROPPED[p.dtype]))
+        bits = random_bits(noise)
+        if spare := 16 - _DROPPED[p.dtype]:
+            bits = bits >> spare  # Its upper ones: the lower ones repeat sooner.
+        value = _round(value, p.dtype, bits)
     elif residual is not None and residual.dtype == torch.int16:
         bits = torch.where(value.isnan(), torch.nan, value).view(torch.int32)
         new_residual = ((bits + 0x8000) & _BYTES_2) - 0x8000
@@ -154,8 +156,6 @@ def _round(value: Tensor, dtype: torch.dtype, addend: Tensor | int) -> Tensor:
 _STRIDE = 40521
 #: Steps from one h to the next.
 _BLOCK = 1024
-#: From which bit of a number on there are the steps, times the stride; below are the elements.
-_STEPS = 46
 
 
 def first_number(t: int, position: int, offset: int = 0) -> int:
@@ -172,7 +172,8 @@ def first_number(t: int, position: int, offset: int = 0) -> int:
     for _ in range(2):
         x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 + 0x9E3779B97F4A7C15) % 2**64
         x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) % 2**64
-    return (t * _STRIDE % 2**16 << _STEPS) + x % 2 ** (_STEPS - 1) + offset
+    # The lower half says which h, where what is carried over adds to it.
+    return (t * _STRIDE % 2**16 << 32) + x % 2**32 + offset
 
 
 def numbers(first: int, start: int, stop: int, device: torch.device) -> Tensor:
@@ -192,8 +193,7 @@ def random_bits(number: Tensor) -> Tensor:
 
     32 bits are mixed, in 64 so that no product overflows: what that gives is nobody's promise.
     """
-    x = number & (2**_STEPS - 1)
-    x = (x ^ (x >> 32)) & _BYTES_4
+    x = number & _BYTES_4
     for shift, constant in ((15, 0x2C1B3C6D), (12, 0x297A2D39)):
         x = ((x ^ (x >> shift)) * constant) & _BYTES_4
-    return (((x ^ (x >> 15)) + (number >> _STEPS)) & _BYTES_2).to(torch.int32)
+    return (((x ^ (x >> 15)) + (number >> 32)) & _BYTES_2).to(torch.int32)
