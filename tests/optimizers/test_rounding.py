@@ -20,7 +20,7 @@ from lightning_optim.optimizers import execution
 from lightning_optim.optimizers import gradients as inspection
 from lightning_optim.optimizers.execution import RESIDUAL, ROUNDINGS, flat, stacks, storage
 from lightning_optim.optimizers.registry import OPTIMIZERS
-from lightning_optim.optimizers.rule import ElementwiseRule, MatrixRule, like
+from lightning_optim.optimizers.rule import ElementwiseRule, MatrixRule, Move, like
 
 from .rows import OURS, build, each_configuration, each_optimizer, gradients, network, run
 
@@ -36,8 +36,8 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 @pytest.fixture
 def tiny_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Limits at which tensors of some hundred elements are cut, joined, stacked and left alone."""
-    monkeypatch.setattr(flat, "SMALL", 16)
-    monkeypatch.setattr(flat, "CHUNK", 40)
+    monkeypatch.setattr(flat, "SMALL", {"cpu": 16, "cuda": 16})
+    monkeypatch.setattr(flat, "CHUNK", {"cpu": 40, "cuda": 40})
     monkeypatch.setattr(stacks, "STACK", {"cpu": 24, "cuda": 24})
     monkeypatch.setattr(stacks, "TOGETHER", {"cpu": 48, "cuda": 48})
 
@@ -270,7 +270,13 @@ def _add(p: Tensor, g: Tensor, **_: Any) -> None:
 
 
 ADD = ElementwiseRule("add", state=like(), scalars=lambda t, hp: {}, update=_add)
-ADD_MATRICES = MatrixRule("add", state=like(), scalars=lambda t, hp, shape: {}, update=_add)
+
+
+def _move(g: Tensor, step: float, keep: float, **_: Any) -> Move:
+    return Move(g, step, keep)
+
+
+ADD_MATRICES = MatrixRule("add", state=like(), scalars=lambda t, hp, shape: {}, update=_move)
 
 
 def added(
@@ -279,14 +285,16 @@ def added(
     """Parameters and residuals after two steps that add the gradient: no arithmetic that could be done otherwise."""
     generator = torch.Generator().manual_seed(9)
     matrix = isinstance(rule, MatrixRule)
-    shapes = [(4, 6), (4, 6), (30, 4), (4, 2, 3, 3)] if matrix else [(), (3,), (97,), (7, 13), (flat.SMALL + 9,)]
+    shapes = (
+        [(4, 6), (4, 6), (30, 4), (4, 2, 3, 3)] if matrix else [(), (3,), (97,), (7, 13), (flat.SMALL[device] + 9,)]
+    )
     params = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
     if not matrix:
         params[3] = params[3].t().contiguous().t()
     states: list[Any] = [{} for _ in params]
     for p, state in zip(params, states):
         execution.prepare_residual(state, p, rounding)
-    scalars: dict[str, Any] = {}
+    scalars: dict[str, Any] = {"step": -1.0, "keep": 1.0} if matrix else {}
     for t in (1, 2):
         for group in ({"blocks": 1, "transposed": False}, {"blocks": 2, "transposed": True}):
             tasks = []
