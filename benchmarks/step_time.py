@@ -178,6 +178,8 @@ def time_steps(
     Returns:
         A row for each contender.
     """
+    # glibc gives memory back, to be paged in anew, until it has seen large blocks freed, as each training step does.
+    torch.zeros(31 * 2**18)
     rate = machine["matmul_gflop_per_s"]["bfloat16"] * 1e9
     notes = {}
     for contender in who:

@@ -19,13 +19,16 @@ from .rule import (
     add_,
     add_quotient_,
     decay_,
+    ema,
     ema_,
     like,
+    plus,
     regularize,
     squared_difference,
     weight_decay,
 )
 
+_BLOCK = 2**16  # Elements whose products are added up in float32: a rounding error of some 1e-6.
 _RESTART_BELOW = 0.1  # The smoothed cosine below which the hidden vector starts anew.
 
 
@@ -45,9 +48,20 @@ def _scalars(t: int, hp: Hyperparameters) -> Scalars:
 
 def _sums(p: Tensor, g: Tensor, m: Tensor, s: Tensor, v: Tensor, *, b1, bc1, l2, **_: Any) -> tuple[Tensor, ...]:
     # The momentum as it will be, and how far it is from the hidden vector; both times bc1, which cancels.
-    m = ema_(m.clone(), regularize(g, p, l2), b1)
-    a = add_(m.clone(), v, -bc1)
-    return tuple((x * y).sum(dtype=accumulation_dtype(p.device)) for x, y in ((m, m), (m, a), (a, a)))
+    m = ema(m, regularize(g, p, l2), b1)
+    a = plus(m, v, -bc1)
+    inner = _inner if m.is_cpu and isinstance(b1, float) else _inner_in_one
+    return tuple(inner(x, y).to(accumulation_dtype(p.device)) for x, y in ((m, m), (m, a), (a, a)))
+
+
+def _inner_in_one(x: Tensor, y: Tensor) -> Tensor:
+    return (x * y).sum(dtype=accumulation_dtype(x.device))
+
+
+def _inner(x: Tensor, y: Tensor) -> Tensor:
+    """The same without a float64 copy, which eager sums make on a CPU: short sums in the tensors' own precision."""
+    blocks = zip(x.reshape(-1).split(_BLOCK), y.reshape(-1).split(_BLOCK))
+    return torch.stack([torch.dot(a, b) for a, b in blocks]).double().sum()
 
 
 def _combine(
@@ -89,7 +103,7 @@ def _update(
     from_hidden = squared_difference(g, v)
     from_momentum = squared_difference(g, m)
     # from_hidden^2 / (...), in the order that cannot overflow where the result does not.
-    target = from_hidden / (from_momentum + gamma * from_hidden).add_(eps) * from_hidden
+    target = (from_hidden / add_(from_momentum, from_hidden, gamma).add_(eps)).mul_(from_hidden)
     # Infinity would stay in the average, and become NaN with b2 = 0.
     ema_(s, target.clamp_(max=torch.finfo(s.dtype).max / 4), b2).add_(eps)
     add_quotient_(p, m, s.sqrt().add_(eps * root_bc2), -lr / bc1 * root_bc2)

@@ -261,7 +261,7 @@ def regularize(g: Tensor, p: Tensor, l2: Any) -> Tensor:
     if l2 is None:
         return g
     limit = largest_gradient(g.dtype)
-    return (g + l2 * p).clamp_(-limit, limit)
+    return plus(g, p, l2).clamp_(-limit, limit)
 
 
 #: Elements of a temporary that stays in the cache of a core.
@@ -279,6 +279,16 @@ def is_number(coefficient: Any, value: float) -> bool:
 def add_(x: Tensor, y: Tensor, factor: Any) -> Tensor:
     """``x += factor * y``"""
     return x.add_(factor * y) if isinstance(factor, Tensor) else x.add_(y, alpha=factor)
+
+
+def plus(x: Tensor, y: Tensor, factor: Any) -> Tensor:
+    """``x + factor * y``"""
+    return x + factor * y if isinstance(factor, Tensor) else torch.add(x, y, alpha=factor)
+
+
+def ema(x: Tensor, y: Tensor, beta: Any) -> Tensor:
+    """``beta * x + (1 - beta) * y``"""
+    return beta * x + (1 - beta) * y if isinstance(beta, Tensor) else torch.lerp(x, y, 1 - beta)
 
 
 def ema_(x: Tensor, y: Tensor, beta: Any) -> Tensor:
