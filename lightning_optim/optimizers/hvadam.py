@@ -29,6 +29,7 @@ from .rule import (
 )
 
 _BLOCK = 2**16  # Elements whose products are added up in float32: a rounding error of some 1e-6.
+_FAR_FROM_UNDERFLOW = 1e-24  # Squares below 1e-38 are lost; this many of a block's are no more than a rounding error.
 _RESTART_BELOW = 0.1  # The smoothed cosine below which the hidden vector starts anew.
 
 
@@ -50,18 +51,23 @@ def _sums(p: Tensor, g: Tensor, m: Tensor, s: Tensor, v: Tensor, *, b1, bc1, l2,
     # The momentum as it will be, and how far it is from the hidden vector; both times bc1, which cancels.
     m = ema(m, regularize(g, p, l2), b1)
     a = plus(m, v, -bc1)
-    inner = _inner if m.is_cpu and isinstance(b1, float) else _inner_in_one
-    return tuple(inner(x, y).to(accumulation_dtype(p.device)) for x, y in ((m, m), (m, a), (a, a)))
+    if m.is_cpu and m.dtype == torch.float32 and isinstance(b1, float):
+        mm, ma, aa = _in_blocks(m, a)
+        if min(mm, aa) > _FAR_FROM_UNDERFLOW:
+            return mm, ma, aa
+    m, a = (x.to(accumulation_dtype(x.device)) for x in (m, a))
+    return (m * m).sum(), (m * a).sum(), (a * a).sum()
 
 
-def _inner_in_one(x: Tensor, y: Tensor) -> Tensor:
-    return (x * y).sum(dtype=accumulation_dtype(x.device))
-
-
-def _inner(x: Tensor, y: Tensor) -> Tensor:
-    """The same without a float64 copy, which eager sums make on a CPU: short sums in the tensors' own precision."""
-    blocks = zip(x.reshape(-1).split(_BLOCK), y.reshape(-1).split(_BLOCK))
-    return torch.stack([torch.dot(a, b) for a, b in blocks]).double().sum()
+def _in_blocks(m: Tensor, a: Tensor) -> tuple[Tensor, ...]:
+    """Sums of products without float64 copies, for eager steps on a CPU: short ones are in float32."""
+    blocks = list(zip(m.reshape(-1).split(_BLOCK), a.reshape(-1).split(_BLOCK)))
+    dots = [
+        [torch.dot(x, x) for x, _ in blocks],
+        [torch.dot(x, y) for x, y in blocks],
+        [torch.dot(y, y) for _, y in blocks],
+    ]
+    return tuple(torch.stack(each).double().sum() for each in dots)
 
 
 def _combine(

@@ -609,3 +609,20 @@ def test_the_largest_entry_is_bounded(backend: str, data: st.DataObject) -> None
     where = torch.tensor(data.draw(st.integers(0, grads[i].numel() - 1)))
     grads[i][torch.unravel_index(where, grads[i].shape)] = data.draw(st.sampled_from([math.nan, math.inf, -math.inf]))
     assert not math.isfinite(flat.largest(grads, backend))
+
+
+@pytest.mark.parametrize("backend", ["plain", "chunked", compiled])
+def test_the_hidden_vector_is_of_no_scale(backend: str) -> None:
+    """HVAdam decides by ratios of sums of squares, and squares of what float32 can hold may be out of its range."""
+    found = []
+    for scale in (1.0, 1e-12, 1e-20, 1e-28):
+        p = nn.Parameter(torch.zeros(20_000))
+        optimizer = lo.HVAdam([p], backend=backend)
+        for t in range(6):
+            noise = torch.randn(len(p), generator=torch.Generator().manual_seed(t % 3))
+            p.grad = scale * (1 + noise)
+            optimizer.step()
+        found.append(optimizer.state[p]["cosine"].item())
+    # Sums of 2e4 products in float32 are good to about 1e-6.
+    assert found == pytest.approx([found[0]] * 4, rel=1e-5)
+    assert found[0] > 0
