@@ -22,14 +22,11 @@ from .rule import (
     ema,
     ema_,
     like,
-    plus,
     regularize,
     squared_difference,
     weight_decay,
 )
 
-_BLOCK = 2**16  # Elements whose products are added up in float32: a rounding error of some 1e-6.
-_FAR_FROM_UNDERFLOW = 1e-24  # Squares below 1e-38 are lost; this many of a block's are no more than a rounding error.
 _RESTART_BELOW = 0.1  # The smoothed cosine below which the hidden vector starts anew.
 
 
@@ -47,37 +44,32 @@ def _scalars(t: int, hp: Hyperparameters) -> Scalars:
     }
 
 
-def _sums(p: Tensor, g: Tensor, m: Tensor, s: Tensor, v: Tensor, *, b1, bc1, l2, **_: Any) -> tuple[Tensor, ...]:
-    # The momentum as it will be, and how far it is from the hidden vector; both times bc1, which cancels.
-    m = ema(m, regularize(g, p, l2), b1)
-    a = plus(m, v, -bc1)
-    if m.is_cpu and m.dtype == torch.float32 and isinstance(b1, float):
-        mm, ma, aa = _in_blocks(m, a)
-        if min(mm, aa) > _FAR_FROM_UNDERFLOW:
-            return mm, ma, aa
-    m, a = (x.to(accumulation_dtype(x.device)) for x in (m, a))
-    return (m * m).sum(), (m * a).sum(), (a * a).sum()
-
-
-def _in_blocks(m: Tensor, a: Tensor) -> tuple[Tensor, ...]:
-    """Sums of products without float64 copies, for eager steps on a CPU: short ones are in float32."""
-    blocks = list(zip(m.reshape(-1).split(_BLOCK), a.reshape(-1).split(_BLOCK)))
-    dots = [
-        [torch.dot(x, x) for x, _ in blocks],
-        [torch.dot(x, y) for x, y in blocks],
-        [torch.dot(y, y) for _, y in blocks],
-    ]
-    return tuple(torch.stack(each).double().sum() for each in dots)
+def _sums(p: Tensor, g: Tensor, m: Tensor, s: Tensor, v: Tensor, *, b1, l2, **_: Any) -> tuple[Tensor, ...]:
+    m = ema(m, regularize(g, p, l2), b1)  # as it will be
+    # Products, too: the sums nearly cancel, and squares of what float32 can hold may be out of its range.
+    m, v = (x.to(accumulation_dtype(x.device)) for x in (m, v))
+    return (m * m).sum(), (m * v).sum(), (v * v).sum()
 
 
 def _combine(
-    mm: Tensor, ma: Tensor, aa: Tensor, fresh: Tensor, cosine: Tensor, count: Tensor, *, b2: Any, lr: Any, **_: Any
+    mm: Tensor,
+    mv: Tensor,
+    vv: Tensor,
+    fresh: Tensor,
+    cosine: Tensor,
+    count: Tensor,
+    *,
+    b2: Any,
+    bc1: Any,
+    lr: Any,
+    **_: Any,
 ) -> tuple[dict[str, Tensor], Scalars]:
-    """One decision for the whole group; see the class for the symbols, and ``a`` is :math:`\\hat m - v`."""
-    k = torch.where(aa == 0, 0.0, ma / aa)
-    # Of the point m - k a on the line: its squared norm and its product with m.
-    norm2 = (mm - 2 * k * ma + k * k * aa).abs()
-    delta = (mm - k * ma) / (norm2 * mm).sqrt()
+    """One decision for the whole group; see the class for the symbols."""
+    mm, mv = mm / (bc1 * bc1), mv / bc1
+    spread = mm + vv - 2 * mv
+    k = torch.where(spread == 0, 0.0, (mm - mv) / spread)
+    norm2 = (k * k * vv + (1 - k) ** 2 * mm + 2 * k * (1 - k) * mv).abs()
+    delta = (k * mv + (1 - k) * mm) / (norm2 * mm).sqrt()
     starts = fresh > 0
     # Rounding can carry a cosine past 1, and without any gradient it is NaN: no hidden step then.
     moves = ~starts & (delta.abs() <= 1)
@@ -94,7 +86,7 @@ def _combine(
     }
     coefficients = {
         "old": torch.where(starts, zero, torch.where(follows, k, one)),
-        "new": torch.where(starts, one, torch.where(follows, 1 - k, zero)),
+        "new": torch.where(starts, one, torch.where(follows, 1 - k, zero)) / bc1,
         "hidden_lr": torch.where(follows, lr * factor, zero),
     }
     return group_state, coefficients
@@ -113,7 +105,7 @@ def _update(
     # Infinity would stay in the average, and become NaN with b2 = 0.
     ema_(s, target.clamp_(max=torch.finfo(s.dtype).max / 4), b2).add_(eps)
     add_quotient_(p, m, s.sqrt().add_(eps * root_bc2), -lr / bc1 * root_bc2)
-    add_(v.mul_(old), m, new / bc1)
+    add_(v.mul_(old), m, new)
     add_(p, v, -hidden_lr)
 
 
