@@ -277,6 +277,14 @@ def _processes_of_node(everybody: Any, count: int) -> Any:
 
 
 def optimizer_class(name: str) -> type[Optimizer]:
+    """The optimizer of a name in :data:`lightning_optim.OPTIMIZERS`, or of an import path.
+
+    Raises:
+        ValueError: There is none.
+
+    >>> optimizer_class("NAMO") is optimizer_class("lightning_optim.NAMO")
+    True
+    """
     return _import("optimizer", name, Optimizer) if "." in name else registry.get(name).cls
 
 
@@ -464,6 +472,14 @@ def configure_optimizers(
 
 
 def scheduler_class(name: str) -> type[LRScheduler]:
+    """The schedule of a name in :mod:`lightning_optim.schedules` or ``torch.optim.lr_scheduler``, or of an import path.
+
+    Raises:
+        ValueError: There is none.
+
+    >>> scheduler_class("StepLR") is torch.optim.lr_scheduler.StepLR
+    True
+    """
     if "." in name:
         return _import("lr_scheduler", name, LRScheduler)
     known = {n: getattr(torch.optim.lr_scheduler, n) for n in torch.optim.lr_scheduler.__all__}

@@ -83,9 +83,9 @@ def test_a_step_on_many_processes_is_that_of_one(
 
 
 # Float32 state is compared, too: sums in another order, 6e-8 each; of "split" the lowest of the 16 bits rounded off.
-# Random numbers are those of one process in rows; columns get others, and round to the other neighbour in some steps.
+# Random numbers are those of one process, but for columns under element-wise rules: these round to the other neighbour.
 @pytest.mark.parametrize(
-    ("case", "close"), [("fsdp2 bf16", 1e-6), ("fsdp2 split", 2**-12), ("fsdp2 stochastic", 2**-6)]
+    ("case", "close"), [("fsdp2 bf16", 1e-6), ("fsdp2 split", 2**-12), ("fsdp2 stochastic", 2**-7)]
 )
 def test_bfloat16_parameters_keep_float32_state(case: str, close: float, results: Results) -> None:
     for result in results(2, case):
