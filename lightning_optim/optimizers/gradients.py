@@ -82,9 +82,9 @@ def _bound(dtype: torch.dtype) -> float:
 
 
 def _largest(grads: list[Tensor], groups: Sequence[Group], backend: str) -> float:
-    """A bound for all entries on all processes; infinite or NaN if any is."""
-    bound = largest(grads, backend)
+    """The largest entry on all processes; infinite or NaN if any is."""
+    peak = largest(grads, backend)
     if groups:
-        known = torch.tensor(bound, dtype=torch.float32).nan_to_num_(nan=math.inf, posinf=math.inf)
-        bound = float(sharding.largest(known, groups))
-    return bound
+        known = torch.tensor(peak, dtype=torch.float32).nan_to_num_(nan=math.inf, posinf=math.inf)
+        peak = float(sharding.largest(known, groups))
+    return peak

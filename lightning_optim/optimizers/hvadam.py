@@ -47,8 +47,8 @@ def _scalars(t: int, hp: Hyperparameters) -> Scalars:
 def _sums(p: Tensor, g: Tensor, m: Tensor, s: Tensor, v: Tensor, *, b1, l2, **_: Any) -> tuple[Tensor, ...]:
     m = ema(m, regularize(g, p, l2), b1)  # as it will be
     # Products, too: the sums nearly cancel, and squares of what float32 can hold may be out of its range.
-    m, v = (x.to(accumulation_dtype(x.device)) for x in (m, v))
-    return (m * m).sum(), (m * v).sum(), (v * v).sum()
+    m, v = (x.to(accumulation_dtype(x.device)).flatten() for x in (m, v))
+    return m.dot(m), m.dot(v), v.dot(v)
 
 
 def _combine(

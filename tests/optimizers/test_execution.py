@@ -32,6 +32,7 @@ CHUNK = flat.CHUNK["cpu"]
 def tiny_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Limits at which tensors of some hundred elements are cut, joined, stacked and left alone."""
     monkeypatch.setattr(flat, "SMALL", {"cpu": 16, "cuda": 16})
+    monkeypatch.setattr(flat, "SMALL_EAGER", {"cpu": 16, "cuda": 16})
     monkeypatch.setattr(flat, "CHUNK", {"cpu": 40, "cuda": 40})
     monkeypatch.setattr(stacks, "STACK", {"cpu": 24, "cuda": 24})
     monkeypatch.setattr(stacks, "TOGETHER", {"cpu": 48, "cuda": 48})

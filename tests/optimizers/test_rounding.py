@@ -37,6 +37,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 def tiny_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Limits at which tensors of some hundred elements are cut, joined, stacked and left alone."""
     monkeypatch.setattr(flat, "SMALL", {"cpu": 16, "cuda": 16})
+    monkeypatch.setattr(flat, "SMALL_EAGER", {"cpu": 16, "cuda": 16})
     monkeypatch.setattr(flat, "CHUNK", {"cpu": 40, "cuda": 40})
     monkeypatch.setattr(stacks, "STACK", {"cpu": 24, "cuda": 24})
     monkeypatch.setattr(stacks, "TOGETHER", {"cpu": 48, "cuda": 48})
@@ -286,7 +287,9 @@ def added(
     generator = torch.Generator().manual_seed(9)
     matrix = isinstance(rule, MatrixRule)
     shapes = (
-        [(4, 6), (4, 6), (30, 4), (4, 2, 3, 3)] if matrix else [(), (3,), (97,), (7, 13), (flat.SMALL[device] + 9,)]
+        [(4, 6), (4, 6), (30, 4), (4, 2, 3, 3)]
+        if matrix
+        else [(), (3,), (97,), (7, 13), (flat.SMALL_EAGER[device] + 9,)]
     )
     params = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
     if not matrix:

@@ -29,8 +29,10 @@ from .call import call
 from .storage import joined_numbers, numbers
 from .tensors import Batch, Task, compute_dtype, number_names
 
-#: Tensors up to this many elements are joined: below it a copy of a tensor costs less than an operation on it.
+#: Tensors up to this many elements are joined for one call on all: below it a copy of a tensor costs less than a call.
 SMALL = {"cpu": 2**14, "cuda": 2**18}
+#: The same where a rule is not one call, but one for each of its operations.
+SMALL_EAGER = {"cpu": 2**16, "cuda": 2**18}
 #: Elements of a chunk: its operations are long beside their dispatch (a GPU's launch takes about as long as moving 2^22
 #: numbers), and on a CPU its streams and temporaries fit in cache.
 CHUNK = {"cpu": 2**18, "cuda": 2**22}
@@ -132,7 +134,8 @@ def _each(
         go = compiled
     # Random numbers are eight bytes for each element, which should not leave the cache.
     limit = _of(CHUNK, tasks[0].p) if compiled is None or noisy else LONGEST
-    works = _whole(tasks, names, noisy) if backend == "plain" else plan(tasks, names, limit, noisy, writes)
+    small = _of(SMALL_EAGER if compiled is None else SMALL, tasks[0].p)
+    works = _whole(tasks, names, noisy) if backend == "plain" else plan(tasks, names, small, limit, noisy, writes)
     return [go(work.p, work.g, work.gain, work.state, work.noise) for work in works]
 
 
@@ -248,23 +251,23 @@ def _whole(tasks: Iterable[Task], names: Sequence[str], noisy: bool) -> Iterator
 
 
 def plan(
-    tasks: Sequence[Task], names: Sequence[str], limit: int | None, noisy: bool = False, writes: bool = True
+    tasks: Sequence[Task], names: Sequence[str], small: int, limit: int | None, noisy: bool = False, writes: bool = True
 ) -> Iterator[Work]:
     """Cut and join ``tasks``, which are alike.
 
     Args:
         tasks: Parameters of equal dtype, device and scalars.
         names: Their state tensors of the parameter's own shape.
+        small: Elements up to which tensors are joined.
         limit: Longest vector to make of a tensor that need not be copied; ``None`` for any length.
         noisy: Whether random numbers are needed.
         writes: Whether what had to be copied is written back.
     """
-    longest = _of(SMALL, tasks[0].p)
-    small = [task for task in tasks if task.p.numel() <= longest]
-    for pack in packs(small, [task.p.numel() for task in small], _of(CHUNK, tasks[0].p)):
+    short = [task for task in tasks if task.p.numel() <= small]
+    for pack in packs(short, [task.p.numel() for task in short], _of(CHUNK, tasks[0].p)):
         yield from _joined(pack, names, noisy, writes)
     for task in tasks:
-        if task.p.numel() > longest:
+        if task.p.numel() > small:
             yield from _slices(task, names, limit, noisy, writes)
 
 
@@ -362,27 +365,28 @@ def _slices(task: Task, names: Sequence[str], limit: int | None, noisy: bool, wr
             p[i : i + rows].copy_(part.view_as(p[i : i + rows]))
 
 
-# --- a bound for what goes in ---------------------------------------------------------------------------------------
+# --- how large is what goes in? -------------------------------------------------------------------------------------
 
 
 def largest(xs: Sequence[Tensor], backend: str) -> float:
-    """A bound for the absolute values of all entries of tensors on the CPU, infinite or NaN if one is.
-
-    It is at most their Euclidean norm, all taken together.
-    """
+    """The largest absolute value in tensors on the CPU, NaN if they hold one."""
     kinds: dict[Any, list[Tensor]] = {}
     for x in xs:
-        kinds.setdefault((x.dtype, x.device), []).append(x)
+        if x.numel():
+            kinds.setdefault((x.dtype, x.device), []).append(x)
     compiled = _chosen(backend, xs).startswith("compiled")
     peaks: list[Tensor] = []
     for (dtype, device), some in kinds.items():
+        extremes: list[Tensor] = []
         peak = compile_or_warn(partial(kernels.peak, dtype, device), backend) if compiled else None
         if peak is not None:
             # The last first: the step, which begins with the first, then finds those in cache.
-            peaks += [peak(x.view(-1)) for x in reversed(some) if x.numel() >= LONG and x.is_contiguous()]
+            extremes += [peak(x.view(-1)) for x in reversed(some) if x.numel() >= LONG and x.is_contiguous()]
             some = [x for x in some if x.numel() < LONG or not x.is_contiguous()]
         small = [x for x in some if x.numel() <= SMALL["cpu"]]
         rest = [x for x in some if x.numel() > SMALL["cpu"]]
         rest += [_flatten_dense_tensors(pack) for pack in packs(small, [x.numel() for x in small], CHUNK["cpu"])]
-        peaks += torch._foreach_norm(rest, dtype=compute_dtype(dtype)) if rest else ()
-    return float(torch.stack(peaks).max())
+        for x in rest:
+            extremes += torch.aminmax(x)  # Without a temporary, and in several threads.
+        peaks.append(torch.stack(extremes).abs().max().to(compute_dtype(dtype)))
+    return float(torch.stack(peaks).max()) if peaks else 0.0

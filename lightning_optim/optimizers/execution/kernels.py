@@ -184,7 +184,9 @@ def _compile(function: Callable[..., Any], example: list[Tensor], numbers: tuple
     prepare = _hoist(graph, len(numbers)) if by_value else _as_tensors
     inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
     # Part of Inductor's own cache key, so that a process with other threads does not find this process's kernel.
-    with config.patch({"cpp.threads": threads}), torch.accelerator.device_index(example[0].device.index):
+    # Contracted, a product and a sum are one instruction and one rounding, as in torch's own loops.
+    flags = {"cpp.threads": threads, "cpp.enable_floating_point_contract_flag": "fast"}
+    with config.patch(flags), torch.accelerator.device_index(example[0].device.index):
         return Kernel(prepare, compile_fx_inner(graph, inputs))
 
 
