@@ -12,7 +12,7 @@ from itertools import product
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from lightning_optim import build_optimizer, capture_step
@@ -124,6 +124,19 @@ def _fused_adamw(parameters: list[Tensor]) -> Optimizer:
     return AdamW(parameters, **COMMON, fused=True)
 
 
+class CheckedAdamW(AdamW):
+    """Torch's fused AdamW after torch's own look whether all gradients are finite, which ours take in every step."""
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if nn.utils.get_total_norm(gradients).isfinite():
+            super().step(closure)
+
+
+def _checked_adamw(work: Workload) -> list[Stepper]:
+    return [CheckedAdamW(work.parameters, **COMMON, fused=True)]
+
+
 def _torch_muon(work: Workload) -> list[Stepper]:
     return [torch.optim.Muon(work.matrices, **COMMON), _fused_adamw(work.others)]
 
@@ -209,6 +222,7 @@ def _published(dtype: torch.dtype, stacked: bool) -> Contender:
 
 
 REFERENCE = _torch("AdamW", AdamW, fused=True)
+CHECKED = Contender("AdamW", "torch/fused+check", _checked_adamw)
 
 _SOAP: dict[str, Any] = {"takes": "blocks", "precondition_frequency": PERIODS["SOAP"]}
 _HEAVYBALL: dict[str, Any] = {"consume_grad": False}
@@ -216,6 +230,7 @@ _HEAVYBALL: dict[str, Any] = {"consume_grad": False}
 _PEERS: dict[str, list[Contender]] = {
     "torch": [
         REFERENCE,
+        CHECKED,
         _torch("AdamW", AdamW),
         _torch("AdamW", AdamW, foreach=True),
         _torch("Adam", Adam, fused=True),

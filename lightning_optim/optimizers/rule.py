@@ -264,10 +264,6 @@ def regularize(g: Tensor, p: Tensor, l2: Any) -> Tensor:
     return plus(g, p, l2).clamp_(-limit, limit)
 
 
-#: Elements of a temporary that stays in the cache of a core.
-_TEMPORARY = 2**16
-
-
 # --- in-place operations on tensors with coefficients that are floats or 0-d tensors ---------------------------------
 
 
@@ -325,6 +321,4 @@ def squared_norm(x: Tensor, axes: tuple[int, ...] = (-2, -1)) -> Tensor:
     if -1 in axes:  # Row by row: without a temporary of the size of ``x``, and no sum is long.
         rows = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
         return rows.sum(-2, keepdim=True) if -2 in axes else rows
-    some = max(1, _TEMPORARY * x.shape[-2] // max(1, x.numel())) if x.is_cpu else max(1, x.shape[-2])
-    parts = [part.square().sum(-2, keepdim=True) for part in x.split(some, dim=-2)]
-    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+    return x.square().sum(-2, keepdim=True)

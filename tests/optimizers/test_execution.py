@@ -34,7 +34,7 @@ def tiny_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flat, "SMALL", {"cpu": 16, "cuda": 16})
     monkeypatch.setattr(flat, "SMALL_EAGER", {"cpu": 16, "cuda": 16})
     monkeypatch.setattr(flat, "CHUNK", {"cpu": 40, "cuda": 40})
-    monkeypatch.setattr(stacks, "STACK", {"cpu": 24, "cuda": 24})
+    monkeypatch.setattr(stacks, "STACK", {"cpu": 170, "cuda": 170})
     monkeypatch.setattr(stacks, "TOGETHER", {"cpu": 48, "cuda": 48})
     monkeypatch.setattr(stacks, "WAVE", 200)
 

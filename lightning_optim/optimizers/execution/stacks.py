@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
+from math import prod
 from typing import Any
 
 import torch
@@ -30,8 +31,9 @@ Report = Callable[[Task, str, Tensor], None]
 #: Matrices, method of orthogonalisation, and what is to be added up over processes.
 Request = tuple[Any, ...]
 
-#: Matrices up to this many elements are stacked: below it copying them costs less than dispatching their operations.
-STACK = {"cpu": 2**16, "cuda": 2**20}
+#: Matrices are stacked that have up to this many elements, with gradient and state: below it copying all of them costs
+#: less than dispatching their operations.
+STACK = {"cpu": 2**19, "cuda": 2**22}
 #: Matrices up to this many elements are orthogonalised together: above it one matrix product keeps the device busy.
 TOGETHER = {"cpu": 2**18, "cuda": 2**21}
 #: Elements that one process works on at the same time, on a CPU for each thread: what stays in its cache and in memory
@@ -140,14 +142,22 @@ def split(batch: Batch, plain: bool) -> Iterator[Stack]:
     rule = batch.rule
     assert isinstance(rule, MatrixRule)
     alike: dict[Any, list[Task]] = {}
+    elements = {shape: _elements(rule, batch.group, shape) for shape in {task.g.shape for task in batch.tasks}}
     for i, task in enumerate(batch.tasks):
         g = task.g
-        small = not plain and g.numel() // batch.group["blocks"] <= STACK.get(g.device.type, STACK["cuda"])
+        small = not plain and elements[g.shape] <= STACK.get(g.device.type, STACK["cuda"])
         key = (*task.scalars.items(), g.shape, task.p.dtype, g.dtype, g.device) if small else i
         alike.setdefault(key, []).append(task)
     for tasks in alike.values():
         for some in packs(tasks, [task.g.numel() for task in tasks], lot(tasks[0].g.device)):
             yield Stack(rule, batch.group, some)
+
+
+def _elements(rule: MatrixRule, group: Mapping[str, Any], shape: torch.Size) -> int:
+    """Elements of one matrix of a parameter, its gradient and its state."""
+    block = block_shape(shape, group)
+    state = (block if x is LIKE_PARAMETER else x for x in rule.state(block, group).values())
+    return sum(prod(x) for x in (block, block, *state))
 
 
 def _update(stack: Stack, finite: Tensor | None, report: Report | None, move: Mover) -> Iterator[Request]:
