@@ -58,9 +58,9 @@ def limits(device: torch.device) -> dict[str, Any]:
     """Memory bandwidth in GB/s and rates of matrix products in GFLOP/s, with the threads that are set.
 
     Bandwidth is the best of four loops over arrays of 256 MB: dot ``a b``, which only reads, copy ``a = b``, triad
-    ``a = b + s c`` (both counted as in STREAM, without the reads that stores cause) and in-place triad ``a += s b``, the
-    pattern of an optimizer. Matrix
-    products are of one large matrix with itself, by torch's settings, which leave TF32 out for float32 on a GPU.
+    ``a = b + s c`` (both counted as in STREAM, without the reads that stores cause) and in-place triad ``a += s b``,
+    the pattern of an optimizer. Matrix products are of one large matrix with itself, by torch's settings, which leave
+    TF32 out for float32 on a GPU.
     """
     n = 2**26
     a, b, c = (torch.ones(n, device=device) for _ in range(3))
