@@ -68,12 +68,14 @@ def images() -> Iterator[str]:
 
 
 def _machine(machine: Row) -> str:
-    packages = ", ".join(f"{name} {found}" for name, found in machine["packages"].items() if found)
+    packages = ", ".join(
+        f"{name} {found}" for name, found in {"torch": machine["torch"], **machine["packages"]}.items() if found
+    )
     bandwidth, products = machine["bandwidth_gb_per_s"], machine["matmul_gflop_per_s"]
     return (
         f"{machine['accelerator'] or machine['processor']}, {machine['threads']} of {machine['cores']} cores "
         f"({machine['capability']}), load average {machine['load_average']} at the start; "
-        f"torch {machine['torch']}, {packages}. Measured: {bandwidth['best']:.3g} GB/s, matrix products "
+        f"{packages}. Measured: {bandwidth['best']:.3g} GB/s, matrix products "
         f"{products['float32']:.3g} GFLOP/s in float32, {products['bfloat16']:.3g} in bfloat16."
     )
 
@@ -284,7 +286,9 @@ def _draw_step_time(name: str, content: Figures) -> None:
         axis.scatter(values, range(len(rows)), color=colors, s=18)
         axis.set_yticks(range(len(rows)), labels, fontsize=7)
         axis.invert_yaxis()
-        axis.set_xscale("log")
+        axis.set_xscale("log", subs=[2, 3, 5])
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter("{x:g}")
         axis.axvline(1, color="black", linewidth=0.8)
         axis.set_title(model, fontsize=10)
         axis.set_xlabel("time over fused AdamW", fontsize=8)
