@@ -17,6 +17,7 @@ from .optimizers import (
     Muon,
     MVNGrad,
     NonFiniteGradientsError,
+    NorMuon,
     capture_step,
 )
 from .optimizers.registry import OPTIMIZERS
@@ -46,6 +47,7 @@ __all__ = [
     "MVNGrad",
     "Muon",
     "NonFiniteGradientsError",
+    "NorMuon",
     "OptimizerConfig",
     "OptimizerMixin",
     "SchedulerConfig",

@@ -10,6 +10,7 @@ from .laprop import LaProp
 from .muon import Muon
 from .mvn_grad import MVNGrad
 from .namo import NAMO, NAMOD
+from .normuon import NorMuon
 from .optimizer import NonFiniteGradientsError
 from .soap import SOAP
 
@@ -26,5 +27,6 @@ __all__ = [
     "MVNGrad",
     "Muon",
     "NonFiniteGradientsError",
+    "NorMuon",
     "capture_step",
 ]

@@ -19,6 +19,7 @@ from .laprop import LaProp
 from .muon import Muon
 from .mvn_grad import MVNGrad
 from .namo import NAMO, NAMOD
+from .normuon import NorMuon
 from .optimizer import RuleOptimizer
 from .rule import Internal, gradient_to_variance
 from .soap import SOAP
@@ -102,6 +103,7 @@ OPTIMIZERS: dict[str, OptimizerInfo] = {
         OptimizerInfo(AdaBelief, "variance around the momentum in place of the second moment", "arXiv 2010.07468"),
         OptimizerInfo(LaProp, "momentum of normalised gradients", "arXiv 2002.04839"),
         OptimizerInfo(Muon, "orthogonalised momentum", "Jordan et al. 2024; arXiv 2502.16982"),
+        OptimizerInfo(NorMuon, "orthogonalised momentum with normalised rows", "arXiv 2510.05491"),
         OptimizerInfo(SOAP, "Adam in the eigenbasis of Shampoo's preconditioner", "arXiv 2409.11321"),
         OptimizerInfo(torch.optim.SGD, "stochastic gradient descent with momentum (torch.optim)", "ICML 2013"),
         OptimizerInfo(torch.optim.Adam, "adaptive moments (torch.optim)", "arXiv 1412.6980"),

@@ -390,6 +390,7 @@ BAD = {
     "lr": [-1.0, float("nan"), float("inf"), "fast"],
     "betas": [(1.0, 0.9), (0.9, -0.1), (0.9, float("nan"))],
     "momentum": [-0.1, 1.0],
+    "beta2": [1.0],
     "eps": [-1e-8, float("nan")],
     "eps_s": [-1.0],
     "weight_decay": [-0.1, float("inf")],

@@ -63,6 +63,7 @@ GOOD: dict[str, st.SearchStrategy[Any]] = {
     "lr": st.sampled_from([0.0, 1e-18, 1e-3, 0.1, 1.0, torch.tensor(0.01)]),
     "betas": betas,
     "momentum": st.sampled_from([0.0, 0.5, 0.95, 0.9999999]),
+    "beta2": st.sampled_from([0.0, 0.5, 0.95, 0.9999999]),
     "eps": st.sampled_from([1e-18, 1e-16, 1e-8, 1e-3, 1.0]),
     "eps_s": st.sampled_from([0.0, 1e-18, 1e-12, 1e-3]),
     "weight_decay": nonnegative,
@@ -87,6 +88,7 @@ BAD: dict[str, list[Any]] = {
     "lr": [-1e-9, float("nan"), float("inf"), 1e30, "0.1", None, True, torch.tensor(float("nan")), torch.ones(2)],
     "betas": [(1.0, 0.9), (0.9, -0.1), (0.9, float("nan")), (0.9,), (0.9, 0.9, 0.9), 0.9, "ab", None],
     "momentum": [-0.1, 1.0, float("nan"), None],
+    "beta2": [-0.1, 1.0, float("nan"), None],
     "eps": [0, 0.0, -1e-8, 1e-30, float("nan"), float("inf"), None, "1e-8"],
     "eps_s": [-1.0, float("nan"), float("inf")],
     "weight_decay": [-0.1, float("inf"), float("nan"), 1e20, None, False],
@@ -396,7 +398,7 @@ class Example:
                     extra = dict(plan.structure) if role == "matrix" else {}
                     groups.append({"params": some, **({"role": role} if role else {}), **extra})
         arguments = dict(plan.arguments)
-        if name == "Muon":
+        if name in ("Muon", "NorMuon"):
             arguments.pop("scale", None)
         elif "scale" in arguments:  # The published algorithm; the reference has the release or this.
             arguments["max_step"] = None

@@ -59,7 +59,7 @@ LEFT_OUT = {
 
 #: Optimizers of the folder that do not exist here yet.
 NOT_YET = {
-    "adago", "adamuon", "normuon", "muon_nsr", "muon_vs", "sso", "mars", "madam", "lamadam", "admeta_r",
+    "adago", "adamuon", "muon_nsr", "muon_vs", "sso", "mars", "madam", "lamadam", "admeta_r",
     "admeta_s", "pnm", "adapnm", "olion",
 }  # fmt: skip
 
@@ -119,6 +119,10 @@ def muon(hp: Hyper, variant: str) -> Hyper:
     return take(hp, "lr", "momentum", "nesterov", weight_decay=decay) | {"scale": scale} | steps(hp)
 
 
+def normuon(hp: Hyper, variant: str) -> Hyper:
+    return take(hp, "lr", "momentum", "beta2", "weight_decay")
+
+
 def namo(hp: Hyper, variant: str) -> Hyper:
     if variant == "formula":
         betas = (hp.pop("mu1"), hp.pop("mu2"))
@@ -172,6 +176,7 @@ ADAPTERS: dict[str, tuple[type[torch.optim.Optimizer], Callable[[Hyper, str], Hy
     "adabelief": (lo.AdaBelief, adabelief),
     "laprop": (lo.LaProp, laprop),
     "muon": (lo.Muon, muon),
+    "normuon": (lo.NorMuon, normuon),
     "namo": (lo.NAMO, namo),
     "namo_d": (lo.NAMOD, namo_d),
     "soap": (lo.SOAP, soap),

@@ -142,13 +142,13 @@ def test_grouped_transposed_convolutions(name: str) -> None:
     follow(name, whole, parts, split, lambda xs: torch.cat([x.transpose(0, 1) for x in xs]), blocks=2, transposed=True)
 
 
-@pytest.mark.parametrize("name", ["Muon", "NAMO", "NAMOD", "DeVA"])
+@pytest.mark.parametrize("name", ["Muon", "NorMuon", "NAMO", "NAMOD", "DeVA"])
 def test_convolutions_are_matrices_of_flattened_kernels(name: str) -> None:
-    """Except for the shape factor of Muon, which the released code takes from the kernel's own axes."""
+    """Except for the shape factor of Muon and NorMuon, which the released code takes from the kernel's own axes."""
     whole = nn.Parameter(torch.randn(6, 2, 2, 2, generator=torch.Generator().manual_seed(1)))
     parts = [nn.Parameter(whole.detach().flatten(1).clone())]
     # With 6 rows and 8 columns the factors max(6, 2) and max(6, 8) of the others differ too.
-    arguments = {"Muon": {}, "NAMO": {"scale": None}, "NAMOD": {"scale": None}, "DeVA": {}}[name]
+    arguments = {"scale": None} if name.startswith("NAMO") else {}
     a = make(name, [{"params": [whole], "role": "matrix"}], **arguments)
     b = make(name, [{"params": parts, "role": "matrix"}], **arguments)
     for t in range(1, 5):
