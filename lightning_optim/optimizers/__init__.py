@@ -1,6 +1,7 @@
 """Optimizers: one file per algorithm; see :mod:`.rule` for what a rule is and :mod:`.registry` for all of them."""
 
 from .adabelief import AdaBelief
+from .adamuon import AdaMuon
 from .anon import Anon
 from .deva import DeVA
 from .deva_vector import DeVAVector
@@ -19,6 +20,7 @@ __all__ = [
     "NAMOD",
     "SOAP",
     "AdaBelief",
+    "AdaMuon",
     "Anon",
     "DeVA",
     "DeVAVector",

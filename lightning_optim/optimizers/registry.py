@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .adabelief import AdaBelief
+from .adamuon import AdaMuon
 from .anon import Anon
 from .deva import DeVA
 from .deva_vector import DeVAVector
@@ -104,6 +105,7 @@ OPTIMIZERS: dict[str, OptimizerInfo] = {
         OptimizerInfo(LaProp, "momentum of normalised gradients", "arXiv 2002.04839"),
         OptimizerInfo(Muon, "orthogonalised momentum", "Jordan et al. 2024; arXiv 2502.16982"),
         OptimizerInfo(NorMuon, "orthogonalised momentum with normalised rows", "arXiv 2510.05491"),
+        OptimizerInfo(AdaMuon, "orthogonalised signs of momentum with second moments", "arXiv 2507.11005"),
         OptimizerInfo(SOAP, "Adam in the eigenbasis of Shampoo's preconditioner", "arXiv 2409.11321"),
         OptimizerInfo(torch.optim.SGD, "stochastic gradient descent with momentum (torch.optim)", "ICML 2013"),
         OptimizerInfo(torch.optim.Adam, "adaptive moments (torch.optim)", "arXiv 1412.6980"),
@@ -123,7 +125,7 @@ def get(name: str) -> OptimizerInfo:
     >>> get("Namo")
     Traceback (most recent call last):
     ...
-    ValueError: There is no optimizer 'Namo'. Did you mean NAMO, NAMOD, Muon?
+    ValueError: There is no optimizer 'Namo'. Did you mean NAMO, NAMOD, AdaMuon?
     """
     if name in OPTIMIZERS:
         return OPTIMIZERS[name]

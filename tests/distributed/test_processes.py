@@ -27,7 +27,7 @@ pytestmark = pytest.mark.distributed
 
 ROOT = Path(__file__).parents[2]
 CONFIGURATIONS = [f"{name} {arguments}" for name, arguments in program.configurations()]
-REPORTING = [c for c in CONFIGURATIONS if c.startswith(("NAMO", "Muon", "NorMuon", "DeVA ", "SOAP"))]
+REPORTING = [c for c in CONFIGURATIONS if c.startswith(("NAMO", "Muon", "NorMuon", "AdaMuon", "DeVA ", "SOAP"))]
 #: Processes and case.
 SPREAD = [
     (2, "fsdp2"),

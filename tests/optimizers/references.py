@@ -377,6 +377,28 @@ class NorMuonReference(Reference):
 
 
 @dataclass
+class AdaMuonReference(Reference):
+    """arXiv 2507.11005. With nesterov=False the published algorithm, else the released one."""
+
+    lr: float = 0.02
+    momentum: float = 0.95
+    eps: float = 1e-8
+    nesterov: bool = True
+    weight_decay: float = 0.01
+    orthogonalizer: Orthogonalizer = "kj5"
+
+    def update(self, p: Array, g: Array, s: State, lr: float) -> Array:
+        mu = self.momentum
+        s["m"] = mu * s["m"] + (1 - mu) * g
+        mix = mu * s["m"] + (1 - mu) * g if self.nesterov else s["m"]
+        o = orthogonalize(np.sign(flatten(mix)), self.orthogonalizer)
+        s["v"] = mu * s["v"] + (1 - mu) * o**2
+        normalised = o / (np.sqrt(s["v"]) + self.eps)
+        u = 0.2 * math.sqrt(o.size) / (np.linalg.norm(normalised) + self.eps) * normalised
+        return (1 - lr * self.weight_decay) * p - lr * u.reshape(p.shape)
+
+
+@dataclass
 class NAMOReference(Reference):
     """arXiv 2602.17080. With scale=None and nesterov=False the published algorithm, else the released one."""
 
@@ -577,6 +599,7 @@ REFERENCES: dict[str, type] = {
     "HVAdam": HVAdamReference,
     "Muon": MuonReference,
     "NorMuon": NorMuonReference,
+    "AdaMuon": AdaMuonReference,
     "NAMO": NAMOReference,
     "NAMOD": NAMODReference,
     "SOAP": SOAPReference,

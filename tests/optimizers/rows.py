@@ -30,6 +30,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "LaProp": [{}, {"centered": True, "weight_decay": 1e-3}],
     "Muon": [{}, {"scale": "moonlight", "nesterov": False, "weight_decay": 0.1}, {"fallback": "HVAdam"}],
     "NorMuon": [{}, {"scale": "rms", "nesterov": False, "weight_decay": 0.1}],
+    "AdaMuon": [{}, {"nesterov": False, "weight_decay": 0.1, "orthogonalizer": "exact"}],
     "SOAP": [
         {"precondition_frequency": 2},
         {"precondition_frequency": 3, "merge_dims": True, "correct_bias": False, "max_precondition_dim": 12},

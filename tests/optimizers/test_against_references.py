@@ -61,6 +61,7 @@ ARGUMENTS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "nesterov": st.booleans(),
         "scale": st.sampled_from(["original", "rms"]),
     },
+    "AdaMuon": {**decay, "momentum": st.floats(0, 0.99), "eps": eps, "nesterov": st.booleans()},
     "NAMO": {**decay, "betas": betas, "eps": eps, "form": released | paper},
     "NAMOD": {**decay, "betas": betas, "eps": eps, "form": released | paper, "clamp": st.floats(0.05, 1)},
     "SOAP": {**eigenbasis, "precondition_1d": st.just(False)},
@@ -71,7 +72,7 @@ ARGUMENTS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "form": st.sampled_from(["momentum", "instantaneous"]),
     },
 }
-ORTHOGONAL = ("Muon", "NorMuon", "NAMO", "NAMOD", "DeVA")
+ORTHOGONAL = ("Muon", "NorMuon", "AdaMuon", "NAMO", "NAMOD", "DeVA")
 
 
 def test_every_optimizer_has_a_reference() -> None:

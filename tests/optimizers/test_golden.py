@@ -57,9 +57,13 @@ LEFT_OUT = {
     ("deva", "precondition_1d"): (None, "the released class takes matrices only"),
 }
 
+#: Tensors of cases (file, position) that are not compared: the sign of the first gradient has two null directions, and
+#: the polar factor of the file is completed by the rotation that one LAPACK build returned, which later steps remember.
+UNDETERMINED = {("adamuon__paper_form__svd", 1)}
+
 #: Optimizers of the folder that do not exist here yet.
 NOT_YET = {
-    "adago", "adamuon", "muon_nsr", "muon_vs", "sso", "mars", "madam", "lamadam", "admeta_r",
+    "adago", "muon_nsr", "muon_vs", "sso", "mars", "madam", "lamadam", "admeta_r",
     "admeta_s", "pnm", "adapnm", "olion",
 }  # fmt: skip
 
@@ -123,6 +127,10 @@ def normuon(hp: Hyper, variant: str) -> Hyper:
     return take(hp, "lr", "momentum", "beta2", "weight_decay")
 
 
+def adamuon(hp: Hyper, variant: str) -> Hyper:
+    return take(hp, "lr", "momentum", "eps", "weight_decay", "nesterov") | steps(hp)
+
+
 def namo(hp: Hyper, variant: str) -> Hyper:
     if variant == "formula":
         betas = (hp.pop("mu1"), hp.pop("mu2"))
@@ -177,6 +185,7 @@ ADAPTERS: dict[str, tuple[type[torch.optim.Optimizer], Callable[[Hyper, str], Hy
     "laprop": (lo.LaProp, laprop),
     "muon": (lo.Muon, muon),
     "normuon": (lo.NorMuon, normuon),
+    "adamuon": (lo.AdaMuon, adamuon),
     "namo": (lo.NAMO, namo),
     "namo_d": (lo.NAMOD, namo_d),
     "soap": (lo.SOAP, soap),
@@ -206,7 +215,8 @@ class Completion:
 
     The sign of a momentum is now and then an exactly singular matrix. What the files hold as its polar factor is
     ``U V^T`` with the null vectors that one LAPACK build returned, which are defined up to a sign; ours leaves them
-    out. So a step that met such a matrix is made with both signs, and each tensor takes the one that the file took.
+    out. So a step that met such a matrix is made with both signs, and each tensor, with its state, takes the one that
+    the file took.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,15 +237,17 @@ class Completion:
         if not self.met_singular:
             return
         first = [p.detach().clone() for p in params]
+        states = [{name: x.clone() for name, x in optimizer.state[p].items()} for p in params]
         for p, x in zip(params, start):
             p.data.copy_(x)
         optimizer.load_state_dict(state)
         self.sign = -1.0
         optimizer.step()
         self.sign = 1.0
-        for p, x, target in zip(params, first, expected):
+        for p, x, state, target in zip(params, first, states, expected):
             if (x - target).norm() < (p - target).norm():
                 p.data.copy_(x)
+                optimizer.state[p].update(state)
 
 
 @pytest.mark.skipif(not CASES, reason=f"no golden trajectories in {FOLDER}")
@@ -264,6 +276,8 @@ def test_trajectory(path: Path, dtype: torch.dtype, backend: str, monkeypatch: p
         for i, p in enumerate(params):
             trajectory[i].append(p.detach().double().clone())
     for i, ours in enumerate(trajectory):
+        if (path.stem, i) in UNDETERMINED:
+            continue
         got, expected = torch.stack(ours), tensors[f"params.{i}"].double()
         allowed = tolerance["rel_displacement_tol"] * (expected - init[i]).norm()
         # Where a bfloat16 iteration was run, `rel_displacement_tol` is the criterion, as the metadata says.

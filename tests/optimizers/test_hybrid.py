@@ -142,7 +142,7 @@ def test_grouped_transposed_convolutions(name: str) -> None:
     follow(name, whole, parts, split, lambda xs: torch.cat([x.transpose(0, 1) for x in xs]), blocks=2, transposed=True)
 
 
-@pytest.mark.parametrize("name", ["Muon", "NorMuon", "NAMO", "NAMOD", "DeVA"])
+@pytest.mark.parametrize("name", ["Muon", "NorMuon", "AdaMuon", "NAMO", "NAMOD", "DeVA"])
 def test_convolutions_are_matrices_of_flattened_kernels(name: str) -> None:
     """Except for the shape factor of Muon and NorMuon, which the released code takes from the kernel's own axes."""
     whole = nn.Parameter(torch.randn(6, 2, 2, 2, generator=torch.Generator().manual_seed(1)))
@@ -177,6 +177,8 @@ def test_observers_see_what_the_rule_computed(name: str) -> None:
     if name != "SOAP":
         singular_values = torch.linalg.svdvals(seen["orthogonal_factor"])
         # Five of Keller Jordan's steps map singular values into about [0.68, 1.13], not to 1.
+        if name == "AdaMuon":  # The signs may be singular; rounding times 3.4 in each step stays far below this.
+            singular_values = singular_values[singular_values > 1e-2]
         assert ((singular_values > 0.6) & (singular_values < 1.25)).all()
     if name.startswith("NAMO"):
         assert seen["adaptive_scale"].shape == {"NAMO": (1, 1, 1), "NAMOD": (1, 1, 6)}[name]

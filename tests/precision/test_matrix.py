@@ -45,6 +45,7 @@ LEARNING_RATES = {
     "DeVAVector": 1e-3,
     "Muon": 0.02,
     "NorMuon": 0.02,
+    "AdaMuon": 0.02,
     "SOAP": 0.01,
     "DeVA": 0.02,
     "LaProp": 0.01,
