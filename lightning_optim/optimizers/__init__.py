@@ -9,6 +9,7 @@ from .graphs import capture_step
 from .hvadam import HVAdam
 from .laprop import LaProp
 from .muon import Muon
+from .muon_vs import MuonNSR, MuonVS
 from .mvn_grad import MVNGrad
 from .namo import NAMO, NAMOD
 from .normuon import NorMuon
@@ -28,6 +29,8 @@ __all__ = [
     "LaProp",
     "MVNGrad",
     "Muon",
+    "MuonNSR",
+    "MuonVS",
     "NonFiniteGradientsError",
     "NorMuon",
     "capture_step",

@@ -18,6 +18,7 @@ from .deva_vector import DeVAVector
 from .hvadam import HVAdam
 from .laprop import LaProp
 from .muon import Muon
+from .muon_vs import MuonNSR, MuonVS
 from .mvn_grad import MVNGrad
 from .namo import NAMO, NAMOD
 from .normuon import NorMuon
@@ -106,6 +107,8 @@ OPTIMIZERS: dict[str, OptimizerInfo] = {
         OptimizerInfo(Muon, "orthogonalised momentum", "Jordan et al. 2024; arXiv 2502.16982"),
         OptimizerInfo(NorMuon, "orthogonalised momentum with normalised rows", "arXiv 2510.05491"),
         OptimizerInfo(AdaMuon, "orthogonalised signs of momentum with second moments", "arXiv 2507.11005"),
+        OptimizerInfo(MuonVS, "orthogonalised momentum over the gradients' deviation", "arXiv 2601.14603"),
+        OptimizerInfo(MuonNSR, "orthogonalised momentum modulated by noise-to-signal ratios", "arXiv 2601.14603"),
         OptimizerInfo(SOAP, "Adam in the eigenbasis of Shampoo's preconditioner", "arXiv 2409.11321"),
         OptimizerInfo(torch.optim.SGD, "stochastic gradient descent with momentum (torch.optim)", "ICML 2013"),
         OptimizerInfo(torch.optim.Adam, "adaptive moments (torch.optim)", "arXiv 1412.6980"),

@@ -107,7 +107,7 @@ def test_layers_are_chosen_by_the_name_of_the_parameter() -> None:
     assert layers == {"qkv.weight/0", "qkv.weight/1", "qkv.weight/2"}
 
 
-@pytest.mark.parametrize("optimizer", ["Muon", "NorMuon", "NAMO", "NAMOD", "DeVA"])
+@pytest.mark.parametrize("optimizer", ["Muon", "NorMuon", "MuonVS", "MuonNSR", "NAMO", "NAMOD", "DeVA"])
 def test_exact_factors_have_no_error(optimizer: str) -> None:
     monitor = OrthogonalityError(1, polar=True, layers=["*"])
     fit(Model(optimizer, orthogonalizer="exact"), monitor, steps=3)

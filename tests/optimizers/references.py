@@ -399,6 +399,39 @@ class AdaMuonReference(Reference):
 
 
 @dataclass
+class MuonVSReference(Reference):
+    """arXiv 2601.14603, variance-scaled, as released: eps outside of the root."""
+
+    lr: float = 0.02
+    momentum: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    orthogonalizer: Orthogonalizer = "kj5"
+
+    def adapted(self, m: Array, variance: Array) -> Array:
+        return m / (np.sqrt(variance) + self.eps)
+
+    def update(self, p: Array, g: Array, s: State, lr: float) -> Array:
+        beta, t = self.momentum, self.t
+        s["v"] = beta * s["v"] + beta * (1 - beta) * (s["m"] - g) ** 2
+        s["m"] = beta * s["m"] + (1 - beta) * g
+        look_ahead = g + beta / (1 - beta) * s["m"] / (1 - beta**t)
+        adapted = self.adapted(look_ahead, s["v"] / (1 - beta**t))
+        o = orthogonalize(flatten(adapted), self.orthogonalizer).reshape(p.shape)
+        return (1 - lr * self.weight_decay) * p - lr * 0.2 * math.sqrt(max(p.shape[:2])) * o
+
+
+@dataclass
+class MuonNSRReference(MuonVSReference):
+    """arXiv 2601.14603, modulated by the noise-to-signal ratio, as released: eps outside of the root."""
+
+    gamma: float = 10.0
+
+    def adapted(self, m: Array, variance: Array) -> Array:
+        return m / (np.sqrt(m**2 + self.gamma * variance) + self.eps)
+
+
+@dataclass
 class NAMOReference(Reference):
     """arXiv 2602.17080. With scale=None and nesterov=False the published algorithm, else the released one."""
 
@@ -600,6 +633,8 @@ REFERENCES: dict[str, type] = {
     "Muon": MuonReference,
     "NorMuon": NorMuonReference,
     "AdaMuon": AdaMuonReference,
+    "MuonVS": MuonVSReference,
+    "MuonNSR": MuonNSRReference,
     "NAMO": NAMOReference,
     "NAMOD": NAMODReference,
     "SOAP": SOAPReference,

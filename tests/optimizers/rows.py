@@ -31,6 +31,8 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "Muon": [{}, {"scale": "moonlight", "nesterov": False, "weight_decay": 0.1}, {"fallback": "HVAdam"}],
     "NorMuon": [{}, {"scale": "rms", "nesterov": False, "weight_decay": 0.1}],
     "AdaMuon": [{}, {"nesterov": False, "weight_decay": 0.1, "orthogonalizer": "exact"}],
+    "MuonVS": [{}, {"momentum": 0.8, "eps": 1e-3, "weight_decay": 0.1}],
+    "MuonNSR": [{}, {"gamma": 0.5, "weight_decay": 0.1}],
     "SOAP": [
         {"precondition_frequency": 2},
         {"precondition_frequency": 3, "merge_dims": True, "correct_bias": False, "max_precondition_dim": 12},

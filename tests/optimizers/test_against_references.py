@@ -62,6 +62,8 @@ ARGUMENTS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "scale": st.sampled_from(["original", "rms"]),
     },
     "AdaMuon": {**decay, "momentum": st.floats(0, 0.99), "eps": eps, "nesterov": st.booleans()},
+    "MuonVS": {**decay, "momentum": st.floats(0.1, 0.99), "eps": eps},
+    "MuonNSR": {**decay, "momentum": st.floats(0.1, 0.99), "eps": eps, "gamma": st.floats(0.1, 20)},
     "NAMO": {**decay, "betas": betas, "eps": eps, "form": released | paper},
     "NAMOD": {**decay, "betas": betas, "eps": eps, "form": released | paper, "clamp": st.floats(0.05, 1)},
     "SOAP": {**eigenbasis, "precondition_1d": st.just(False)},
@@ -72,7 +74,7 @@ ARGUMENTS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "form": st.sampled_from(["momentum", "instantaneous"]),
     },
 }
-ORTHOGONAL = ("Muon", "NorMuon", "AdaMuon", "NAMO", "NAMOD", "DeVA")
+ORTHOGONAL = ("Muon", "NorMuon", "AdaMuon", "MuonVS", "MuonNSR", "NAMO", "NAMOD", "DeVA")
 
 
 def test_every_optimizer_has_a_reference() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from itertools import zip_longest
 from typing import Any
@@ -27,7 +28,7 @@ from lightning_optim.optimizers.execution import ROUNDINGS
 from lightning_optim.optimizers.registry import OPTIMIZERS
 
 from . import references
-from .references import REFERENCES, Array, Reference
+from .references import REFERENCES, Array, Reference, orthogonalize
 from .rows import OURS
 
 DEFAULT_EXAMPLES = 2090
@@ -314,7 +315,8 @@ class Oracle:
                 for state in reference.states:
                     state["position"] = next(i for i, p in enumerate(group["params"]) if p is params[some[0]])
                 noise = self.noise if j else 0.0
-                reference.step([self._disturbed(g, noise, group) for g in grad], lr=float(group["lr"]))
+                with mock.patch.object(references, "orthogonalize", self._orthogonalizer(noise, group)):
+                    reference.step([self._disturbed(g, noise, group) for g in grad], lr=float(group["lr"]))
                 news.append(self._per_parameter(reference.params, [olds[i].shape for i in some], group))
             if group.get("orthogonalizer") == "exact" and any(np.abs(g).max(initial=0) > 1e9 for g in grad):
                 self.unknown.add(key)  # What else is in the momentum is at the cutoff of singular values.
@@ -337,6 +339,13 @@ class Oracle:
             momentum = group["momentum"] if "momentum" in group else group["betas"][0]
             added = max(added, 1e-42, 2e-45 / (1 - momentum))  # What is left of it may be no number at all.
         return g + (noise * np.abs(g) + added) * self.rng.normal(size=g.shape)
+
+    def _orthogonalizer(self, noise: float, group: dict[str, Any]) -> Callable[..., Array]:
+        """Signs of the gradient are all that the first step of two rules orthogonalises, which noise does not change:
+        but their quotients are rounded, so that singular matrices of signs are singular no more."""
+        if group["rule"] not in ("MuonVS", "MuonNSR"):
+            return orthogonalize
+        return lambda x, *args: orthogonalize(x * (1 + noise * self.rng.normal(size=x.shape)), *args)
 
     def _flat(self, key: Any, name: str) -> Array:
         return np.concatenate([np.ravel(state[name]) for state in self.references[key][0].states])

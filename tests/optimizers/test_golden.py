@@ -63,7 +63,7 @@ UNDETERMINED = {("adamuon__paper_form__svd", 1)}
 
 #: Optimizers of the folder that do not exist here yet.
 NOT_YET = {
-    "adago", "muon_nsr", "muon_vs", "sso", "mars", "madam", "lamadam", "admeta_r",
+    "adago", "sso", "mars", "madam", "lamadam", "admeta_r",
     "admeta_s", "pnm", "adapnm", "olion",
 }  # fmt: skip
 
@@ -131,6 +131,10 @@ def adamuon(hp: Hyper, variant: str) -> Hyper:
     return take(hp, "lr", "momentum", "eps", "weight_decay", "nesterov") | steps(hp)
 
 
+def muon_vs(hp: Hyper, variant: str) -> Hyper:
+    return take(hp, "lr", "momentum", "eps", "weight_decay", gamma="alpha") | steps(hp)
+
+
 def namo(hp: Hyper, variant: str) -> Hyper:
     if variant == "formula":
         betas = (hp.pop("mu1"), hp.pop("mu2"))
@@ -186,6 +190,8 @@ ADAPTERS: dict[str, tuple[type[torch.optim.Optimizer], Callable[[Hyper, str], Hy
     "muon": (lo.Muon, muon),
     "normuon": (lo.NorMuon, normuon),
     "adamuon": (lo.AdaMuon, adamuon),
+    "muon_vs": (lo.MuonVS, muon_vs),
+    "muon_nsr": (lo.MuonNSR, muon_vs),
     "namo": (lo.NAMO, namo),
     "namo_d": (lo.NAMOD, namo_d),
     "soap": (lo.SOAP, soap),

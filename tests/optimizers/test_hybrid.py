@@ -142,15 +142,13 @@ def test_grouped_transposed_convolutions(name: str) -> None:
     follow(name, whole, parts, split, lambda xs: torch.cat([x.transpose(0, 1) for x in xs]), blocks=2, transposed=True)
 
 
-@pytest.mark.parametrize("name", ["Muon", "NorMuon", "AdaMuon", "NAMO", "NAMOD", "DeVA"])
+@pytest.mark.parametrize("name", ["Muon", "NorMuon", "AdaMuon", "MuonVS", "MuonNSR", "NAMO", "NAMOD", "DeVA"])
 def test_convolutions_are_matrices_of_flattened_kernels(name: str) -> None:
-    """Except for the shape factor of Muon and NorMuon, which the released code takes from the kernel's own axes."""
-    whole = nn.Parameter(torch.randn(6, 2, 2, 2, generator=torch.Generator().manual_seed(1)))
+    """But the shape factors, which released code takes from the kernel's own axes, are alike only for such a shape."""
+    whole = nn.Parameter(torch.randn(8, 2, 2, 2, generator=torch.Generator().manual_seed(1)))
     parts = [nn.Parameter(whole.detach().flatten(1).clone())]
-    # With 6 rows and 8 columns the factors max(6, 2) and max(6, 8) of the others differ too.
-    arguments = {"scale": None} if name.startswith("NAMO") else {}
-    a = make(name, [{"params": [whole], "role": "matrix"}], **arguments)
-    b = make(name, [{"params": parts, "role": "matrix"}], **arguments)
+    a = make(name, [{"params": [whole], "role": "matrix"}])
+    b = make(name, [{"params": parts, "role": "matrix"}])
     for t in range(1, 5):
         whole.grad = gradients([whole], t)[0]
         parts[0].grad = whole.grad.flatten(1).clone()

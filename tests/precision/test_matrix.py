@@ -46,6 +46,8 @@ LEARNING_RATES = {
     "Muon": 0.02,
     "NorMuon": 0.02,
     "AdaMuon": 0.02,
+    "MuonVS": 0.02,
+    "MuonNSR": 0.02,
     "SOAP": 0.01,
     "DeVA": 0.02,
     "LaProp": 0.01,
