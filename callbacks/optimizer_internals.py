@@ -55,7 +55,7 @@ class OptimizerInternals(Monitor):
     def before_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step) -> bool:
         self._internals = {w.parameter: internals_of(step.optimizer, w.group) for w in step.watched}
         self._reported = {}
-        if not any(self._internals.values()) and not self._informed:
+        if step.watched and not any(self._internals.values()) and not self._informed:
             self._informed = True
             rank_zero_info(f"OptimizerInternals: {type(step.optimizer).__name__} declares no scalars of its own.")
         return any(map(bool, self._internals.values()))

@@ -145,9 +145,10 @@ def _config(cls: type[_Config], flag: str, value: _Config | str | Mapping[str, A
     for key in settings:
         if key not in known:
             raise ValueError(f"{flag} has no setting {key!r}. {_hint(key, known | synonyms.keys())}")
-    if "name" not in settings:
+    given = {key: setting for key, setting in settings.items() if setting is not None}  # An empty line of YAML is None.
+    if "name" not in given:
         raise ValueError(f"{flag}={dict(value)} names no class: add 'name' or 'class_path'.")
-    return cls(**settings)
+    return cls(**given)
 
 
 # --- the optimizer ------------------------------------------------------------------------------------------

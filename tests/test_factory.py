@@ -119,6 +119,15 @@ def test_the_users_kernel_choice_stays(args):
     assert {key: group[key] for key in args} == args
 
 
+def test_empty_settings_are_none():
+    schedule = {"name": "WarmupConstant", "args": None, "interval": None}
+    configured = configure_optimizers(make_net(), {"class_path": "NAMO", "init_args": None}, schedule)
+    assert type(configured["optimizer"]) is OPTIMIZERS["NAMO"].cls
+    assert configured["lr_scheduler"]["interval"] == "step"
+    with pytest.raises(ValueError, match="names no class"):
+        build_optimizer(make_net(), {"name": None})
+
+
 def test_undecided_arguments_of_a_command_line_are_no_choice():
     args = {"fused": None, "foreach": None, "capturable": False, "differentiable": False}
     optimizer = build_optimizer(make_net(), {"class_path": "torch.optim.AdamW", "init_args": args})

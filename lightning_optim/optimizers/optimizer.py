@@ -515,7 +515,9 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         """
         state_dict = checkpoint.matched(self, state_dict)
         self._check_checkpoint(state_dict)
+        self.settle()
         super().load_state_dict(state_dict)
+        self.consecutive_skips = 0
         self._owners = {}
         self._seen = [group.copy() for group in self.param_groups]  # Hyperparameters that go with the loaded state.
         # torch casts state to the parameter's dtype; the saved values are what continues the run exactly.

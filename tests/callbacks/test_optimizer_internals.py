@@ -134,3 +134,13 @@ def test_optimizers_that_declare_nothing_are_named_once(caplog: pytest.LogCaptur
         values, _ = fit(Model("SGD"), steps=3)
     assert not values
     assert caplog.text.count("SGD declares no scalars of its own") == 1
+
+
+def test_nothing_is_said_of_an_optimizer_in_a_step_without_gradients(caplog: pytest.LogCaptureFixture) -> None:
+    """As in the epoch in which StochasticWeightAveraging only runs the model."""
+    model = Model("NAMO")
+    model.on_after_backward = model.zero_grad  # type: ignore[assignment, method-assign]
+    with caplog.at_level(logging.INFO):
+        values, _ = fit(model, steps=2)
+    assert not values
+    assert "declares no scalars" not in caplog.text

@@ -283,6 +283,22 @@ def test_too_many_skips_in_a_row_are_an_error(name: str, host: bool, monkeypatch
         run(going_on, params, range(5, 6))
 
 
+@pytest.mark.parametrize("host", [True, False], ids=["verdict on the host", "verdict on the device"])
+def test_the_count_of_skips_starts_anew_with_a_checkpoint(host: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the host has not yet heard of the last skip."""
+    monkeypatch.setattr(inspection, "_known_on_host", lambda x: host)
+    params = parameters()
+    optimizer = build("LaProp", params, max_consecutive_skips=2)
+    run(optimizer, params, range(1, 3))
+    saved = through_a_file(optimizer.state_dict())
+    poison(optimizer, params)
+    optimizer.load_state_dict(saved)
+    poison(optimizer, params)
+    run(optimizer, params, range(3, 4))  # the first of a row, not the second
+    optimizer.settle()
+    assert (optimizer.skipped_steps, optimizer.consecutive_skips) == (2, 0)
+
+
 def test_copies_keep_the_count_of_skips() -> None:
     params = parameters()
     optimizer = build("LaProp", params, max_consecutive_skips=2)
