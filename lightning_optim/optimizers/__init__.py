@@ -11,13 +11,16 @@ from .muon import Muon
 from .mvn_grad import MVNGrad
 from .namo import NAMO, NAMOD
 from .optimizer import NonFiniteGradientsError
+from .pnm import PNM, AdaPNM
 from .soap import SOAP
 
 __all__ = [
     "NAMO",
     "NAMOD",
+    "PNM",
     "SOAP",
     "AdaBelief",
+    "AdaPNM",
     "Anon",
     "DeVA",
     "DeVAVector",

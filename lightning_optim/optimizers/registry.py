@@ -20,6 +20,7 @@ from .muon import Muon
 from .mvn_grad import MVNGrad
 from .namo import NAMO, NAMOD
 from .optimizer import RuleOptimizer
+from .pnm import PNM, AdaPNM
 from .rule import Internal, gradient_to_variance
 from .soap import SOAP
 
@@ -101,6 +102,8 @@ OPTIMIZERS: dict[str, OptimizerInfo] = {
         OptimizerInfo(Anon, "tunable adaptivity with incremental delay update", "arXiv 2605.02317"),
         OptimizerInfo(AdaBelief, "variance around the momentum in place of the second moment", "arXiv 2010.07468"),
         OptimizerInfo(LaProp, "momentum of normalised gradients", "arXiv 2002.04839"),
+        OptimizerInfo(PNM, "gradient descent with positive-negative momentum", "arXiv 2103.17182"),
+        OptimizerInfo(AdaPNM, "Adam with positive-negative momentum", "arXiv 2103.17182"),
         OptimizerInfo(Muon, "orthogonalised momentum", "Jordan et al. 2024; arXiv 2502.16982"),
         OptimizerInfo(SOAP, "Adam in the eigenbasis of Shampoo's preconditioner", "arXiv 2409.11321"),
         OptimizerInfo(torch.optim.SGD, "stochastic gradient descent with momentum (torch.optim)", "ICML 2013"),

@@ -28,6 +28,8 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "Anon": [{}, {"gamma": 1.0, "weight_decay": 0.1}, {"gamma": -0.1, "refresh": "every_step", "decoupled": True}],
     "AdaBelief": [{}, {"rectify": False, "weight_decay": 0.1}, {"rectify": False, "amsgrad": True, "decoupled": False}],
     "LaProp": [{}, {"centered": True, "weight_decay": 1e-3}],
+    "PNM": [{}, {"beta0": 0.5, "weight_decay": 0.1, "decoupled": False}],
+    "AdaPNM": [{}, {"amsgrad": False, "beta0": 2.0, "weight_decay": 0.1, "decoupled": False}],
     "Muon": [{}, {"scale": "moonlight", "nesterov": False, "weight_decay": 0.1}, {"fallback": "HVAdam"}],
     "SOAP": [
         {"precondition_frequency": 2},

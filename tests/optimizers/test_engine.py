@@ -394,6 +394,7 @@ BAD = {
     "eps_s": [-1.0],
     "weight_decay": [-0.1, float("inf")],
     "gamma": [float("nan")],
+    "beta0": [-0.1],
     "beta3": [1.0],
     "refresh": ["sometimes"],
     "scale": [-1.0, "large"],

@@ -67,6 +67,7 @@ GOOD: dict[str, st.SearchStrategy[Any]] = {
     "eps_s": st.sampled_from([0.0, 1e-18, 1e-12, 1e-3]),
     "weight_decay": nonnegative,
     "gamma": st.sampled_from([0.0, 0.5, 1.0]),
+    "beta0": st.sampled_from([0.0, 0.5, 1.0, 100.0]),
     "beta3": st.sampled_from([0.0, 0.5, 0.99]),
     "shampoo_beta": st.sampled_from([None, 0.0, 0.5, 0.99]),
     "precondition_frequency": st.integers(1, 3),
@@ -91,6 +92,7 @@ BAD: dict[str, list[Any]] = {
     "eps_s": [-1.0, float("nan"), float("inf")],
     "weight_decay": [-0.1, float("inf"), float("nan"), 1e20, None, False],
     "gamma": [float("nan"), 1e20, "1", None],
+    "beta0": [-0.1, float("nan"), 1e20, None],
     "beta3": [1.0, -0.1, None],
     "shampoo_beta": [1.0, -0.1, float("nan"), "x"],
     "precondition_frequency": [0, -1, 1.5, True, None],
@@ -135,6 +137,8 @@ COMPILED = {
     "Anon": (BF16, "kahan"),
     "AdaBelief": (F16, "stochastic"),
     "LaProp": (F32, "nearest"),
+    "PNM": (F64, "nearest"),
+    "AdaPNM": (F32, "nearest"),
     "NAMO": (BF16, "stochastic"),
 }
 

@@ -60,7 +60,7 @@ LEFT_OUT = {
 #: Optimizers of the folder that do not exist here yet.
 NOT_YET = {
     "adago", "adamuon", "normuon", "muon_nsr", "muon_vs", "sso", "mars", "madam", "lamadam", "admeta_r",
-    "admeta_s", "pnm", "adapnm", "olion",
+    "admeta_s", "olion",
 }  # fmt: skip
 
 Hyper = dict[str, Any]
@@ -111,6 +111,16 @@ def adabelief(hp: Hyper, variant: str) -> Hyper:
 def laprop(hp: Hyper, variant: str) -> Hyper:
     leave_out("laprop", hp)
     return take(hp, "lr", "betas", "eps", "weight_decay", "centered")
+
+
+def pnm(hp: Hyper, variant: str) -> Hyper:
+    momentum, beta0 = hp.pop("betas")
+    return {"momentum": momentum, "beta0": beta0} | take(hp, "lr", "weight_decay", "decoupled")
+
+
+def adapnm(hp: Hyper, variant: str) -> Hyper:
+    *betas, beta0 = hp.pop("betas")
+    return {"betas": betas, "beta0": beta0} | take(hp, "lr", "eps", "weight_decay", "decoupled", "amsgrad")
 
 
 def muon(hp: Hyper, variant: str) -> Hyper:
@@ -171,6 +181,8 @@ ADAPTERS: dict[str, tuple[type[torch.optim.Optimizer], Callable[[Hyper, str], Hy
     "anon": (lo.Anon, anon),
     "adabelief": (lo.AdaBelief, adabelief),
     "laprop": (lo.LaProp, laprop),
+    "pnm": (lo.PNM, pnm),
+    "adapnm": (lo.AdaPNM, adapnm),
     "muon": (lo.Muon, muon),
     "namo": (lo.NAMO, namo),
     "namo_d": (lo.NAMOD, namo_d),

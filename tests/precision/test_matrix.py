@@ -47,6 +47,8 @@ LEARNING_RATES = {
     "SOAP": 0.01,
     "DeVA": 0.02,
     "LaProp": 0.01,
+    "PNM": 0.2,
+    "AdaPNM": 0.05,
 }
 BATCHES, EPOCHS, SAMPLES = 4, 3, 16
 
