@@ -7,6 +7,7 @@ from .deva_vector import DeVAVector
 from .graphs import capture_step
 from .hvadam import HVAdam
 from .laprop import LaProp
+from .madam import LaMAdam, MAdam
 from .muon import Muon
 from .mvn_grad import MVNGrad
 from .namo import NAMO, NAMOD
@@ -25,7 +26,9 @@ __all__ = [
     "DeVA",
     "DeVAVector",
     "HVAdam",
+    "LaMAdam",
     "LaProp",
+    "MAdam",
     "MVNGrad",
     "Muon",
     "NonFiniteGradientsError",

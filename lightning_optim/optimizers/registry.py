@@ -16,6 +16,7 @@ from .deva import DeVA
 from .deva_vector import DeVAVector
 from .hvadam import HVAdam
 from .laprop import LaProp
+from .madam import LaMAdam, MAdam
 from .muon import Muon
 from .mvn_grad import MVNGrad
 from .namo import NAMO, NAMOD
@@ -104,6 +105,8 @@ OPTIMIZERS: dict[str, OptimizerInfo] = {
         OptimizerInfo(LaProp, "momentum of normalised gradients", "arXiv 2002.04839"),
         OptimizerInfo(PNM, "gradient descent with positive-negative momentum", "arXiv 2103.17182"),
         OptimizerInfo(AdaPNM, "Adam with positive-negative momentum", "arXiv 2103.17182"),
+        OptimizerInfo(MAdam, "Adam with a second moment of maximum variance (MaxVA)", "arXiv 2006.11918"),
+        OptimizerInfo(LaMAdam, "LaProp with a second moment of maximum variance (MaxVA)", "arXiv 2006.11918"),
         OptimizerInfo(Muon, "orthogonalised momentum", "Jordan et al. 2024; arXiv 2502.16982"),
         OptimizerInfo(SOAP, "Adam in the eigenbasis of Shampoo's preconditioner", "arXiv 2409.11321"),
         OptimizerInfo(torch.optim.SGD, "stochastic gradient descent with momentum (torch.optim)", "ICML 2013"),
@@ -124,7 +127,7 @@ def get(name: str) -> OptimizerInfo:
     >>> get("Namo")
     Traceback (most recent call last):
     ...
-    ValueError: There is no optimizer 'Namo'. Did you mean NAMO, NAMOD, Muon?
+    ValueError: There is no optimizer 'Namo'. Did you mean NAMO, NAMOD, PNM?
     """
     if name in OPTIMIZERS:
         return OPTIMIZERS[name]

@@ -30,6 +30,8 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "LaProp": [{}, {"centered": True, "weight_decay": 1e-3}],
     "PNM": [{}, {"beta0": 0.5, "weight_decay": 0.1, "decoupled": False}],
     "AdaPNM": [{}, {"amsgrad": False, "beta0": 2.0, "weight_decay": 0.1, "decoupled": False}],
+    "MAdam": [{}, {"amsgrad": True, "weight_decay": 0.1}, {"betas": (0.9, 0.9), "beta_min": 0.2, "decoupled": False}],
+    "LaMAdam": [{}, {"weight_decay": 0.1}, {"weight_decay": 0.1, "decoupled": True}],
     "Muon": [{}, {"scale": "moonlight", "nesterov": False, "weight_decay": 0.1}, {"fallback": "HVAdam"}],
     "SOAP": [
         {"precondition_frequency": 2},

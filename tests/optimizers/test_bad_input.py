@@ -73,6 +73,7 @@ def test_eps_that_lets_zero_be_divided_by_zero_is_refused(name: str, eps: float)
         ("AdaBelief", "amsgrad", True),
         ("LaProp", "centered", True),
         ("AdaPNM", "amsgrad", False),
+        ("MAdam", "amsgrad", True),
         ("Anon", "refresh", "every_step"),
         ("DeVA", "form", "efficient"),
         ("SOAP", "max_precondition_dim", 5),

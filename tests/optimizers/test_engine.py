@@ -396,6 +396,7 @@ BAD = {
     "gamma": [float("nan")],
     "beta0": [-0.1],
     "beta3": [1.0],
+    "beta_min": [-0.1, 1.0],
     "refresh": ["sometimes"],
     "scale": [-1.0, "large"],
     "max_step": [0.0],

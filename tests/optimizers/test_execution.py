@@ -434,6 +434,8 @@ STATE = {
     "LaProp": 2,
     "PNM": 2,
     "AdaPNM": 4,
+    "MAdam": 4,
+    "LaMAdam": 4,
 }
 
 

@@ -69,6 +69,7 @@ GOOD: dict[str, st.SearchStrategy[Any]] = {
     "gamma": st.sampled_from([0.0, 0.5, 1.0]),
     "beta0": st.sampled_from([0.0, 0.5, 1.0, 100.0]),
     "beta3": st.sampled_from([0.0, 0.5, 0.99]),
+    "beta_min": st.sampled_from([0.0, 0.5, 0.9, 0.9999999]),
     "shampoo_beta": st.sampled_from([None, 0.0, 0.5, 0.99]),
     "precondition_frequency": st.integers(1, 3),
     "clamp": st.sampled_from([1e-18, 0.1, 0.75, 1.0]),
@@ -94,6 +95,7 @@ BAD: dict[str, list[Any]] = {
     "gamma": [float("nan"), 1e20, "1", None],
     "beta0": [-0.1, float("nan"), 1e20, None],
     "beta3": [1.0, -0.1, None],
+    "beta_min": [1.0, -0.1, None],
     "shampoo_beta": [1.0, -0.1, float("nan"), "x"],
     "precondition_frequency": [0, -1, 1.5, True, None],
     "max_precondition_dim": [0, 2.5, None],
@@ -139,6 +141,8 @@ COMPILED = {
     "LaProp": (F32, "nearest"),
     "PNM": (F64, "nearest"),
     "AdaPNM": (F32, "nearest"),
+    "MAdam": (F32, "nearest"),
+    "LaMAdam": (BF16, "split"),
     "NAMO": (BF16, "stochastic"),
 }
 

@@ -51,6 +51,8 @@ LEFT_OUT = {
         True,
         "False makes no step at all while the variance is intractable",
     ),
+    ("madam", "nesterov"): (False, "used by no experiment"),
+    ("lamadam", "amsgrad"): (None, "never takes effect"),
     ("soap", "normalize_grads"): (False, "used by no experiment"),
     ("deva", "normalize_grads"): (False, "inherited from SOAP's file, used by no experiment"),
     ("deva", "merge_dims"): (False, "the released class takes matrices only, which have nothing to merge"),
@@ -59,7 +61,7 @@ LEFT_OUT = {
 
 #: Optimizers of the folder that do not exist here yet.
 NOT_YET = {
-    "adago", "adamuon", "normuon", "muon_nsr", "muon_vs", "sso", "mars", "madam", "lamadam", "admeta_r",
+    "adago", "adamuon", "normuon", "muon_nsr", "muon_vs", "sso", "mars", "admeta_r",
     "admeta_s", "olion",
 }  # fmt: skip
 
@@ -123,6 +125,19 @@ def adapnm(hp: Hyper, variant: str) -> Hyper:
     return {"betas": betas, "beta0": beta0} | take(hp, "lr", "eps", "weight_decay", "decoupled", "amsgrad")
 
 
+def madam(hp: Hyper, variant: str) -> Hyper:
+    leave_out("madam", hp)
+    beta_min, beta_max = hp.pop("beta2_range")
+    names = take(hp, "lr", "eps", "weight_decay", "amsgrad", decoupled="adamw")
+    return names | {"betas": (hp.pop("beta1"), beta_max), "beta_min": beta_min}
+
+
+def lamadam(hp: Hyper, variant: str) -> Hyper:
+    leave_out("lamadam", hp)
+    names = take(hp, "lr", "beta_min", "eps", "weight_decay", decoupled="use_adamw")
+    return names | {"betas": (hp.pop("momentum"), hp.pop("beta"))}
+
+
 def muon(hp: Hyper, variant: str) -> Hyper:
     scale = {"kellerjordan": "original", "moonlight": "moonlight"}[variant]
     decay = "wd" if "wd" in hp else "weight_decay"
@@ -183,6 +198,8 @@ ADAPTERS: dict[str, tuple[type[torch.optim.Optimizer], Callable[[Hyper, str], Hy
     "laprop": (lo.LaProp, laprop),
     "pnm": (lo.PNM, pnm),
     "adapnm": (lo.AdaPNM, adapnm),
+    "madam": (lo.MAdam, madam),
+    "lamadam": (lo.LaMAdam, lamadam),
     "muon": (lo.Muon, muon),
     "namo": (lo.NAMO, namo),
     "namo_d": (lo.NAMOD, namo_d),

@@ -29,7 +29,9 @@ from .references import (
     DeVAReference,
     DeVAVectorReference,
     HVAdamReference,
+    LaMAdamReference,
     LaPropReference,
+    MAdamReference,
     MuonReference,
     MVNGradReference,
     NAMODReference,
@@ -57,6 +59,8 @@ GOLDEN: dict[str, tuple[type[Reference], dict[str, Any]]] = {
     "laprop": (LaPropReference, {}),
     "pnm": (PNMReference, {}),
     "adapnm": (AdaPNMReference, {}),
+    "madam": (MAdamReference, {}),
+    "lamadam": (LaMAdamReference, {}),
     "hvadam": (HVAdamReference, {}),
     "muon": (MuonReference, {}),
     "namo": (NAMOReference, {}),
@@ -72,6 +76,8 @@ RENAMED = {
     "wd": "weight_decay",
     "lambda": "weight_decay",
     "weight_decouple": "decoupled",
+    "adamw": "decoupled",
+    "use_adamw": "decoupled",
     "nestrov": "nesterov",
     "adamnorm_eps": "eps",
     "scale_coeff": "scale",
@@ -84,6 +90,7 @@ FIXED = {
     "fixed_decay": False,
     "degenerated_to_sgd": True,
     "normalize_grads": False,
+    "nesterov": False,
     "amsgrad": False,
     "rectify": False,
     "merge_dims": False,
@@ -106,6 +113,11 @@ def recorded_reference(metadata: dict[str, str], params: list[Array]) -> Referen
         args["momentum"], args["beta0"] = recorded.pop("betas")
     if cls is AdaPNMReference:
         *args["betas"], args["beta0"] = recorded.pop("betas")
+    if cls is MAdamReference:
+        args["beta_min"], beta_max = recorded.pop("beta2_range")
+        args["betas"] = (recorded.pop("beta1"), beta_max)
+    if cls is LaMAdamReference:
+        args["betas"] = (recorded.pop("momentum"), recorded.pop("beta"))
     if cls is MuonReference:
         args["scale"] = {"kellerjordan": "original", "moonlight": "moonlight"}[metadata["variant"]]
     if cls is AnonReference:
@@ -293,7 +305,8 @@ def test_lr_of_the_step_replaces_the_constructors(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["AdamW", "MVNGrad", "DeVAVector", "Anon", "AdaBelief", "LaProp", "PNM", "AdaPNM", "HVAdam"]
+    "name",
+    ["AdamW", "MVNGrad", "DeVAVector", "Anon", "AdaBelief", "LaProp", "PNM", "AdaPNM", "MAdam", "LaMAdam", "HVAdam"],
 )
 def test_element_wise_references_do_not_see_how_parameters_are_cut(name: str) -> None:
     grads = gradients(2, 30, (3, 4))
@@ -346,6 +359,8 @@ def first_step(cls: type[Any], g: Array, **args: Any) -> Array:
         (AdaBeliefReference, {"rectify": True}, lambda g: g),
         (PNMReference, {"momentum": 0.8, "beta0": 1.0}, lambda g: 0.36 * 2 / math.sqrt(5) * g),
         (AdaPNMReference, {"betas": (0.8, 0.9), "beta0": 0.0}, lambda g: 1.8 * np.sign(g)),
+        (MAdamReference, {}, lambda g: np.sign(g)),
+        (LaMAdamReference, {}, lambda g: np.sign(g)),
         (HVAdamReference, {"betas": (0.8, 0.9)}, lambda g: 0.8 * np.sign(g)),
         (AnonReference, {"gamma": 0.0}, lambda g: g),
         (AnonReference, {"gamma": 0.5}, lambda g: np.sign(g) * np.sqrt(np.abs(g))),

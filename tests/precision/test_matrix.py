@@ -49,6 +49,8 @@ LEARNING_RATES = {
     "LaProp": 0.01,
     "PNM": 0.2,
     "AdaPNM": 0.05,
+    "MAdam": 0.01,
+    "LaMAdam": 0.01,
 }
 BATCHES, EPOCHS, SAMPLES = 4, 3, 16
 
