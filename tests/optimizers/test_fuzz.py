@@ -30,7 +30,7 @@ from . import references
 from .references import REFERENCES, Array, Reference
 from .rows import OURS
 
-DEFAULT_EXAMPLES = 2090
+DEFAULT_EXAMPLES = 2850
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", DEFAULT_EXAMPLES))
 
 fuzzed = settings(
