@@ -8,25 +8,31 @@ from .deva_vector import DeVAVector
 from .graphs import capture_step
 from .hvadam import HVAdam
 from .laprop import LaProp
+from .madam import LaMAdam, MAdam
 from .muon import Muon
 from .muon_vs import MuonNSR, MuonVS
 from .mvn_grad import MVNGrad
 from .namo import NAMO, NAMOD
 from .normuon import NorMuon
 from .optimizer import NonFiniteGradientsError
+from .pnm import PNM, AdaPNM
 from .soap import SOAP
 
 __all__ = [
     "NAMO",
     "NAMOD",
+    "PNM",
     "SOAP",
     "AdaBelief",
     "AdaMuon",
+    "AdaPNM",
     "Anon",
     "DeVA",
     "DeVAVector",
     "HVAdam",
+    "LaMAdam",
     "LaProp",
+    "MAdam",
     "MVNGrad",
     "Muon",
     "MuonNSR",

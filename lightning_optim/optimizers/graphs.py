@@ -34,7 +34,7 @@ def capture_step(optimizer: RuleOptimizer) -> None:
     A graph knows its tensors by their place in memory. A step is made without one, and one recorded, where parameters,
     gradients or state lie where they have not been in the last few steps; one that an observer watches is made without.
     So **gradients have to stay where they are**: call ``zero_grad(set_to_none=False)``. A rule that works differently
-    at some steps (Anon's refreshes, AdaBelief's first five steps) gets a graph for each of its forms.
+    at some steps (Anon's refreshes, PNM's odd ones, AdaBelief's first five) gets a graph for each of its forms.
 
     Copies of an optimizer, pickled ones too, start without graphs. The graphs keep the memory of their temporaries.
 

@@ -17,14 +17,16 @@ from .deva_vector import DeVAVector
 from .execution import sharding
 from .hvadam import HVAdam
 from .laprop import LaProp
+from .madam import LaMAdam, MAdam
 from .mvn_grad import MVNGrad
 from .optimizer import EngineOptions, Params, RuleOptimizer
+from .pnm import PNM, AdaPNM
 from .rule import MatrixRule, Rule
 
 #: Fallback rules and their default hyperparameters, by name.
 FALLBACKS: dict[str, tuple[Rule, dict[str, Any]]] = {"AdamW": (ADAMW, ADAMW_DEFAULTS)} | {
     cls.__name__: (cls.rules[0], cls.default_hyperparameters())
-    for cls in (AdaBelief, Anon, DeVAVector, HVAdam, LaProp, MVNGrad)
+    for cls in (AdaBelief, AdaPNM, Anon, DeVAVector, HVAdam, LaMAdam, LaProp, MAdam, MVNGrad, PNM)
 }
 
 

@@ -17,12 +17,14 @@ from .deva import DeVA
 from .deva_vector import DeVAVector
 from .hvadam import HVAdam
 from .laprop import LaProp
+from .madam import LaMAdam, MAdam
 from .muon import Muon
 from .muon_vs import MuonNSR, MuonVS
 from .mvn_grad import MVNGrad
 from .namo import NAMO, NAMOD
 from .normuon import NorMuon
 from .optimizer import RuleOptimizer
+from .pnm import PNM, AdaPNM
 from .rule import Internal, gradient_to_variance
 from .soap import SOAP
 
@@ -104,6 +106,10 @@ OPTIMIZERS: dict[str, OptimizerInfo] = {
         OptimizerInfo(Anon, "tunable adaptivity with incremental delay update", "arXiv 2605.02317"),
         OptimizerInfo(AdaBelief, "variance around the momentum in place of the second moment", "arXiv 2010.07468"),
         OptimizerInfo(LaProp, "momentum of normalised gradients", "arXiv 2002.04839"),
+        OptimizerInfo(PNM, "gradient descent with positive-negative momentum", "arXiv 2103.17182"),
+        OptimizerInfo(AdaPNM, "Adam with positive-negative momentum", "arXiv 2103.17182"),
+        OptimizerInfo(MAdam, "Adam with a second moment of maximum variance (MaxVA)", "arXiv 2006.11918"),
+        OptimizerInfo(LaMAdam, "LaProp with a second moment of maximum variance (MaxVA)", "arXiv 2006.11918"),
         OptimizerInfo(Muon, "orthogonalised momentum", "Jordan et al. 2024; arXiv 2502.16982"),
         OptimizerInfo(NorMuon, "orthogonalised momentum with normalised rows", "arXiv 2510.05491"),
         OptimizerInfo(AdaMuon, "orthogonalised signs of momentum with second moments", "arXiv 2507.11005"),
@@ -128,7 +134,7 @@ def get(name: str) -> OptimizerInfo:
     >>> get("Namo")
     Traceback (most recent call last):
     ...
-    ValueError: There is no optimizer 'Namo'. Did you mean NAMO, NAMOD, AdaMuon?
+    ValueError: There is no optimizer 'Namo'. Did you mean NAMO, NAMOD, PNM?
     """
     if name in OPTIMIZERS:
         return OPTIMIZERS[name]

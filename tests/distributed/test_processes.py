@@ -65,7 +65,17 @@ def start(processes: int, out: Path) -> list[dict[str, Any]]:
 
 
 def is_element_wise(configuration: str) -> bool:
-    return configuration.split()[0] in ("MVNGrad", "DeVAVector", "Anon", "AdaBelief", "LaProp")
+    return configuration.split()[0] in (
+        "MVNGrad",
+        "DeVAVector",
+        "Anon",
+        "AdaBelief",
+        "LaProp",
+        "PNM",
+        "AdaPNM",
+        "MAdam",
+        "LaMAdam",
+    )
 
 
 @pytest.mark.parametrize("configuration", CONFIGURATIONS)

@@ -247,6 +247,110 @@ class LaPropReference(Reference):
         return p
 
 
+def positive_negative_momentum(g: Array, s: State, t: int, beta1: float, beta0: float) -> Array:
+    """arXiv 2103.17182: m_t decays from m_{t-2}; the difference to m_{t-1}, of the noise that one momentum has."""
+    m = beta1**2 * s["m", t - 2] + (1 - beta1**2) * g
+    s["m", t] = m
+    return ((1 + beta0) * m - beta0 * s["m", t - 1]) / math.sqrt((1 + beta0) ** 2 + beta0**2)
+
+
+@dataclass
+class PNMReference(Reference):
+    """arXiv 2103.17182, with the normalisation of the release."""
+
+    lr: float = 1.0
+    momentum: float = 0.9
+    beta0: float = 1.0
+    weight_decay: float = 0.0
+    decoupled: bool = True
+
+    def update(self, p: Array, g: Array, s: State, lr: float) -> Array:
+        p, g = decay(p, g, lr, self.weight_decay, self.decoupled)
+        return p - lr * positive_negative_momentum(g, s, self.t, self.momentum, self.beta0)
+
+
+@dataclass
+class AdaPNMReference(Reference):
+    """arXiv 2103.17182 as released: a maximum before the bias correction, which is that of plain momentum."""
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    beta0: float = 1.0
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    decoupled: bool = True
+    amsgrad: bool = True
+
+    def update(self, p: Array, g: Array, s: State, lr: float) -> Array:
+        (b1, b2), t = self.betas, self.t
+        p, g = decay(p, g, lr, self.weight_decay, self.decoupled)
+        m = positive_negative_momentum(g, s, t, b1, self.beta0)
+        s["v"] = b2 * s["v"] + (1 - b2) * g**2
+        s["max"] = np.maximum(s["max"], s["v"])
+        v = s["max"] if self.amsgrad else s["v"]
+        return p - lr / (1 - b1**t) * m / (np.sqrt(v / (1 - b2**t)) + self.eps)
+
+
+def maximum_variance_second_moment(g: Array, s: State, t: int, beta_min: float, beta_max: float) -> Array:
+    """arXiv 2006.11918: the average square of all gradients, whose weights decay as makes their variance largest.
+
+    From the definition: weights of every gradient so far, and moments by them. 1e-16 is the release's.
+    """
+    gradients, weights = s["gradients"] or [], s["weights"] or []
+    beta = np.full_like(g, beta_max)
+    if t > 1:
+        w = sum(weights)
+        mean = sum(a * x for a, x in zip(weights, gradients)) / w
+        variance = sum(a * (x - mean) ** 2 for a, x in zip(weights, gradients)) / w
+        d = (g - mean) ** 2
+        beta = (d + variance) / (w * (d - variance) + d + variance + 1e-16)
+        beta = np.minimum(np.maximum(beta, beta_min), beta_max)
+    s["gradients"] = [*gradients, g]
+    s["weights"] = [*(beta * a for a in weights), 1 - beta]
+    return sum(a * x**2 for a, x in zip(s["weights"], s["gradients"])) / sum(s["weights"])
+
+
+@dataclass
+class MAdamReference(Reference):
+    """arXiv 2006.11918, MAdam as released: the maximum of amsgrad is that of the denominator."""
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    beta_min: float = 0.5
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    decoupled: bool = True
+    amsgrad: bool = False
+
+    def update(self, p: Array, g: Array, s: State, lr: float) -> Array:
+        (b1, b2), t = self.betas, self.t
+        p, g = decay(p, g, lr, self.weight_decay, self.decoupled)
+        s["m"] = b1 * s["m"] + (1 - b1) * g
+        denominator = np.sqrt(maximum_variance_second_moment(g, s, t, self.beta_min, b2)) + self.eps
+        s["max"] = np.maximum(s["max"], denominator)
+        return p - lr / (1 - b1**t) * s["m"] / (s["max"] if self.amsgrad else denominator)
+
+
+@dataclass
+class LaMAdamReference(Reference):
+    """arXiv 2006.11918, LaMAdam as released: lr inside the momentum, coupled decay."""
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.98)
+    beta_min: float = 0.5
+    eps: float = 1e-15
+    weight_decay: float = 0.0
+    decoupled: bool = False
+
+    def update(self, p: Array, g: Array, s: State, lr: float) -> Array:
+        b1, b2 = self.betas
+        p, g = decay(p, g, lr, self.weight_decay, self.decoupled)
+        normalised = g / (np.sqrt(maximum_variance_second_moment(g, s, self.t, self.beta_min, b2)) + self.eps)
+        s["m"] = b1 * s["m"] + (1 - b1) * lr * normalised
+        s["lr"] = b1 * s["lr"] + (1 - b1) * lr
+        return p - lr / s["lr"] * s["m"] if lr > 0 else p  # as LaProp
+
+
 # HVAdam: inner products over the whole group
 
 
@@ -629,6 +733,10 @@ REFERENCES: dict[str, type] = {
     "Anon": AnonReference,
     "AdaBelief": AdaBeliefReference,
     "LaProp": LaPropReference,
+    "PNM": PNMReference,
+    "AdaPNM": AdaPNMReference,
+    "MAdam": MAdamReference,
+    "LaMAdam": LaMAdamReference,
     "HVAdam": HVAdamReference,
     "Muon": MuonReference,
     "NorMuon": NorMuonReference,

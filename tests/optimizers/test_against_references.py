@@ -48,6 +48,10 @@ ARGUMENTS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     },
     "AdaBelief": {**coupling, "betas": betas, "eps": eps, "rectify": st.booleans(), "amsgrad": st.booleans()},
     "LaProp": {**decay, "betas": betas, "eps": eps, "centered": st.booleans()},
+    "PNM": {**coupling, "momentum": st.floats(0, 0.99), "beta0": st.floats(0, 2)},
+    "AdaPNM": {**coupling, "betas": betas, "eps": eps, "beta0": st.floats(0, 2), "amsgrad": st.booleans()},
+    "MAdam": {**coupling, "betas": betas, "eps": eps, "beta_min": st.floats(0, 0.9), "amsgrad": st.booleans()},
+    "LaMAdam": {**coupling, "betas": betas, "eps": eps, "beta_min": st.floats(0, 0.9)},
     "Muon": {
         **decay,
         "momentum": st.floats(0, 0.99),

@@ -425,7 +425,18 @@ def test_compiled_rules_have_no_transients(name: str) -> None:
 
 
 #: State tensors of the parameter's size that each algorithm cannot do without.
-STATE = {"MVNGrad": 3, "DeVAVector": 2, "HVAdam": 3, "Anon": 3, "AdaBelief": 2, "LaProp": 2}
+STATE = {
+    "MVNGrad": 3,
+    "DeVAVector": 2,
+    "HVAdam": 3,
+    "Anon": 3,
+    "AdaBelief": 2,
+    "LaProp": 2,
+    "PNM": 2,
+    "AdaPNM": 4,
+    "MAdam": 4,
+    "LaMAdam": 4,
+}
 
 
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "compiled"])

@@ -31,7 +31,7 @@ from . import references
 from .references import REFERENCES, Array, Reference, orthogonalize
 from .rows import OURS
 
-DEFAULT_EXAMPLES = 2090
+DEFAULT_EXAMPLES = 3610
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", DEFAULT_EXAMPLES))
 
 fuzzed = settings(
@@ -69,7 +69,9 @@ GOOD: dict[str, st.SearchStrategy[Any]] = {
     "eps_s": st.sampled_from([0.0, 1e-18, 1e-12, 1e-3]),
     "weight_decay": nonnegative,
     "gamma": st.sampled_from([0.0, 0.5, 1.0]),
+    "beta0": st.sampled_from([0.0, 0.5, 1.0, 100.0]),
     "beta3": st.sampled_from([0.0, 0.5, 0.99]),
+    "beta_min": st.sampled_from([0.0, 0.5, 0.9, 0.9999999]),
     "shampoo_beta": st.sampled_from([None, 0.0, 0.5, 0.99]),
     "precondition_frequency": st.integers(1, 3),
     "clamp": st.sampled_from([1e-18, 0.1, 0.75, 1.0]),
@@ -94,7 +96,9 @@ BAD: dict[str, list[Any]] = {
     "eps_s": [-1.0, float("nan"), float("inf")],
     "weight_decay": [-0.1, float("inf"), float("nan"), 1e20, None, False],
     "gamma": [float("nan"), 1e20, "1", None],
+    "beta0": [-0.1, float("nan"), 1e20, None],
     "beta3": [1.0, -0.1, None],
+    "beta_min": [1.0, -0.1, None],
     "shampoo_beta": [1.0, -0.1, float("nan"), "x"],
     "precondition_frequency": [0, -1, 1.5, True, None],
     "max_precondition_dim": [0, 2.5, None],
@@ -138,6 +142,10 @@ COMPILED = {
     "Anon": (BF16, "kahan"),
     "AdaBelief": (F16, "stochastic"),
     "LaProp": (F32, "nearest"),
+    "PNM": (F64, "nearest"),
+    "AdaPNM": (F32, "nearest"),
+    "MAdam": (F32, "nearest"),
+    "LaMAdam": (BF16, "split"),
     "NAMO": (BF16, "stochastic"),
 }
 

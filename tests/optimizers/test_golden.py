@@ -51,6 +51,8 @@ LEFT_OUT = {
         True,
         "False makes no step at all while the variance is intractable",
     ),
+    ("madam", "nesterov"): (False, "used by no experiment"),
+    ("lamadam", "amsgrad"): (None, "never takes effect"),
     ("soap", "normalize_grads"): (False, "used by no experiment"),
     ("deva", "normalize_grads"): (False, "inherited from SOAP's file, used by no experiment"),
     ("deva", "merge_dims"): (False, "the released class takes matrices only, which have nothing to merge"),
@@ -63,8 +65,7 @@ UNDETERMINED = {("adamuon__paper_form__svd", 1)}
 
 #: Optimizers of the folder that do not exist here yet.
 NOT_YET = {
-    "adago", "sso", "mars", "madam", "lamadam", "admeta_r",
-    "admeta_s", "pnm", "adapnm", "olion",
+    "adago", "sso", "mars", "admeta_r", "admeta_s", "olion",
 }  # fmt: skip
 
 Hyper = dict[str, Any]
@@ -115,6 +116,29 @@ def adabelief(hp: Hyper, variant: str) -> Hyper:
 def laprop(hp: Hyper, variant: str) -> Hyper:
     leave_out("laprop", hp)
     return take(hp, "lr", "betas", "eps", "weight_decay", "centered")
+
+
+def pnm(hp: Hyper, variant: str) -> Hyper:
+    momentum, beta0 = hp.pop("betas")
+    return {"momentum": momentum, "beta0": beta0} | take(hp, "lr", "weight_decay", "decoupled")
+
+
+def adapnm(hp: Hyper, variant: str) -> Hyper:
+    *betas, beta0 = hp.pop("betas")
+    return {"betas": betas, "beta0": beta0} | take(hp, "lr", "eps", "weight_decay", "decoupled", "amsgrad")
+
+
+def madam(hp: Hyper, variant: str) -> Hyper:
+    leave_out("madam", hp)
+    beta_min, beta_max = hp.pop("beta2_range")
+    names = take(hp, "lr", "eps", "weight_decay", "amsgrad", decoupled="adamw")
+    return names | {"betas": (hp.pop("beta1"), beta_max), "beta_min": beta_min}
+
+
+def lamadam(hp: Hyper, variant: str) -> Hyper:
+    leave_out("lamadam", hp)
+    names = take(hp, "lr", "beta_min", "eps", "weight_decay", decoupled="use_adamw")
+    return names | {"betas": (hp.pop("momentum"), hp.pop("beta"))}
 
 
 def muon(hp: Hyper, variant: str) -> Hyper:
@@ -187,6 +211,10 @@ ADAPTERS: dict[str, tuple[type[torch.optim.Optimizer], Callable[[Hyper, str], Hy
     "anon": (lo.Anon, anon),
     "adabelief": (lo.AdaBelief, adabelief),
     "laprop": (lo.LaProp, laprop),
+    "pnm": (lo.PNM, pnm),
+    "adapnm": (lo.AdaPNM, adapnm),
+    "madam": (lo.MAdam, madam),
+    "lamadam": (lo.LaMAdam, lamadam),
     "muon": (lo.Muon, muon),
     "normuon": (lo.NorMuon, normuon),
     "adamuon": (lo.AdaMuon, adamuon),

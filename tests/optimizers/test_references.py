@@ -23,16 +23,20 @@ from .references import (
     REFERENCES,
     AdaBeliefReference,
     AdamWReference,
+    AdaPNMReference,
     AnonReference,
     Array,
     DeVAReference,
     DeVAVectorReference,
     HVAdamReference,
+    LaMAdamReference,
     LaPropReference,
+    MAdamReference,
     MuonReference,
     MVNGradReference,
     NAMODReference,
     NAMOReference,
+    PNMReference,
     Reference,
     SOAPReference,
     merged_shape,
@@ -53,6 +57,10 @@ GOLDEN: dict[str, tuple[type[Reference], dict[str, Any]]] = {
     "anon": (AnonReference, {}),
     "adabelief": (AdaBeliefReference, {}),
     "laprop": (LaPropReference, {}),
+    "pnm": (PNMReference, {}),
+    "adapnm": (AdaPNMReference, {}),
+    "madam": (MAdamReference, {}),
+    "lamadam": (LaMAdamReference, {}),
     "hvadam": (HVAdamReference, {}),
     "muon": (MuonReference, {}),
     "namo": (NAMOReference, {}),
@@ -68,6 +76,8 @@ RENAMED = {
     "wd": "weight_decay",
     "lambda": "weight_decay",
     "weight_decouple": "decoupled",
+    "adamw": "decoupled",
+    "use_adamw": "decoupled",
     "nestrov": "nesterov",
     "adamnorm_eps": "eps",
     "scale_coeff": "scale",
@@ -80,6 +90,7 @@ FIXED = {
     "fixed_decay": False,
     "degenerated_to_sgd": True,
     "normalize_grads": False,
+    "nesterov": False,
     "amsgrad": False,
     "rectify": False,
     "merge_dims": False,
@@ -98,6 +109,15 @@ def recorded_reference(metadata: dict[str, str], params: list[Array]) -> Referen
         args["betas"] = (recorded.pop("momentum", None) or recorded.pop("mu1"), recorded.pop("mu2"))
         if metadata["variant"].startswith("formula"):
             args |= {"nesterov": False, "scale": None}
+    if cls is PNMReference:
+        args["momentum"], args["beta0"] = recorded.pop("betas")
+    if cls is AdaPNMReference:
+        *args["betas"], args["beta0"] = recorded.pop("betas")
+    if cls is MAdamReference:
+        args["beta_min"], beta_max = recorded.pop("beta2_range")
+        args["betas"] = (recorded.pop("beta1"), beta_max)
+    if cls is LaMAdamReference:
+        args["betas"] = (recorded.pop("momentum"), recorded.pop("beta"))
     if cls is MuonReference:
         args["scale"] = {"kellerjordan": "original", "moonlight": "moonlight"}[metadata["variant"]]
     if cls is AnonReference:
@@ -284,7 +304,10 @@ def test_lr_of_the_step_replaces_the_constructors(name: str) -> None:
         np.testing.assert_array_equal(reference.params[0], by_argument[0][t])
 
 
-@pytest.mark.parametrize("name", ["AdamW", "MVNGrad", "DeVAVector", "Anon", "AdaBelief", "LaProp", "HVAdam"])
+@pytest.mark.parametrize(
+    "name",
+    ["AdamW", "MVNGrad", "DeVAVector", "Anon", "AdaBelief", "LaProp", "PNM", "AdaPNM", "MAdam", "LaMAdam", "HVAdam"],
+)
 def test_element_wise_references_do_not_see_how_parameters_are_cut(name: str) -> None:
     grads = gradients(2, 30, (3, 4))
     (whole,) = replay(REFERENCES[name]([np.ones((3, 4))], weight_decay=0.01), grads)
@@ -301,6 +324,7 @@ def test_element_wise_references_do_not_see_how_parameters_are_cut(name: str) ->
         MVNGradReference([np.ones((5, 4))], eps=0.0, eps_s=0.0),
         AdaBeliefReference([np.ones((5, 4))], eps=0.0, rectify=False),
         LaPropReference([np.ones((5, 4))], eps=0.0),
+        AdaPNMReference([np.ones((5, 4))], eps=0.0),
         AnonReference([np.ones((5, 4))], eps=0.0, gamma=1.0),
         NAMOReference([np.ones((5, 4))], eps=0.0, orthogonalizer="exact"),
         NAMODReference([np.ones((5, 4))], eps=0.0, orthogonalizer="exact"),
@@ -333,6 +357,10 @@ def first_step(cls: type[Any], g: Array, **args: Any) -> Array:
         (MVNGradReference, {"betas": (0.8, 0.9)}, lambda g: np.sign(g) / 0.8),
         (AdaBeliefReference, {"betas": (0.8, 0.9), "rectify": False}, lambda g: np.sign(g) / 0.8),
         (AdaBeliefReference, {"rectify": True}, lambda g: g),
+        (PNMReference, {"momentum": 0.8, "beta0": 1.0}, lambda g: 0.36 * 2 / math.sqrt(5) * g),
+        (AdaPNMReference, {"betas": (0.8, 0.9), "beta0": 0.0}, lambda g: 1.8 * np.sign(g)),
+        (MAdamReference, {}, lambda g: np.sign(g)),
+        (LaMAdamReference, {}, lambda g: np.sign(g)),
         (HVAdamReference, {"betas": (0.8, 0.9)}, lambda g: 0.8 * np.sign(g)),
         (AnonReference, {"gamma": 0.0}, lambda g: g),
         (AnonReference, {"gamma": 0.5}, lambda g: np.sign(g) * np.sqrt(np.abs(g))),

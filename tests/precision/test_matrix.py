@@ -51,6 +51,10 @@ LEARNING_RATES = {
     "SOAP": 0.01,
     "DeVA": 0.02,
     "LaProp": 0.01,
+    "PNM": 0.2,
+    "AdaPNM": 0.05,
+    "MAdam": 0.01,
+    "LaMAdam": 0.01,
 }
 BATCHES, EPOCHS, SAMPLES = 4, 3, 16
 
