@@ -349,11 +349,17 @@ class Oracle:
         return g + (noise * np.abs(g) + added) * self.rng.normal(size=g.shape)
 
     def _orthogonalizer(self, noise: float, group: dict[str, Any]) -> Callable[..., Array]:
-        """Signs of the gradient are all that the first step of two rules orthogonalises, which noise does not change:
-        but their quotients are rounded, so that singular matrices of signs are singular no more."""
-        if group["rule"] not in ("MuonVS", "MuonNSR"):
-            return orthogonalize
-        return lambda x, *args: orthogonalize(x * (1 + noise * self.rng.normal(size=x.shape)), *args)
+        """With noise where that of the gradient does not show what rounding does: it leaves signs as they are."""
+
+        def disturbed(x: Array, *args: Any, **kwargs: Any) -> Array:
+            if group["rule"] in ("MuonVS", "MuonNSR"):  # Their first step has rounded signs, which may be singular.
+                x = x * (1 + noise * self.rng.normal(size=x.shape))
+            o = orthogonalize(x, *args, **kwargs)
+            if group["rule"] == "AdaMuon":  # Entries that vanish are rounding errors, which it divides by their size.
+                o = o + noise * np.abs(o).max(initial=0) * self.rng.normal(size=o.shape)
+            return o
+
+        return disturbed
 
     def _flat(self, key: Any, name: str) -> Array:
         return np.concatenate([np.ravel(state[name]) for state in self.references[key][0].states])
