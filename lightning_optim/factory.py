@@ -541,7 +541,9 @@ def _import(flag: str, path: str, base: type[_T]) -> type[_T]:
     except ImportError as error:
         raise ValueError(f"{flag} {path}: cannot import {module_name} ({error}).") from error
     if not hasattr(module, name):
-        raise ValueError(f"{flag} {path}: {module_name} has no {name}. {_hint(name, dir(module))}")
+        known = [n for n, x in vars(module).items() if isinstance(x, type) and issubclass(x, base)]
+        hint = f" {_hint(name, known)}" if known else ""
+        raise ValueError(f"{flag} {path}: {module_name} has no {name}.{hint}")
     cls = getattr(module, name)
     if not (isinstance(cls, type) and issubclass(cls, base)):
         raise ValueError(f"{flag} {path} is not a {base.__module__}.{base.__name__}.")

@@ -294,6 +294,7 @@ def test_from_the_command_line(run: Path, capsys: pytest.CaptureFixture[str]) ->
     settings = yaml.safe_load((run / "config.yaml").read_text())
     assert settings["optimizer"]["init_args"]["lr"] == 0.02
     assert settings["resume"]["override"] is None, "it holds for one resumption"
+    assert settings["ckpt_path"] is None, "a run with these settings begins anew"
 
 
 def test_the_models_arguments_are_those_of_flags_then_of_the_checkpoint(run: Path) -> None:
