@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from .adabelief import AdaBelief
 from .adamw import ADAMW, ADAMW_DEFAULTS
 from .anon import Anon
@@ -19,7 +17,7 @@ from .hvadam import HVAdam
 from .laprop import LaProp
 from .madam import LaMAdam, MAdam
 from .mvn_grad import MVNGrad
-from .optimizer import EngineOptions, Params, RuleOptimizer
+from .optimizer import EngineOptions, Params, RuleOptimizer, listed
 from .pnm import PNM, AdaPNM
 from .rule import MatrixRule, Rule
 
@@ -112,8 +110,14 @@ class MatrixOptimizer(RuleOptimizer):
             return
         if role is not None:
             raise ValueError(f"A parameter group's role must be 'matrix' or 'fallback', got {role!r}.")
-        params = param_group["params"]
-        params = [params] if isinstance(params, Tensor) else list(params)
+        params = listed(param_group["params"])
+        if "lr" in param_group and self._lack_names(params):
+            raise ValueError(
+                f"{type(self).__name__} has a learning rate for matrices and another for the rest, so a group that is "
+                f"added with lr={param_group['lr']!r} needs a role: add_param_group({{'params': [(name, parameter), "
+                "...], 'role': 'matrix', ...}) and another one for the rest, with 'role': 'fallback'. Lightning's "
+                "BackboneFinetuning, which knows of no roles, goes with element-wise optimizers."
+            )
         is_matrix = [(p[1] if isinstance(p, tuple) else p).ndim >= 2 for p in params]
         self._warn_nameless(sum(is_matrix), len(params))
         for role, wanted in (("matrix", True), ("fallback", False)):

@@ -189,7 +189,15 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         return self.defaults | {"rule": self.rules[0].name}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group; its keys override the optimizer's defaults for its parameters."""
+        """Add a parameter group; its keys override the optimizer's defaults for its parameters.
+
+        Parameters without names, such as Lightning's callbacks for finetuning bring, are named after their group and
+        position where the others have names.
+        """
+        params = listed(param_group["params"])
+        if self._lack_names(params):
+            params = [(f"added.{len(self.param_groups)}.{i}", p) for i, p in enumerate(params)]
+        param_group = param_group | {"params": params}
         # The defaults of a group depend on its rule, and torch fills in `self.defaults`.
         defaults = self.defaults
         self.defaults = self.group_defaults(param_group)
@@ -202,6 +210,10 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         except ValueError:
             self.param_groups.pop()
             raise
+
+    def _lack_names(self, params: list[Any]) -> bool:
+        """Whether these have no names, but the parameters in the optimizer have."""
+        return any("param_names" in group for group in self.param_groups) and all(isinstance(p, Tensor) for p in params)
 
     def _check(self, group: dict[str, Any]) -> None:
         bounds = constraints.SHARED | dict(self.rule(group).constraints)
@@ -554,6 +566,13 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
             kind = kind if kind in (torch.bfloat16, torch.float16) else torch.int16
             expected[execution.RESIDUAL] = torch.empty_like(like, dtype=kind)
         return expected
+
+
+def listed(params: Any) -> list[Any]:
+    """The parameters of a group, of which there may be one, in their order."""
+    if isinstance(params, set):
+        raise TypeError("A set of parameters has another order in every run, and state goes by order; use a list.")
+    return [params] if isinstance(params, Tensor) else list(params)
 
 
 def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -344,6 +344,29 @@ def test_maximize_is_descent_on_the_negative(name: str, arguments: dict[str, Any
     assert_equal(up, down)
 
 
+@each_optimizer
+def test_parameters_without_names_join_those_that_have_some(name: str) -> None:
+    """As Lightning's callbacks for finetuning add them; to a matrix optimizer they have to bring a role."""
+    first, later = nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(4, 4))
+    matrix = OPTIMIZERS[name].kind == "matrix"
+    role = {"role": "matrix"} if matrix else {}
+    optimizer = OPTIMIZERS[name].cls([{"params": [("weight", first)], **role}])
+    if matrix:
+        with pytest.raises(ValueError, match=r"lr=0\.001 needs a role"):
+            optimizer.add_param_group({"params": [later], "lr": 1e-3})
+        assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": [later], "lr": 1e-3, **role})
+    run(optimizer, [first, later], range(1, 4))
+    assert not torch.equal(later, torch.ones(4, 4))
+    assert optimizer.param_groups[1]["param_names"] == ["added.1.0"]
+
+
+@each_optimizer
+def test_a_set_has_no_order(name: str) -> None:
+    with pytest.raises(TypeError, match="use a list"):
+        OPTIMIZERS[name].cls([{"params": {nn.Parameter(torch.ones(4, 4))}}])
+
+
 @each_configuration
 def test_groups_have_their_own_hyperparameters_and_can_be_added(name: str, arguments: dict[str, Any]) -> None:
     params = parameters()
