@@ -230,6 +230,10 @@ class Monitor(Keyed):
 
     # --- hooks --------------------------------------------------------------------------------------------------
 
+    def forget(self) -> None:
+        """Begin anew, as before the first step; the history stays."""
+        self._counts, self._skips, self.memory = {}, {}, {}
+
     def state_dict(self) -> dict[str, Any]:
         # Lightning saves the state of the first process. What the others remember of their shards is not in it.
         counts = {"counts": dict(self._counts), "skips": dict(self._skips)}
@@ -243,6 +247,8 @@ class Monitor(Keyed):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
+            if not trainer.global_step:  # A new run. What a checkpoint remembers is loaded later.
+                self.forget()
             StepRecorder.of(trainer).attach(self, trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

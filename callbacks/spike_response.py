@@ -189,6 +189,10 @@ class SpikeResponse(ProbingMonitor):
 
     # --- checkpoints --------------------------------------------------------------------------------------------
 
+    def forget(self) -> None:
+        super().forget()
+        self._watches = {}
+
     def state_dict(self) -> dict[str, Any]:
         watches = {label: dataclasses.asdict(watch) for label, watch in self._watches.items()}
         return super().state_dict() | {"watches": watches}

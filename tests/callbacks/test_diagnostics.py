@@ -239,3 +239,29 @@ def test_state_goes_on_after_a_restart(tmp_path):
     # Steps 3 and 6: the second run measures step 6 only, against the update that the first one remembered.
     assert [step for step, _ in second] == [5]
     assert second[-1] == whole[-1]
+
+
+def histories(diagnostics):
+    return {tag: list(values) for monitor in diagnostics.monitors for tag, values in monitor.history.items()}
+
+
+def test_a_new_run_is_not_compared_with_the_last():
+    """One callback for the Trainers of several runs, as in cross-validation."""
+
+    def fit(diagnostics):
+        pl.seed_everything(3, verbose=False)
+        trainer(callbacks=[diagnostics]).fit(Net())
+        return histories(diagnostics)
+
+    used = Diagnostics("standard", every_n_steps=1)
+    once = fit(used)
+    assert fit(used) == {tag: values * 2 for tag, values in once.items()}
+
+
+def test_a_run_that_goes_on_is():
+    diagnostics = Diagnostics("standard", every_n_steps=1)
+    t, net = trainer(callbacks=[diagnostics], max_steps=3), Net()
+    t.fit(net)
+    t.fit_loop.epoch_loop.max_steps = 6
+    t.fit(net)
+    assert [step for step, _ in histories(diagnostics)["update/cosine_to_previous"]] == [1, 2, 3, 4, 5]
