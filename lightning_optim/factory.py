@@ -129,6 +129,7 @@ class Grouping:
 
 OptimizerLike: TypeAlias = OptimizerConfig | str | Mapping[str, Any]
 SchedulerLike: TypeAlias = SchedulerConfig | str | Mapping[str, Any]
+GroupingLike: TypeAlias = Grouping | Mapping[str, Any]
 
 _Config = TypeVar("_Config", OptimizerConfig, SchedulerConfig)
 
@@ -139,23 +140,34 @@ def _config(cls: type[_Config], flag: str, value: _Config | str | Mapping[str, A
         return cls(name=value)
     if not isinstance(value, Mapping):
         return value
-    synonyms = {"class_path": "name", "init_args": "args"}
+    given = _given(cls, flag, value, {"class_path": "name", "init_args": "args"})
+    if "name" not in given:
+        raise ValueError(f"{flag}={dict(value)} names no class: add 'name' or 'class_path'.")
+    return cls(**given)
+
+
+def _grouping(value: GroupingLike | None) -> Grouping:
+    """A grouping from itself or its fields."""
+    if isinstance(value, Mapping):
+        return Grouping(**_given(Grouping, "grouping", value, {}))
+    return value or Grouping()
+
+
+def _given(cls: type[Any], flag: str, value: Mapping[str, Any], synonyms: Mapping[str, str]) -> dict[str, Any]:
+    """The fields of a configuration that a mapping sets."""
     settings = {synonyms.get(key, key): setting for key, setting in value.items()}
     known = {f.name for f in fields(cls)}
     for key in settings:
         if key not in known:
             raise ValueError(f"{flag} has no setting {key!r}. {_hint(key, known | synonyms.keys())}")
-    given = {key: setting for key, setting in settings.items() if setting is not None}  # An empty line of YAML is None.
-    if "name" not in given:
-        raise ValueError(f"{flag}={dict(value)} names no class: add 'name' or 'class_path'.")
-    return cls(**given)
+    return {key: setting for key, setting in settings.items() if setting is not None}  # An empty line of YAML is None.
 
 
 # --- the optimizer ------------------------------------------------------------------------------------------
 
 
 def build_optimizer(
-    module: nn.Module, optimizer: OptimizerLike = "MVNGrad", grouping: Grouping | None = None
+    module: nn.Module, optimizer: OptimizerLike = "MVNGrad", grouping: GroupingLike | None = None
 ) -> Optimizer:
     """Build an optimizer for the trainable parameters of a module.
 
@@ -174,8 +186,9 @@ def build_optimizer(
         optimizer: A name, an :class:`OptimizerConfig`, or a mapping with the keys ``name`` and ``args``, or
             ``class_path`` and ``init_args``. Bare names are those of :data:`lightning_optim.OPTIMIZERS`; a
             dotted path may name any torch optimizer.
-        grouping: Hyperparameters by kind, name and layer of the parameters. By default norms, biases, other
-            vectors, embeddings, positional parameters and tokens get no weight decay.
+        grouping: Hyperparameters by kind, name and layer of the parameters, a :class:`Grouping` or a mapping of its
+            fields. By default norms, biases, other vectors, embeddings, positional parameters and tokens get no
+            weight decay.
 
     Returns:
         The optimizer.
@@ -212,7 +225,7 @@ def build_optimizer(
         return _construct(f"optimizer {config.name}", cls, groups, args)
 
     processes = _processes(module, cls)
-    built = construct(_groups(module, grouping or Grouping(), issubclass(cls, MatrixOptimizer), construct))
+    built = construct(_groups(module, _grouping(grouping), issubclass(cls, MatrixOptimizer), construct))
     if isinstance(built, RuleOptimizer):
         built.process_group, built.work_group, built.shard_group = processes
     else:  # The others check themselves what they load.
@@ -416,7 +429,7 @@ def configure_optimizers(
     module: nn.Module,
     optimizer: OptimizerLike = "MVNGrad",
     scheduler: SchedulerLike | None = None,
-    grouping: Grouping | None = None,
+    grouping: GroupingLike | None = None,
     total_steps: int | None = None,
 ) -> dict[str, Any]:
     """Build an optimizer and a learning-rate schedule, in the form that Lightning wants.
@@ -450,7 +463,7 @@ def configure_optimizers(
     """
     built = build_optimizer(module, optimizer, grouping)
     if isinstance(built, MatrixOptimizer):
-        _log_routing(module, grouping or Grouping())
+        _log_routing(module, _grouping(grouping))
     if scheduler is None:
         return {"optimizer": built}
     config = _config(SchedulerConfig, "lr_scheduler", scheduler)

@@ -555,11 +555,19 @@ def test_wrong_optimizer(optimizer, message):
         ({"layer_decay": 1.5}, r"layer_decay must be in \(0, 1\], got 1.5"),
         ({"layer_decay": 0.5}, "layer_decay needs a timm model, and Sequential has none.*lr_multipliers"),
         ({"no_decay": ["norms"]}, "no_decay: 'norms' is not one of norm"),
+        ({"no_decya": []}, "grouping has no setting 'no_decya'.*no_decay"),
     ],
 )
 def test_wrong_grouping(settings_, message):
     with pytest.raises(ValueError, match=message):
-        build_optimizer(make_net(), "Muon", Grouping(**settings_))
+        build_optimizer(make_net(), "Muon", settings_)
+
+
+def test_a_grouping_can_be_a_mapping():
+    settings_ = {"no_decay": ["bias"], "lr_multipliers": {"0.*": 0.5}, "layer_decay": None}
+    made = [build_optimizer(make_net(), "Muon", grouping) for grouping in (settings_, Grouping(["bias"], {"0.*": 0.5}))]
+    a, b = ([{k: v for k, v in group.items() if k != "params"} for group in built.param_groups] for built in made)
+    assert a == b
 
 
 @pytest.mark.parametrize(
