@@ -282,6 +282,7 @@ def main(out: Path) -> None:
     (out / f"{size}-{rank}.json").write_text(json.dumps(results))
     for name in OPTIMIZERS:
         torch.save(across(name, "fsdp2", out / f"across-{name}"), out / f"{size}-{rank}-{name}.pt")
+    dist.barrier()  # One that leaves early takes down connections that others may still use.
     dist.destroy_process_group()
 
 
