@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -109,6 +110,8 @@ class Monitor(Keyed):
     needs_updates: ClassVar[bool] = True
     #: Whether it wants what our matrix rules report during a step.
     needs_observations: ClassVar[bool] = False
+    #: The module of the last run, with which another run goes on.
+    _module: weakref.ref[pl.LightningModule] | None = None
 
     def __init__(
         self,
@@ -230,8 +233,11 @@ class Monitor(Keyed):
 
     # --- hooks --------------------------------------------------------------------------------------------------
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_module"}
+
     def forget(self) -> None:
-        """Begin anew, as before the first step; the history stays."""
+        """Begin anew, as for another module; the history stays."""
         self._counts, self._skips, self.memory = {}, {}, {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -247,8 +253,9 @@ class Monitor(Keyed):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            if not trainer.global_step:  # A new run. What a checkpoint remembers is loaded later.
+            if self._module is not None and self._module() is not pl_module:
                 self.forget()
+            self._module = weakref.ref(pl_module)
             StepRecorder.of(trainer).attach(self, trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import pickle
 import re
 import subprocess
 import sys
@@ -245,8 +246,8 @@ def histories(diagnostics):
     return {tag: list(values) for monitor in diagnostics.monitors for tag, values in monitor.history.items()}
 
 
-def test_a_new_run_is_not_compared_with_the_last():
-    """One callback for the Trainers of several runs, as in cross-validation."""
+def test_another_module_is_not_compared_with_the_last():
+    """One callback for several modules, as in cross-validation."""
 
     def fit(diagnostics):
         pl.seed_everything(3, verbose=False)
@@ -258,10 +259,12 @@ def test_a_new_run_is_not_compared_with_the_last():
     assert fit(used) == {tag: values * 2 for tag, values in once.items()}
 
 
-def test_a_run_that_goes_on_is():
+def test_a_module_that_trains_on_is():
     diagnostics = Diagnostics("standard", every_n_steps=1)
     t, net = trainer(callbacks=[diagnostics], max_steps=3), Net()
     t.fit(net)
     t.fit_loop.epoch_loop.max_steps = 6
     t.fit(net)
+    copied = pickle.loads(pickle.dumps(diagnostics))
+    assert histories(copied) == histories(diagnostics)
     assert [step for step, _ in histories(diagnostics)["update/cosine_to_previous"]] == [1, 2, 3, 4, 5]
