@@ -127,7 +127,7 @@ def _fused_adamw(parameters: list[Tensor]) -> Optimizer:
 class CheckedAdamW(AdamW):
     """Torch's fused AdamW after torch's own look whether all gradients are finite, which ours take in every step."""
 
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         if nn.utils.get_total_norm(gradients).isfinite():
             super().step(closure)

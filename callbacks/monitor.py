@@ -110,7 +110,7 @@ class Monitor(Keyed):
     needs_updates: ClassVar[bool] = True
     #: Whether it wants what our matrix rules report during a step.
     needs_observations: ClassVar[bool] = False
-    #: The module of the last run, with which another run goes on.
+    #: The module of the last run: with it a run goes on, with another one it begins anew.
     _module: weakref.ref[pl.LightningModule] | None = None
 
     def __init__(

@@ -570,6 +570,24 @@ def test_a_grouping_can_be_a_mapping():
     assert a == b
 
 
+@pytest.mark.parametrize("optimizer", ["MVNGrad", "HVAdam"])
+def test_a_backbone_is_unfrozen_by_lightnings_callback(optimizer):
+    class Transfer(Classifier):
+        @property
+        def backbone(self) -> nn.Module:
+            return self.net[0]
+
+    module = Transfer(optimizer)
+    frozen = [p.clone() for p in module.backbone.parameters()]
+    unfreeze = pl.callbacks.BackboneFinetuning(unfreeze_backbone_at_epoch=1, backbone_initial_lr=1e-3)
+    fit(module, callbacks=[unfreeze], max_epochs=1)
+    assert all(torch.equal(p, q) for p, q in zip(module.backbone.parameters(), frozen))
+    module = Transfer(optimizer)
+    frozen = [p.clone() for p in module.backbone.parameters()]
+    fit(module, callbacks=[pl.callbacks.BackboneFinetuning(1, backbone_initial_lr=1e-3)])
+    assert not any(torch.equal(p, q) for p, q in zip(module.backbone.parameters(), frozen))
+
+
 @pytest.mark.parametrize(
     ("scheduler", "message"),
     [

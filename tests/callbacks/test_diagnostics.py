@@ -259,7 +259,7 @@ def test_another_module_is_not_compared_with_the_last():
     assert fit(used) == {tag: values * 2 for tag, values in once.items()}
 
 
-def test_a_module_that_trains_on_is():
+def test_a_module_that_trains_on_is_compared_with_its_last_update():
     diagnostics = Diagnostics("standard", every_n_steps=1)
     t, net = trainer(callbacks=[diagnostics], max_steps=3), Net()
     t.fit(net)

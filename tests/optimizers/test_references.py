@@ -22,6 +22,7 @@ from . import references
 from .references import (
     REFERENCES,
     AdaBeliefReference,
+    AdaMuonReference,
     AdamWReference,
     AdaPNMReference,
     AnonReference,
@@ -32,10 +33,13 @@ from .references import (
     LaMAdamReference,
     LaPropReference,
     MAdamReference,
+    MuonNSRReference,
     MuonReference,
+    MuonVSReference,
     MVNGradReference,
     NAMODReference,
     NAMOReference,
+    NorMuonReference,
     PNMReference,
     Reference,
     SOAPReference,
@@ -63,6 +67,10 @@ GOLDEN: dict[str, tuple[type[Reference], dict[str, Any]]] = {
     "lamadam": (LaMAdamReference, {}),
     "hvadam": (HVAdamReference, {}),
     "muon": (MuonReference, {}),
+    "normuon": (NorMuonReference, {}),
+    "adamuon": (AdaMuonReference, {}),
+    "muon_vs": (MuonVSReference, {}),
+    "muon_nsr": (MuonNSRReference, {}),
     "namo": (NAMOReference, {}),
     "namo_d": (NAMODReference, {}),
     "soap": (SOAPReference, {}),
@@ -82,6 +90,7 @@ RENAMED = {
     "adamnorm_eps": "eps",
     "scale_coeff": "scale",
     "c": "clamp",
+    "alpha": "gamma",
     "col_state_clamp_c": "clamp",
     "max_precond_dim": "max_precondition_dim",
 }
@@ -97,7 +106,14 @@ FIXED = {
     "precondition_1d": False,
     "ns_steps": 5,
 }
-CASES = sorted(path for path in GOLDEN_DIR.glob("*.safetensors") if path.name.split("__")[0] in GOLDEN)
+# Signs of gradients with null spaces: later steps remember how the recorded polar factors were completed there. The
+# rule is compared with them (test_golden.py) by taking the recorded completion where there are two.
+UNDETERMINED = ("adamuon__defaults__svd", "adamuon__paper_form__svd")
+CASES = sorted(
+    path
+    for path in GOLDEN_DIR.glob("*.safetensors")
+    if path.name.split("__")[0] in GOLDEN and path.stem not in UNDETERMINED
+)
 
 
 def recorded_reference(metadata: dict[str, str], params: list[Array]) -> Reference:
