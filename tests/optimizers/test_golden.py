@@ -65,7 +65,7 @@ UNDETERMINED = {("adamuon__paper_form__svd", 1)}
 
 #: Optimizers of the folder that do not exist here yet.
 NOT_YET = {
-    "adago", "sso", "mars", "admeta_r", "admeta_s", "olion",
+    "adago", "sso", "mars", "mars_m", "admeta_r", "admeta_s", "olion", "adagram", "adadiag", "adadiag_pp", "elra",
 }  # fmt: skip
 
 Hyper = dict[str, Any]
