@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lightning_optim.optimizers.execution.sharding import owners
-from lightning_optim.optimizers.execution.stacks import wave_limit
+from lightning_optim.engine.matrices import wave_limit
 from lightning_optim.polar import find
+from lightning_optim.processes import owners
 
 Strategy = Literal["DDP, each for itself", "DDP, shared by all", "DDP, shared in nodes", "FSDP2"]
 

@@ -27,8 +27,9 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from lightning_optim import LaProp
+from lightning_optim.engine import rounding
+from lightning_optim.engine.rounding import residual_dtype
 from lightning_optim.models.networks import GPT, GPTConfig
-from lightning_optim.optimizers.execution import residual_dtype, storage
 
 from . import machine
 
@@ -40,7 +41,7 @@ _LENGTH, _BATCH = 64, 16
 
 @contextmanager
 def _numbers_of(way: str) -> Iterator[None]:
-    with mock.patch.object(storage, "_BLOCK", 1 if way == "independent" else storage._BLOCK):
+    with mock.patch.object(rounding, "_BLOCK", 1 if way == "independent" else rounding._BLOCK):
         yield
 
 
@@ -61,13 +62,13 @@ class Copies:
                 p, residual, noise = self.parameters[way][i], self.residuals[way][i], None
                 if _NAMES.get(way, way) == "stochastic":
                     with _numbers_of(way):
-                        noise = storage.numbers(storage.first_number(t, i), 0, p.numel(), p.device).view(p.shape)
-                storage.store_(p, storage.load(p, residual, torch.float32) + update, residual, noise)
+                        noise = rounding.numbers(rounding.first_number(t, i), 0, p.numel(), p.device).view(p.shape)
+                rounding.store_(p, rounding.load(p, residual, torch.float32) + update, residual, noise)
 
     def rows(self, experiment: str, wide: list[Tensor]) -> Iterator[dict[str, Any]]:
         """Distances from parameters in float32."""
         for way, params in self.parameters.items():
-            exact = [storage.load(p, x, torch.float32) for p, x in zip(params, self.residuals[way])]
+            exact = [rounding.load(p, x, torch.float32) for p, x in zip(params, self.residuals[way])]
             yield row(experiment, way, wide, params, exact)
         yield row(experiment, "floor", wide, [x.to(torch.bfloat16) for x in wide], wide)
 

@@ -34,9 +34,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from lightning_optim import build_optimizer
-from lightning_optim.optimizers.execution import sharding
-from lightning_optim.optimizers.optimizer import RuleOptimizer
+from lightning_optim import build_optimizer, processes
+from lightning_optim.engine.optimizer import RuleOptimizer
 from lightning_optim.polar import orthogonalize
 
 from .cluster import Cluster, Strategy, Transformer, orthogonalization_flops, step_seconds
@@ -85,13 +84,13 @@ def _time(model: str, strategy: str, optimizer: str, steps: int) -> dict[str, An
     seconds = []
     for i in range(WARM_UP + steps):
         if i == WARM_UP:
-            sharding.sent.clear()
+            processes.sent.clear()
         if dist.is_initialized():
             dist.barrier()
         start = time.perf_counter()
         built.step()
         seconds.append(time.perf_counter() - start)
-    sent = sum(sharding.sent.values()) / steps
+    sent = sum(processes.sent.values()) / steps
     held = sum(x.nbytes for state in built.state.values() for x in map(_local, state.values()))
     most = torch.tensor([*seconds[WARM_UP:], sent, held], dtype=torch.float64)
     if dist.is_initialized():

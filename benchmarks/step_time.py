@@ -33,7 +33,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from lightning_optim.optimizers.execution import ROUNDINGS
+from lightning_optim.engine.rounding import ROUNDINGS
 from lightning_optim.optimizers.registry import OPTIMIZERS
 
 from .contenders import BACKENDS, PACKAGES, PEERS, Contender, Stepper, contenders, installed

@@ -12,9 +12,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_optim.diagnostics.orthogonality import full_precision
-from lightning_optim.optimizers.execution import RESIDUAL, accumulation_dtype
+from lightning_optim.engine.rounding import RESIDUAL
+from lightning_optim.engine.rule import Internal
+from lightning_optim.engine.state import accumulation_dtype
 from lightning_optim.optimizers.registry import internals_of
-from lightning_optim.optimizers.rule import Internal
 
 from .monitor import Monitor, Results
 from .recorder import Step, Watched, local

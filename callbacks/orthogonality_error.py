@@ -25,7 +25,7 @@ from lightning_optim.diagnostics.orthogonality import (
     polar_error,
     scaled_gram,
 )
-from lightning_optim.optimizers.execution import block_shape, to_blocks
+from lightning_optim.engine.state import block_shape, to_blocks
 
 from .monitor import Monitor, Results, matches
 from .recorder import Shards, Step, Watched, cut_axes, position

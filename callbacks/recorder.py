@@ -31,8 +31,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.optim import Optimizer
 
 from lightning_optim.diagnostics.change import Change, sample, squares_of_gradients
-from lightning_optim.optimizers.hybrid import MatrixOptimizer
-from lightning_optim.optimizers.optimizer import RuleOptimizer
+from lightning_optim.engine.optimizer import RuleOptimizer
+from lightning_optim.engine.two_rules import MatrixOptimizer
 from lightning_optim.routing import Route, clean_name, route, routing_table
 
 if TYPE_CHECKING:

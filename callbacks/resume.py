@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
 from lightning_optim.checkpoint_io import make_safe
-from lightning_optim.optimizers.checkpoint import LABELS, SCHEDULED, STRUCTURE
+from lightning_optim.engine.checkpoint import LABELS, SCHEDULED, STRUCTURE
 
 # How torch's optimizers compute, not what.
 _IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")

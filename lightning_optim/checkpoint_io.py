@@ -20,7 +20,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from torch.distributed.checkpoint import filesystem, metadata
 
-from .optimizers.checkpoint import CheckpointError
+from .engine.checkpoint import CheckpointError
 
 __all__ = [
     "CheckpointError",

@@ -33,11 +33,11 @@ from torch.optim.optimizer import _default_to_fused_or_foreach
 
 from . import schedules
 from .checkpoint_io import make_safe
+from .engine.checkpoint import matched
+from .engine.optimizer import RuleOptimizer
+from .engine.rule import GroupRule
+from .engine.two_rules import MatrixOptimizer
 from .optimizers import registry
-from .optimizers.checkpoint import matched
-from .optimizers.hybrid import MatrixOptimizer
-from .optimizers.optimizer import RuleOptimizer
-from .optimizers.rule import GroupRule
 from .routing import Route, clean_name, route, routing_table
 
 __all__ = [

@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..diagnostics.spike_response import SpikeResult, scale_name, spike_response
-from ..optimizers.hybrid import MatrixOptimizer
+from ..engine.two_rules import MatrixOptimizer
 from ..optimizers.registry import OptimizerInfo, get
 
 DESCRIPTION = (

@@ -1,11 +1,12 @@
 """Optimizers: one file per algorithm; see :mod:`.rule` for what a rule is and :mod:`.registry` for all of them."""
 
+from ..engine.cuda_graphs import capture_step
+from ..engine.optimizer import NonFiniteGradientsError
 from .adabelief import AdaBelief
 from .adamuon import AdaMuon
 from .anon import Anon
 from .deva import DeVA
 from .deva_vector import DeVAVector
-from .graphs import capture_step
 from .hvadam import HVAdam
 from .laprop import LaProp
 from .madam import LaMAdam, MAdam
@@ -14,7 +15,6 @@ from .muon_vs import MuonNSR, MuonVS
 from .mvn_grad import MVNGrad
 from .namo import NAMO, NAMOD
 from .normuon import NorMuon
-from .optimizer import NonFiniteGradientsError
 from .pnm import PNM, AdaPNM
 from .soap import SOAP
 

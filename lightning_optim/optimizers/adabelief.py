@@ -7,22 +7,11 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from .execution import Backend, Rounding
-from .optimizer import EngineOptions, Params, RuleOptimizer
-from .rule import (
-    LIKE_PARAMETER,
-    ElementwiseRule,
-    Hyperparameters,
-    Scalars,
-    Shape,
-    add_,
-    add_quotient_,
-    decay_,
-    ema_,
-    ema_product_,
-    gradient_to_variance,
-    weight_decay,
-)
+from ..engine.arithmetic import add_, add_quotient_, decay_, ema_, ema_product_, weight_decay
+from ..engine.optimizer import EngineOptions, Params, RuleOptimizer
+from ..engine.rounding import Rounding
+from ..engine.rule import LIKE_PARAMETER, ElementwiseRule, Hyperparameters, Scalars, Shape, gradient_to_variance
+from ..engine.step import Backend
 
 
 def _state(shape: Shape, hp: Hyperparameters) -> dict[str, Shape | None]:

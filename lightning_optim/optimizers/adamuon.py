@@ -6,25 +6,13 @@ from math import prod, sqrt
 
 from torch import Tensor
 
-from .constraints import ORTHOGONALIZER
-from .execution import Backend, Rounding
-from .hybrid import Fallback, MatrixOptimizer
-from .optimizer import EngineOptions, Params
-from .rule import (
-    Hyperparameters,
-    MatrixRule,
-    Move,
-    Observer,
-    Orthogonalizing,
-    Scalars,
-    Shape,
-    ema_,
-    ema_product_,
-    ignore,
-    like,
-    mix,
-    squared_norm,
-)
+from ..engine.arithmetic import ema_, ema_product_, mix, squared_norm
+from ..engine.hyperparameters import ORTHOGONALIZER
+from ..engine.optimizer import EngineOptions, Params
+from ..engine.rounding import Rounding
+from ..engine.rule import Hyperparameters, MatrixRule, Move, Observer, Orthogonalizing, Scalars, Shape, ignore, like
+from ..engine.step import Backend
+from ..engine.two_rules import Fallback, MatrixOptimizer
 
 
 def _scalars(t: int, hp: Hyperparameters, shape: Shape) -> Scalars:
@@ -68,14 +56,14 @@ class AdaMuon(MatrixOptimizer):
     :math:`M_t = \mu M_{t-1} + G_t`, of which the sign is the same). State: ``m`` and ``v``, of the parameter's shape.
 
     Args:
-        params: Parameters, named parameters or parameter groups; see :class:`.hybrid.MatrixOptimizer`.
+        params: Parameters, named parameters or parameter groups; see :class:`.two_rules.MatrixOptimizer`.
         lr: Learning rate :math:`\eta`. As released; for GPT-2 the authors take 6e-4 and 1e-3.
         momentum: :math:`\mu`, of both averages.
         eps: :math:`\epsilon`.
         nesterov: Take the sign of the look-ahead :math:`(1-\mu)G_t+\mu M_t` instead of that of :math:`M_t`.
         weight_decay: Decoupled weight decay :math:`\lambda`. As released; 0.1 for GPT-2.
         orthogonalizer: A name in :data:`lightning_optim.polar.METHODS`, or ``"exact"``.
-        fallback: Rule for everything that is not a hidden matrix; a name in :data:`.hybrid.FALLBACKS`.
+        fallback: Rule for everything that is not a hidden matrix; a name in :data:`.two_rules.FALLBACKS`.
         fallback_lr: Its learning rate; this and the next three are the fallback's own defaults if ``None``.
         fallback_betas: Its betas.
         fallback_eps: Its eps.

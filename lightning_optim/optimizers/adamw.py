@@ -6,17 +6,8 @@ from math import sqrt
 
 from torch import Tensor
 
-from .rule import (
-    ElementwiseRule,
-    Hyperparameters,
-    Scalars,
-    add_quotient_,
-    ema_,
-    ema_product_,
-    gradient_to_variance,
-    like,
-    shrink_,
-)
+from ..engine.arithmetic import add_quotient_, ema_, ema_product_, shrink_
+from ..engine.rule import ElementwiseRule, Hyperparameters, Scalars, gradient_to_variance, like
 
 
 def _scalars(t: int, hp: Hyperparameters) -> Scalars:

@@ -7,21 +7,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .constraints import fraction, number, one_of
-from .execution import Backend, Rounding
-from .optimizer import EngineOptions, Params, RuleOptimizer
-from .rule import (
-    ElementwiseRule,
-    Hyperparameters,
-    Internal,
-    Scalars,
-    add_quotient_,
-    decay_,
-    ema_,
-    ema_product_,
-    like,
-    weight_decay,
-)
+from ..engine.arithmetic import add_quotient_, decay_, ema_, ema_product_, weight_decay
+from ..engine.hyperparameters import fraction, number, one_of
+from ..engine.optimizer import EngineOptions, Params, RuleOptimizer
+from ..engine.rounding import Rounding
+from ..engine.rule import ElementwiseRule, Hyperparameters, Internal, Scalars, like
+from ..engine.step import Backend
 
 _REFRESHES = ("powers_of_two", "every_step")
 

@@ -8,12 +8,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .constraints import EIGENBASIS, ORTHOGONALIZER, one_of
-from .eigenbasis import BASIS_ERROR, Eigenbasis, axis_state, permute_, phases, refreshes
-from .execution import Backend, Rounding
-from .hybrid import Fallback, MatrixOptimizer
-from .optimizer import EngineOptions, Params
-from .rule import (
+from ..eigenbasis import BASIS_ERROR, Eigenbasis, axis_state, permute_, phases, refreshes
+from ..engine.arithmetic import ema_, mix, squared_norm
+from ..engine.hyperparameters import EIGENBASIS, ORTHOGONALIZER, one_of
+from ..engine.optimizer import EngineOptions, Params
+from ..engine.rounding import Rounding
+from ..engine.rule import (
     LIKE_PARAMETER,
     Hyperparameters,
     Internal,
@@ -23,12 +23,11 @@ from .rule import (
     Orthogonalizing,
     Scalars,
     Shape,
-    ema_,
     ignore,
     mean_of,
-    mix,
-    squared_norm,
 )
+from ..engine.step import Backend
+from ..engine.two_rules import Fallback, MatrixOptimizer
 
 _FORMS = ("momentum", "sign", "instantaneous", "efficient")
 
@@ -163,7 +162,7 @@ class DeVA(MatrixOptimizer):
     preconditioned axis.
 
     Args:
-        params: Parameters, named parameters or parameter groups; see :class:`.hybrid.MatrixOptimizer`.
+        params: Parameters, named parameters or parameter groups; see :class:`.two_rules.MatrixOptimizer`.
         lr: Learning rate :math:`\eta`.
         betas: :math:`(\beta_1, \beta_2)`.
         shampoo_beta: Decay of the averages of outer products, or ``None`` for :math:`\beta_2`.
@@ -179,7 +178,7 @@ class DeVA(MatrixOptimizer):
         form: ``"momentum"``, ``"sign"``, ``"instantaneous"`` or ``"efficient"``.
         orthogonalizer: A name in :data:`lightning_optim.polar.METHODS`, or ``"exact"``. The default is the released
             code's own.
-        fallback: Rule for everything that is not a hidden matrix; a name in :data:`.hybrid.FALLBACKS`. The vector
+        fallback: Rule for everything that is not a hidden matrix; a name in :data:`.two_rules.FALLBACKS`. The vector
             form of the same method by default.
         fallback_lr: Its learning rate; this and the next three are the fallback's own defaults if ``None``.
         fallback_betas: Its betas.

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .execution import Backend, Rounding
-from .optimizer import EngineOptions, Params, RuleOptimizer
-from .rule import ElementwiseRule, Hyperparameters, Internal, Scalars, add_, ema_, ema_product_, like, mix, shrink_
+from ..engine.arithmetic import add_, ema_, ema_product_, mix, shrink_
+from ..engine.optimizer import EngineOptions, Params, RuleOptimizer
+from ..engine.rounding import Rounding
+from ..engine.rule import ElementwiseRule, Hyperparameters, Internal, Scalars, like
+from ..engine.step import Backend
 
 _FLOOR = 1e-5  # The constant inside the square root of the released code.
 

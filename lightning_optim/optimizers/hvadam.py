@@ -8,24 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .constraints import number
-from .execution import Backend, Rounding, accumulation_dtype
-from .optimizer import EngineOptions, Params, RuleOptimizer
-from .rule import (
-    GroupRule,
-    Hyperparameters,
-    Internal,
-    Scalars,
-    add_,
-    add_quotient_,
-    decay_,
-    ema,
-    ema_,
-    like,
-    regularize,
-    squared_difference,
-    weight_decay,
-)
+from ..engine.arithmetic import add_, add_quotient_, decay_, ema, ema_, regularize, squared_difference, weight_decay
+from ..engine.hyperparameters import number
+from ..engine.optimizer import EngineOptions, Params, RuleOptimizer
+from ..engine.rounding import Rounding
+from ..engine.rule import GroupRule, Hyperparameters, Internal, Scalars, like
+from ..engine.state import accumulation_dtype
+from ..engine.step import Backend
 
 _RESTART_BELOW = 0.1  # The smoothed cosine below which the hidden vector starts anew.
 

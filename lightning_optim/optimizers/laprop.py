@@ -6,21 +6,11 @@ from math import sqrt
 
 from torch import Tensor
 
-from .execution import Backend, Rounding
-from .optimizer import EngineOptions, Params, RuleOptimizer
-from .rule import (
-    LIKE_PARAMETER,
-    ElementwiseRule,
-    Hyperparameters,
-    Scalars,
-    Shape,
-    add_,
-    add_quotient_,
-    ema_,
-    ema_product_,
-    gradient_to_variance,
-    shrink_,
-)
+from ..engine.arithmetic import add_, add_quotient_, ema_, ema_product_, shrink_
+from ..engine.optimizer import EngineOptions, Params, RuleOptimizer
+from ..engine.rounding import Rounding
+from ..engine.rule import LIKE_PARAMETER, ElementwiseRule, Hyperparameters, Scalars, Shape, gradient_to_variance
+from ..engine.step import Backend
 
 _STEPS_BEFORE_CENTERING = 10
 

@@ -5,23 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .constraints import fraction
-from .execution import Backend, Rounding
-from .optimizer import EngineOptions, Params, RuleOptimizer
-from .rule import (
-    LIKE_PARAMETER,
-    ElementwiseRule,
-    Hyperparameters,
-    Internal,
-    Scalars,
-    Shape,
-    add_,
-    add_quotient_,
-    decay_,
-    ema_,
-    like,
-    weight_decay,
-)
+from ..engine.arithmetic import add_, add_quotient_, decay_, ema_, weight_decay
+from ..engine.hyperparameters import fraction
+from ..engine.optimizer import EngineOptions, Params, RuleOptimizer
+from ..engine.rounding import Rounding
+from ..engine.rule import LIKE_PARAMETER, ElementwiseRule, Hyperparameters, Internal, Scalars, Shape, like
+from ..engine.step import Backend
 
 _TINY = 1e-16  # As released, in squared units of the gradient.
 _CONSTRAINTS = {"beta_min": fraction()}

@@ -7,23 +7,13 @@ from typing import Literal
 
 from torch import Tensor
 
-from .constraints import ORTHOGONALIZER, one_of
-from .execution import Backend, Rounding
-from .hybrid import Fallback, MatrixOptimizer
-from .optimizer import EngineOptions, Params
-from .rule import (
-    Hyperparameters,
-    MatrixRule,
-    Move,
-    Observer,
-    Orthogonalizing,
-    Scalars,
-    Shape,
-    ema_,
-    ignore,
-    like,
-    mix,
-)
+from ..engine.arithmetic import ema_, mix
+from ..engine.hyperparameters import ORTHOGONALIZER, one_of
+from ..engine.optimizer import EngineOptions, Params
+from ..engine.rounding import Rounding
+from ..engine.rule import Hyperparameters, MatrixRule, Move, Observer, Orthogonalizing, Scalars, Shape, ignore, like
+from ..engine.step import Backend
+from ..engine.two_rules import Fallback, MatrixOptimizer
 
 _SCALES = ("original", "moonlight")
 
@@ -74,14 +64,14 @@ class Muon(MatrixOptimizer):
     which is 1 for square kernels. State: ``m``, of the parameter's shape.
 
     Args:
-        params: Parameters, named parameters or parameter groups; see :class:`.hybrid.MatrixOptimizer`.
+        params: Parameters, named parameters or parameter groups; see :class:`.two_rules.MatrixOptimizer`.
         lr: Learning rate :math:`\eta` (default: Keller Jordan's; Moonlight's is 1e-3).
         momentum: :math:`\mu`.
         nesterov: Orthogonalise the look-ahead :math:`(1-\mu)G_t+\mu M_t` instead of :math:`M_t`.
         weight_decay: Decoupled weight decay :math:`\lambda` (Moonlight: 0.1).
         scale: ``"original"`` or ``"moonlight"``.
         orthogonalizer: A name in :data:`lightning_optim.polar.METHODS`, or ``"exact"``.
-        fallback: Rule for everything that is not a hidden matrix; a name in :data:`.hybrid.FALLBACKS`.
+        fallback: Rule for everything that is not a hidden matrix; a name in :data:`.two_rules.FALLBACKS`.
         fallback_lr: Its learning rate; this and the next three are the fallback's own defaults if ``None``.
         fallback_betas: Its betas.
         fallback_eps: Its eps.

@@ -7,24 +7,13 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from .constraints import ORTHOGONALIZER, number
-from .execution import Backend, Rounding
-from .hybrid import Fallback, MatrixOptimizer
-from .optimizer import EngineOptions, Params
-from .rule import (
-    Hyperparameters,
-    MatrixRule,
-    Move,
-    Observer,
-    Orthogonalizing,
-    Scalars,
-    Shape,
-    ema_,
-    ignore,
-    like,
-    mix,
-    squared_difference,
-)
+from ..engine.arithmetic import ema_, mix, squared_difference
+from ..engine.hyperparameters import ORTHOGONALIZER, number
+from ..engine.optimizer import EngineOptions, Params
+from ..engine.rounding import Rounding
+from ..engine.rule import Hyperparameters, MatrixRule, Move, Observer, Orthogonalizing, Scalars, Shape, ignore, like
+from ..engine.step import Backend
+from ..engine.two_rules import Fallback, MatrixOptimizer
 
 
 def _scalars(t: int, hp: Hyperparameters, shape: Shape) -> Scalars:
@@ -97,13 +86,13 @@ class MuonVS(MatrixOptimizer):
     (out, in * k * k). State: ``m`` and ``v``, of the parameter's shape.
 
     Args:
-        params: Parameters, named parameters or parameter groups; see :class:`.hybrid.MatrixOptimizer`.
+        params: Parameters, named parameters or parameter groups; see :class:`.two_rules.MatrixOptimizer`.
         lr: Learning rate :math:`\eta`. As released; 6e-4 for GPT-2.
         momentum: :math:`\mu`, of both averages.
         eps: :math:`\epsilon`, in units of the gradient.
         weight_decay: Decoupled weight decay :math:`\lambda`. As released; 0.1 for GPT-2.
         orthogonalizer: A name in :data:`lightning_optim.polar.METHODS`, or ``"exact"``.
-        fallback: Rule for everything that is not a hidden matrix; a name in :data:`.hybrid.FALLBACKS`.
+        fallback: Rule for everything that is not a hidden matrix; a name in :data:`.two_rules.FALLBACKS`.
         fallback_lr: Its learning rate; this and the next three are the fallback's own defaults if ``None``.
         fallback_betas: Its betas.
         fallback_eps: Its eps.
@@ -174,14 +163,14 @@ class MuonNSR(MatrixOptimizer):
     parameter's shape.
 
     Args:
-        params: Parameters, named parameters or parameter groups; see :class:`.hybrid.MatrixOptimizer`.
+        params: Parameters, named parameters or parameter groups; see :class:`.two_rules.MatrixOptimizer`.
         lr: Learning rate :math:`\eta`. As released; 6e-4 for GPT-2.
         momentum: :math:`\mu`, of both averages.
         eps: :math:`\epsilon`, in units of the gradient.
         gamma: Weight :math:`\gamma` of the variance.
         weight_decay: Decoupled weight decay :math:`\lambda`. As released; 0.1 for GPT-2.
         orthogonalizer: A name in :data:`lightning_optim.polar.METHODS`, or ``"exact"``.
-        fallback: Rule for everything that is not a hidden matrix; a name in :data:`.hybrid.FALLBACKS`.
+        fallback: Rule for everything that is not a hidden matrix; a name in :data:`.two_rules.FALLBACKS`.
         fallback_lr: Its learning rate; this and the next three are the fallback's own defaults if ``None``.
         fallback_betas: Its betas.
         fallback_eps: Its eps.

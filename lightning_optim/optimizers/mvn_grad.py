@@ -6,22 +6,12 @@ from math import sqrt
 
 from torch import Tensor
 
-from .constraints import number
-from .execution import Backend, Rounding
-from .optimizer import EngineOptions, Params, RuleOptimizer
-from .rule import (
-    ElementwiseRule,
-    Hyperparameters,
-    Scalars,
-    add_,
-    add_quotient_,
-    decay_,
-    ema_,
-    ema_product_,
-    gradient_to_variance,
-    like,
-    weight_decay,
-)
+from ..engine.arithmetic import add_, add_quotient_, decay_, ema_, ema_product_, weight_decay
+from ..engine.hyperparameters import number
+from ..engine.optimizer import EngineOptions, Params, RuleOptimizer
+from ..engine.rounding import Rounding
+from ..engine.rule import ElementwiseRule, Hyperparameters, Scalars, gradient_to_variance, like
+from ..engine.step import Backend
 
 
 def _scalars(t: int, hp: Hyperparameters) -> Scalars:

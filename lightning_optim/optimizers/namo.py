@@ -7,11 +7,11 @@ from math import inf, sqrt
 import torch
 from torch import Tensor
 
-from .constraints import ORTHOGONALIZER, SMALLEST, number, optional
-from .execution import Backend, Rounding
-from .hybrid import Fallback, MatrixOptimizer
-from .optimizer import EngineOptions, Params
-from .rule import (
+from ..engine.arithmetic import ema_, is_number, mix, squared_norm
+from ..engine.hyperparameters import ORTHOGONALIZER, SMALLEST, number, optional
+from ..engine.optimizer import EngineOptions, Params
+from ..engine.rounding import Rounding
+from ..engine.rule import (
     LIKE_PARAMETER,
     Hyperparameters,
     MatrixRule,
@@ -20,13 +20,11 @@ from .rule import (
     Orthogonalizing,
     Scalars,
     Shape,
-    ema_,
     ignore,
-    is_number,
     mean_of,
-    mix,
-    squared_norm,
 )
+from ..engine.step import Backend
+from ..engine.two_rules import Fallback, MatrixOptimizer
 
 
 def _scalars(t: int, hp: Hyperparameters, shape: Shape) -> Scalars:
@@ -129,7 +127,7 @@ class NAMO(MatrixOptimizer):
     the parameter's shape, ``v`` one number per matrix.
 
     Args:
-        params: Parameters, named parameters or parameter groups; see :class:`.hybrid.MatrixOptimizer`.
+        params: Parameters, named parameters or parameter groups; see :class:`.two_rules.MatrixOptimizer`.
         lr: Learning rate :math:`\eta`. As released; the paper tunes 0.012 (GPT-2 124M) and 0.007 (355M).
         betas: :math:`(\mu_1, \mu_2)`.
         eps: :math:`\epsilon`, in units of the gradient's Frobenius norm.
@@ -138,7 +136,7 @@ class NAMO(MatrixOptimizer):
         scale: Coefficient of :math:`\sqrt{\max(m, n)}` (the weight's first two axes), or ``None`` for the factor 1.
         max_step: Upper bound of the scaled step and of the decay's, or ``None``.
         orthogonalizer: A name in :data:`lightning_optim.polar.METHODS`, or ``"exact"``.
-        fallback: Rule for everything that is not a hidden matrix; a name in :data:`.hybrid.FALLBACKS`.
+        fallback: Rule for everything that is not a hidden matrix; a name in :data:`.two_rules.FALLBACKS`.
         fallback_lr: Its learning rate; this and the next three are the fallback's own defaults if ``None``.
         fallback_betas: Its betas.
         fallback_eps: Its eps.
@@ -216,7 +214,7 @@ class NAMOD(MatrixOptimizer):
     column.
 
     Args:
-        params: Parameters, named parameters or parameter groups; see :class:`.hybrid.MatrixOptimizer`.
+        params: Parameters, named parameters or parameter groups; see :class:`.two_rules.MatrixOptimizer`.
         lr: Learning rate :math:`\eta`. As released; the paper tunes 0.009 (GPT-2 124M and 355M).
         betas: :math:`(\mu_1, \mu_2)`.
         eps: :math:`\epsilon`, in units of the norm of a gradient's column.
@@ -227,7 +225,7 @@ class NAMOD(MatrixOptimizer):
         scale: Coefficient of :math:`\sqrt{\max(m, n)}` (the weight's first two axes), or ``None`` for the factor 1.
         max_step: Upper bound of the scaled step, or ``None``.
         orthogonalizer: A name in :data:`lightning_optim.polar.METHODS`, or ``"exact"``.
-        fallback: Rule for everything that is not a hidden matrix; a name in :data:`.hybrid.FALLBACKS`.
+        fallback: Rule for everything that is not a hidden matrix; a name in :data:`.two_rules.FALLBACKS`.
         fallback_lr: Its learning rate; this and the next three are the fallback's own defaults if ``None``.
         fallback_betas: Its betas.
         fallback_eps: Its eps.

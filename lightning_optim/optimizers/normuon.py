@@ -7,11 +7,11 @@ from typing import Literal
 
 from torch import Tensor
 
-from .constraints import ORTHOGONALIZER, fraction, one_of
-from .execution import Backend, Rounding
-from .hybrid import Fallback, MatrixOptimizer
-from .optimizer import EngineOptions, Params
-from .rule import (
+from ..engine.arithmetic import ema_, mix, squared_norm
+from ..engine.hyperparameters import ORTHOGONALIZER, fraction, one_of
+from ..engine.optimizer import EngineOptions, Params
+from ..engine.rounding import Rounding
+from ..engine.rule import (
     LIKE_PARAMETER,
     Hyperparameters,
     MatrixRule,
@@ -20,11 +20,10 @@ from .rule import (
     Orthogonalizing,
     Scalars,
     Shape,
-    ema_,
     ignore,
-    mix,
-    squared_norm,
 )
+from ..engine.step import Backend
+from ..engine.two_rules import Fallback, MatrixOptimizer
 
 _SCALES = ("original", "rms")
 _EPS = 1e-10  # As released.
@@ -90,7 +89,7 @@ class NorMuon(MatrixOptimizer):
     the parameter's shape, ``v`` one number per row.
 
     Args:
-        params: Parameters, named parameters or parameter groups; see :class:`.hybrid.MatrixOptimizer`.
+        params: Parameters, named parameters or parameter groups; see :class:`.two_rules.MatrixOptimizer`.
         lr: Learning rate :math:`\eta`.
         momentum: :math:`\mu`.
         beta2: :math:`\beta_2`.
@@ -98,7 +97,7 @@ class NorMuon(MatrixOptimizer):
         weight_decay: Decoupled weight decay :math:`\lambda`.
         scale: ``"original"`` or ``"rms"``.
         orthogonalizer: A name in :data:`lightning_optim.polar.METHODS`, or ``"exact"``.
-        fallback: Rule for everything that is not a hidden matrix; a name in :data:`.hybrid.FALLBACKS`.
+        fallback: Rule for everything that is not a hidden matrix; a name in :data:`.two_rules.FALLBACKS`.
         fallback_lr: Its learning rate; this and the next three are the fallback's own defaults if ``None``.
         fallback_betas: Its betas.
         fallback_eps: Its eps.

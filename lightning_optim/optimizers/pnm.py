@@ -7,25 +7,12 @@ from math import hypot, sqrt
 import torch
 from torch import Tensor
 
-from .constraints import number
-from .execution import Backend, Rounding
-from .optimizer import EngineOptions, Params, RuleOptimizer
-from .rule import (
-    LIKE_PARAMETER,
-    ElementwiseRule,
-    Hyperparameters,
-    Scalars,
-    Shape,
-    add_,
-    add_quotient_,
-    decay_,
-    ema_,
-    ema_product_,
-    gradient_to_variance,
-    like,
-    plus,
-    weight_decay,
-)
+from ..engine.arithmetic import add_, add_quotient_, decay_, ema_, ema_product_, plus, weight_decay
+from ..engine.hyperparameters import number
+from ..engine.optimizer import EngineOptions, Params, RuleOptimizer
+from ..engine.rounding import Rounding
+from ..engine.rule import LIKE_PARAMETER, ElementwiseRule, Hyperparameters, Scalars, Shape, gradient_to_variance, like
+from ..engine.step import Backend
 
 _CONSTRAINTS = {"beta0": number()}
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from ..engine.optimizer import RuleOptimizer
+from ..engine.rule import Internal, gradient_to_variance
 from .adabelief import AdaBelief
 from .adamuon import AdaMuon
 from .anon import Anon
@@ -23,9 +25,7 @@ from .muon_vs import MuonNSR, MuonVS
 from .mvn_grad import MVNGrad
 from .namo import NAMO, NAMOD
 from .normuon import NorMuon
-from .optimizer import RuleOptimizer
 from .pnm import PNM, AdaPNM
-from .rule import Internal, gradient_to_variance
 from .soap import SOAP
 
 

@@ -7,23 +7,14 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from .constraints import EIGENBASIS
-from .eigenbasis import BASIS_ERROR, Eigenbasis, axis_state, permute_, phases, refreshes
-from .execution import Backend, Rounding
-from .hybrid import Fallback, MatrixOptimizer
-from .optimizer import EngineOptions, Params
-from .rule import (
-    LIKE_PARAMETER,
-    Hyperparameters,
-    MatrixRule,
-    Move,
-    Observer,
-    Scalars,
-    Shape,
-    ema_,
-    ema_product_,
-    ignore,
-)
+from ..eigenbasis import BASIS_ERROR, Eigenbasis, axis_state, permute_, phases, refreshes
+from ..engine.arithmetic import ema_, ema_product_
+from ..engine.hyperparameters import EIGENBASIS
+from ..engine.optimizer import EngineOptions, Params
+from ..engine.rounding import Rounding
+from ..engine.rule import LIKE_PARAMETER, Hyperparameters, MatrixRule, Move, Observer, Scalars, Shape, ignore
+from ..engine.step import Backend
+from ..engine.two_rules import Fallback, MatrixOptimizer
 
 
 def _merged(shape: Shape, longest: int) -> Shape:
@@ -136,7 +127,7 @@ class SOAP(MatrixOptimizer):
     parameter's shape, and two d x d matrices ``gram``, ``basis`` per preconditioned axis of length d.
 
     Args:
-        params: Parameters, named parameters or parameter groups; see :class:`.hybrid.MatrixOptimizer`.
+        params: Parameters, named parameters or parameter groups; see :class:`.two_rules.MatrixOptimizer`.
         lr: Learning rate :math:`\eta`.
         betas: :math:`(\beta_1, \beta_2)`.
         shampoo_beta: :math:`\beta_s`, or ``None`` for :math:`\beta_2`.
@@ -150,7 +141,7 @@ class SOAP(MatrixOptimizer):
         merge_dims: Merge neighbouring axes as long as the product stays within ``max_precondition_dim``.
         precondition_1d: Precondition vectors too; otherwise they get Adam.
         correct_bias: Correct the bias of the moments.
-        fallback: Rule for everything that is not a hidden matrix; a name in :data:`.hybrid.FALLBACKS`.
+        fallback: Rule for everything that is not a hidden matrix; a name in :data:`.two_rules.FALLBACKS`.
         fallback_lr: Its learning rate; this and the next three are the fallback's own defaults if ``None``.
         fallback_betas: Its betas.
         fallback_eps: Its eps.

@@ -24,12 +24,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
-from lightning_optim import NAMO, MVNGrad
+from lightning_optim import NAMO, MVNGrad, processes
 from lightning_optim.diagnostics.virtual import VirtualOptimizer, gradients_of
-from lightning_optim.optimizers import gradients
-from lightning_optim.optimizers.execution import sharding
-from lightning_optim.optimizers.hybrid import MatrixOptimizer
-from lightning_optim.optimizers.optimizer import RuleOptimizer
+from lightning_optim.engine import gradients
+from lightning_optim.engine.optimizer import RuleOptimizer
+from lightning_optim.engine.two_rules import MatrixOptimizer
 from lightning_optim.optimizers.registry import OPTIMIZERS
 from tests.optimizers.rows import OURS, ROWS
 
@@ -237,32 +236,32 @@ def bytes_sent() -> dict[str, Any]:
     for name in ("Muon", "NAMO", "NAMOD", "SOAP", "DeVA", "MVNGrad", "HVAdam"):
         optimizer = build(name, parameters)
         optimizer.step()
-        before = sharding.sent.copy()
+        before = processes.sent.copy()
         optimizer.step()
-        results[name] = sharding.sent - before
+        results[name] = processes.sent - before
     for name in ("Muon", "NAMO"):
         columns = start(torch.float32, line(), {"columns": SHAPES["columns"]})
         optimizer = build(name, columns)
         set_gradients(columns, 1, line())
-        before = sharding.sent.copy()
+        before = processes.sent.copy()
         optimizer.step()
-        results[f"{name}, columns"] = sharding.sent - before
+        results[f"{name}, columns"] = processes.sent - before
     optimizer = build("SOAP", parameters)
     optimizer.step()
-    before = sharding.sent.copy()
+    before = processes.sent.copy()
     saved = optimizer.state_dict()
-    results["SOAP's checkpoint"] = sharding.sent - before
+    results["SOAP's checkpoint"] = processes.sent - before
     optimizer.load_state_dict(saved)
-    before = sharding.sent.copy()
+    before = processes.sent.copy()
     optimizer.step()
-    results["SOAP after loading"] = sharding.sent - before
+    results["SOAP after loading"] = processes.sent - before
     parameters = start(torch.float32, None, EVEN)
     optimizer = build("NAMO", parameters)
     optimizer.process_group = dist.group.WORLD
     set_gradients(parameters, 1)
-    before = sharding.sent.copy()
+    before = processes.sent.copy()
     optimizer.step()
-    results["DDP"] = sharding.sent - before
+    results["DDP"] = processes.sent - before
     return results
 
 
@@ -301,7 +300,7 @@ def checkpoint() -> dict[str, Any]:
         for m, o in ((model, optimizer), (copy, resumed)):
             set_gradients(dict(m.items()), 4, line())
             o.step()
-        mine = [[sharding.local(p.detach()) for p in m.values()] for m in (model, copy)]
+        mine = [[processes.local(p.detach()) for p in m.values()] for m in (model, copy)]
         results[name] = all(torch.equal(p, q) for p, q in zip(*mine))
     return results
 
@@ -366,15 +365,15 @@ def lives_of_state() -> dict[str, Any]:
         results[name] = {
             "same": max(after_loading, compare(optimizer, parameters, alone, others)),
             "tried": all(
-                torch.equal(sharding.local(p.detach() - before[p]), sharding.local(x)) for p, x in tried.items()
+                torch.equal(processes.local(p.detach() - before[p]), processes.local(x)) for p, x in tried.items()
             ),
             "elements": {
                 key: [x.numel() for n, x in optimizer.state[p].items() if n != "step"]
                 for key, p in parameters.items()
-                if sharding.sharding(p) is not None and (name != "NAMO" or key in ("transposed", "columns"))
+                if processes.sharding(p) is not None and (name != "NAMO" or key in ("transposed", "columns"))
             },
             "whole": {key: [x.numel() for n, x in alone.state[p].items() if n != "step"] for key, p in others.items()},
-            "placed": {n: str(sharding.placements(x)) for n, x in saved_state(optimizer)[parameters["up"]].items()},
+            "placed": {n: str(processes.placements(x)) for n, x in saved_state(optimizer)[parameters["up"]].items()},
         }
         for ps in (parameters, others):
             nn.ParameterDict(ps).float()

@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from lightning_optim.optimizers.execution import sharding
+from lightning_optim import processes
 from tests.distributed import program
 
 pytestmark = pytest.mark.distributed
@@ -246,6 +246,6 @@ def test_processes_that_were_joined_anew() -> None:
         try:
             mesh = init_device_mesh("cpu", (2,))
             p = DTensor.from_local(torch.ones(2, 3), mesh, [Shard(0)], run_check=False)
-            assert sharding.groups(p) == (mesh.get_group(0),)
+            assert processes.groups(p) == (mesh.get_group(0),)
         finally:
             dist.destroy_process_group()

@@ -31,10 +31,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_optim import Grouping, OptimizerConfig, build_optimizer
+from lightning_optim import Grouping, OptimizerConfig, build_optimizer, processes
 from lightning_optim.callbacks import OptimizerInternals
-from lightning_optim.optimizers.execution import sharding
-from lightning_optim.optimizers.optimizer import RuleOptimizer
+from lightning_optim.engine.optimizer import RuleOptimizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
@@ -97,7 +96,7 @@ class Model(pl.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         if self.nan and self.global_step == NOT_FINITE and (not dist.is_initialized() or dist.get_rank() == 1):
-            grads = [sharding.local(p.grad) for p in self.parameters() if p.grad is not None]
+            grads = [processes.local(p.grad) for p in self.parameters() if p.grad is not None]
             grads[-1].view(-1)[-1:] = torch.nan
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -206,8 +205,8 @@ def main(out: Path) -> None:
 def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[dict[str, Any]]]:
     out = tmp_path_factory.mktemp("processes")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    for processes in (2, 4):
-        run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    for count in (2, 4):
+        run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
         done = subprocess.run([*run, __file__, str(out)], capture_output=True, text=True, timeout=300, env=environment)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return lambda name: [torch.load(file) for file in sorted(out.glob(f"{name} *.pt"))]

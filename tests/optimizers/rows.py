@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_optim.optimizers.hybrid import MatrixOptimizer
-from lightning_optim.optimizers.optimizer import RuleOptimizer
+from lightning_optim.engine.optimizer import RuleOptimizer
+from lightning_optim.engine.two_rules import MatrixOptimizer
 from lightning_optim.optimizers.registry import OPTIMIZERS
 
 #: Optimizer -> configurations that take different paths through its rule; the defaults are always among them.

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_optim.optimizers.hybrid import ADAMW_DEFAULTS, MatrixOptimizer
+from lightning_optim.engine.two_rules import ADAMW_DEFAULTS, MatrixOptimizer
 from lightning_optim.optimizers.registry import OPTIMIZERS
 
 from .references import REFERENCES

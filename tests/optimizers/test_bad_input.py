@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_optim as lo
-from lightning_optim.optimizers.constraints import SMALLEST
+from lightning_optim.engine.hyperparameters import SMALLEST
 from lightning_optim.optimizers.registry import OPTIMIZERS
 
 from .rows import OURS, build, each_optimizer, gradients, network, run

@@ -18,8 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_optim.optimizers import optimizer as engine
-from lightning_optim.optimizers.optimizer import RuleOptimizer
+from lightning_optim.engine import optimizer as engine
+from lightning_optim.engine.optimizer import RuleOptimizer
 
 from .rows import OURS, ROWS, build
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
 import lightning_optim as lo
-from lightning_optim.optimizers import gradients as inspection
+from lightning_optim.engine import gradients as inspection
+from lightning_optim.engine.rule import ElementwiseRule
 from lightning_optim.optimizers.registry import OPTIMIZERS
-from lightning_optim.optimizers.rule import ElementwiseRule
 
 from .rows import OURS, ROWS, build, each_configuration, each_optimizer, gradients, network, run
 

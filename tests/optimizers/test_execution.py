@@ -16,7 +16,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_optim as lo
-from lightning_optim.optimizers.execution import BACKENDS, flat, kernels, stacks
+from lightning_optim.engine import compile, elementwise, matrices
+from lightning_optim.engine.step import BACKENDS
 from lightning_optim.optimizers.registry import OPTIMIZERS
 
 from .rows import OURS, ROWS, build, each_configuration, each_optimizer, gradients, run
@@ -25,18 +26,18 @@ compiled = pytest.param("compiled", marks=pytest.mark.slow)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 FLAT = [name for name in OURS if OPTIMIZERS[name].kind != "matrix"]
 MATRIX = [name for name in OURS if OPTIMIZERS[name].kind == "matrix"]
-CHUNK = flat.CHUNK["cpu"]
+CHUNK = elementwise.CHUNK["cpu"]
 
 
 @pytest.fixture
 def tiny_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Limits at which tensors of some hundred elements are cut, joined, stacked and left alone."""
-    monkeypatch.setattr(flat, "SMALL", {"cpu": 16, "cuda": 16})
-    monkeypatch.setattr(flat, "SMALL_EAGER", {"cpu": 16, "cuda": 16})
-    monkeypatch.setattr(flat, "CHUNK", {"cpu": 40, "cuda": 40})
-    monkeypatch.setattr(stacks, "STACK", {"cpu": 170, "cuda": 170})
-    monkeypatch.setattr(stacks, "TOGETHER", {"cpu": 48, "cuda": 48})
-    monkeypatch.setattr(stacks, "WAVE", 200)
+    monkeypatch.setattr("lightning_optim.engine.elementwise.SMALL", {"cpu": 16, "cuda": 16})
+    monkeypatch.setattr("lightning_optim.engine.elementwise.SMALL_EAGER", {"cpu": 16, "cuda": 16})
+    monkeypatch.setattr("lightning_optim.engine.elementwise.CHUNK", {"cpu": 40, "cuda": 40})
+    monkeypatch.setattr("lightning_optim.engine.matrices.STACK", {"cpu": 170, "cuda": 170})
+    monkeypatch.setattr("lightning_optim.engine.matrices.TOGETHER", {"cpu": 48, "cuda": 48})
+    monkeypatch.setattr("lightning_optim.engine.matrices.WAVE", 200)
 
 
 def clone(params: list[Tensor]) -> list[Tensor]:
@@ -160,7 +161,7 @@ def test_one_compiled_rule_agrees_at_full_size(backend: str) -> None:
 @pytest.mark.parametrize("name", FLAT)
 def test_bad_steps_change_nothing_on_an_accelerator(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The verdict is a tensor then, and so are the factors that bound huge gradients."""
-    monkeypatch.setattr("lightning_optim.optimizers.gradients._known_on_host", lambda grads: False)
+    monkeypatch.setattr("lightning_optim.engine.gradients._known_on_host", lambda grads: False)
     params = [nn.Parameter(torch.ones(n)) for n in (3, 5, 60)]
     copies = clone(params)
     a, b = build(name, params, backend="plain"), build(name, copies, backend=backend)
@@ -187,7 +188,7 @@ def test_bad_steps_change_nothing_on_an_accelerator(name: str, backend: str, mon
 def test_factors_on_an_accelerator_at_any_precision(
     dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lightning_optim.optimizers.gradients._known_on_host", lambda grads: False)
+    monkeypatch.setattr("lightning_optim.engine.gradients._known_on_host", lambda grads: False)
     params = [nn.Parameter(torch.ones(n, dtype=dtype)) for n in (3, 5, 60)]
     copies = clone(params)
     run(lo.MVNGrad(params, maximize=True, backend="plain"), params, range(1, 5))
@@ -219,8 +220,8 @@ def test_autocast_does_not_reach_the_step(name: str) -> None:
 @pytest.mark.parametrize("backend", ["chunked", compiled])
 @each_optimizer
 def test_the_default_device_does_not_reach_the_step(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_kernels", {})
-    kernels._as_tensors.cache_clear()
+    monkeypatch.setattr("lightning_optim.engine.compile._kernels", {})
+    compile._as_tensors.cache_clear()
     params = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3, 3))]
     optimizer = build(name, params, backend=backend)
     for p in params:
@@ -234,7 +235,7 @@ def test_the_default_device_does_not_reach_the_step(name: str, backend: str, mon
 @pytest.mark.slow
 def test_compiling_under_a_profiler_of_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     """It reads the sizes of the vectors that are traced."""
-    monkeypatch.setattr(kernels, "_kernels", {})
+    monkeypatch.setattr("lightning_optim.engine.compile._kernels", {})
     params = [nn.Parameter(torch.ones(n)) for n in (3, 20_000)]
     copies = clone(params)
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True, with_flops=True):
@@ -281,9 +282,9 @@ def test_auto_falls_back_with_one_warning(
     def no_compiler(*args: Any) -> Any:
         raise AssertionError(message)
 
-    monkeypatch.setattr(flat, "COMPILE_FROM", 1)
-    monkeypatch.setattr(flat, "_warned", False)
-    monkeypatch.setattr(kernels, "runner", no_compiler)
+    monkeypatch.setattr("lightning_optim.engine.elementwise.COMPILE_FROM", 1)
+    monkeypatch.setattr("lightning_optim.engine.elementwise._warned", False)
+    monkeypatch.setattr("lightning_optim.engine.compile.runner", no_compiler)
     params = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(300, 100))]
     copies = clone(params)
     run(lo.LaProp(params), params, range(1, 4))
@@ -298,16 +299,16 @@ def test_auto_falls_back_with_one_warning(
 
 
 def test_a_kernel_that_does_not_run_is_found_out_before_anything_moves(monkeypatch: pytest.MonkeyPatch) -> None:
-    def bound_to_the_example(*args: Any) -> kernels.Kernel:
+    def bound_to_the_example(*args: Any) -> compile.Kernel:
         def run_kernel(vectors: list[Any]) -> None:
-            assert len(vectors[0]) == kernels._EXAMPLE, "expected size 65536"
+            assert len(vectors[0]) == compile._EXAMPLE, "expected size 65536"
 
-        return kernels.Kernel(kernels._as_tensors, run_kernel)
+        return compile.Kernel(compile._as_tensors, run_kernel)
 
-    monkeypatch.setattr(flat, "COMPILE_FROM", 1)
-    monkeypatch.setattr(flat, "_warned", False)
-    monkeypatch.setattr(kernels, "_kernels", {})
-    monkeypatch.setattr(kernels, "_compile", bound_to_the_example)
+    monkeypatch.setattr("lightning_optim.engine.elementwise.COMPILE_FROM", 1)
+    monkeypatch.setattr("lightning_optim.engine.elementwise._warned", False)
+    monkeypatch.setattr("lightning_optim.engine.compile._kernels", {})
+    monkeypatch.setattr("lightning_optim.engine.compile._compile", bound_to_the_example)
     params = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(300, 100))]
     copies = clone(params)
     with pytest.warns(UserWarning, match="expected size 65536"):
@@ -330,7 +331,7 @@ SCHEDULES: dict[str, Callable[[Any], Any]] = {
 def test_nothing_is_compiled_twice(name: str) -> None:
     """At most two specialisations per function, whatever the model and the schedule, and none after the first steps."""
     functions = 2 if name == "HVAdam" else 1
-    start = kernels.compilations()
+    start = compile.compilations()
     after_first = None
     for shapes in ([(4,), (200, 100)], [(7, 3), (1,), (130, 131), (20_000,)]):
         for schedule in SCHEDULES.values():
@@ -343,9 +344,9 @@ def test_nothing_is_compiled_twice(name: str) -> None:
                 optimizer.step()
                 scheduler.step(1.0) if schedule is SCHEDULES["plateau"] else scheduler.step()
                 optimizer.param_groups[0]["weight_decay"] *= 0.99
-            after_first = after_first or kernels.compilations()
+            after_first = after_first or compile.compilations()
     assert after_first - start <= 2 * functions
-    assert kernels.compilations() == after_first
+    assert compile.compilations() == after_first
 
 
 class Operations(TorchDispatchMode):
@@ -455,13 +456,13 @@ def test_state_is_the_algorithms_own(name: str, backend: str) -> None:
 def test_twins_are_orthogonalised_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tall and wide matrices of one shape, of any group, in one call; large ones alone and without a stack's axis."""
     seen = []
-    original = stacks.orthogonalize
+    original = matrices.orthogonalize
 
     def spy(x: Tensor, method: str) -> Tensor:
         seen.append((tuple(x.shape), method))
         return original(x, method)
 
-    monkeypatch.setattr(stacks, "orthogonalize", spy)
+    monkeypatch.setattr("lightning_optim.engine.matrices.orthogonalize", spy)
     params = [nn.Parameter(torch.randn(s)) for s in ((4, 6), (6, 4), (4, 6), (4, 6), (700, 400))]
     others = [{"params": params[3:4], "role": "matrix", "orthogonalizer": "exact"}]
     groups = [{"params": params[:2] + params[4:], "role": "matrix"}, {"params": params[2:3], "role": "matrix"}, *others]
@@ -587,8 +588,8 @@ def steps_here_and_there(name: str, params: list[Tensor], backend: str) -> list[
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_a_compiled_look_sees_every_entry(dtype: torch.dtype) -> None:
     """Its parts overlap where the length is no multiple of their number; none is left out."""
-    peak = kernels.peak(dtype, torch.device("cpu"))
-    start = kernels.compilations()
+    peak = compile.peak(dtype, torch.device("cpu"))
+    start = compile.compilations()
     for n in (64, 65, 71, 1000, 4099):
         x = torch.linspace(-1, 1, n, dtype=torch.float64).to(dtype)
         assert peak(x) == 1
@@ -599,7 +600,7 @@ def test_a_compiled_look_sees_every_entry(dtype: torch.dtype) -> None:
                 torch.testing.assert_close(
                     peak(y), torch.tensor(abs(value), dtype=dtype), rtol=0, atol=0, equal_nan=True
                 )
-    assert kernels.compilations() == start
+    assert compile.compilations() == start
 
 
 @pytest.mark.parametrize("backend", ["chunked", compiled])
@@ -607,12 +608,14 @@ def test_a_compiled_look_sees_every_entry(dtype: torch.dtype) -> None:
 @settings(max_examples=20, deadline=None)
 def test_the_largest_entry_is_bounded(backend: str, data: st.DataObject) -> None:
     """At least the largest entry, at most the norm of all, and not finite if and only if an entry is not."""
-    sizes = data.draw(st.lists(st.sampled_from([1, 7, 2000, flat.LONG, flat.LONG + 3]), min_size=1, max_size=4))
+    sizes = data.draw(
+        st.lists(st.sampled_from([1, 7, 2000, elementwise.LONG, elementwise.LONG + 3]), min_size=1, max_size=4)
+    )
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 100)))
     grads = [torch.randn(n, generator=generator) for n in sizes]
     if data.draw(st.booleans()):
         grads[0] = torch.randn(3, max(sizes), generator=generator).mT  # Not contiguous.
-    bound = flat.largest(grads, backend)
+    bound = elementwise.largest(grads, backend)
     # A norm in float32 is good to 1e-6.
     assert (
         max(g.abs().max() for g in grads) <= bound * (1 + 1e-6) <= sum(g.norm() ** 2 for g in grads) ** 0.5 * (1 + 1e-5)
@@ -620,7 +623,7 @@ def test_the_largest_entry_is_bounded(backend: str, data: st.DataObject) -> None
     i = data.draw(st.integers(0, len(grads) - 1))
     where = torch.tensor(data.draw(st.integers(0, grads[i].numel() - 1)))
     grads[i][torch.unravel_index(where, grads[i].shape)] = data.draw(st.sampled_from([math.nan, math.inf, -math.inf]))
-    assert not math.isfinite(flat.largest(grads, backend))
+    assert not math.isfinite(elementwise.largest(grads, backend))
 
 
 @pytest.mark.parametrize("backend", ["plain", "chunked", compiled])

@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_optim.optimizers.execution import ROUNDINGS
+from lightning_optim.engine.rounding import ROUNDINGS
 from lightning_optim.optimizers.registry import OPTIMIZERS
 
 from . import references

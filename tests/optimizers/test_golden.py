@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 import lightning_optim as lo
-from lightning_optim.optimizers.hybrid import MatrixOptimizer
+from lightning_optim.engine.two_rules import MatrixOptimizer
 
 FOLDER = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parents[3] / "shared" / "golden"))
 

@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import lightning_optim as lo
-from lightning_optim.optimizers import gradients, graphs
+from lightning_optim.engine import gradients
+from lightning_optim.engine.rule import MatrixRule
 from lightning_optim.optimizers.registry import OPTIMIZERS
-from lightning_optim.optimizers.rule import MatrixRule
 
 from .rows import OURS, ROWS, build
 from .rows import gradients as some_gradients
@@ -90,8 +90,8 @@ class Recorder:
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     """The CPU taken for an accelerator whose graphs are tapes."""
     found = Recorder()
-    monkeypatch.setattr(graphs, "record", found)
-    monkeypatch.setattr(graphs, "is_one_gpu", lambda devices: len(devices) == 1)
+    monkeypatch.setattr("lightning_optim.engine.cuda_graphs.record", found)
+    monkeypatch.setattr("lightning_optim.engine.cuda_graphs.is_one_gpu", lambda devices: len(devices) == 1)
     monkeypatch.setattr(gradients, "_known_on_host", lambda grads: False)
     return found
 

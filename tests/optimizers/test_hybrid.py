@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_optim as lo
-from lightning_optim.optimizers.hybrid import FALLBACKS
+from lightning_optim.engine.two_rules import FALLBACKS
 from lightning_optim.optimizers.registry import OPTIMIZERS
 
 from .rows import build, gradients, run

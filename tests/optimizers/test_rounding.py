@@ -16,11 +16,25 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
 import lightning_optim as lo
-from lightning_optim.optimizers import execution
-from lightning_optim.optimizers import gradients as inspection
-from lightning_optim.optimizers.execution import RESIDUAL, ROUNDINGS, flat, stacks, storage
+from lightning_optim.engine import elementwise
+from lightning_optim.engine import gradients as inspection
+from lightning_optim.engine.rounding import (
+    _BLOCK,
+    _STRIDE,
+    RESIDUAL,
+    ROUNDINGS,
+    first_number,
+    load,
+    numbers,
+    prepare_residual,
+    random_bits,
+    residual_dtype,
+    store_,
+)
+from lightning_optim.engine.rule import ElementwiseRule, MatrixRule, Move, like
+from lightning_optim.engine.state import Batch, Task
+from lightning_optim.engine.step import run_rules
 from lightning_optim.optimizers.registry import OPTIMIZERS
-from lightning_optim.optimizers.rule import ElementwiseRule, MatrixRule, Move, like
 
 from .rows import OURS, build, each_configuration, each_optimizer, gradients, network, run
 
@@ -36,11 +50,11 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 @pytest.fixture
 def tiny_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Limits at which tensors of some hundred elements are cut, joined, stacked and left alone."""
-    monkeypatch.setattr(flat, "SMALL", {"cpu": 16, "cuda": 16})
-    monkeypatch.setattr(flat, "SMALL_EAGER", {"cpu": 16, "cuda": 16})
-    monkeypatch.setattr(flat, "CHUNK", {"cpu": 40, "cuda": 40})
-    monkeypatch.setattr(stacks, "STACK", {"cpu": 170, "cuda": 170})
-    monkeypatch.setattr(stacks, "TOGETHER", {"cpu": 48, "cuda": 48})
+    monkeypatch.setattr("lightning_optim.engine.elementwise.SMALL", {"cpu": 16, "cuda": 16})
+    monkeypatch.setattr("lightning_optim.engine.elementwise.SMALL_EAGER", {"cpu": 16, "cuda": 16})
+    monkeypatch.setattr("lightning_optim.engine.elementwise.CHUNK", {"cpu": 40, "cuda": 40})
+    monkeypatch.setattr("lightning_optim.engine.matrices.STACK", {"cpu": 170, "cuda": 170})
+    monkeypatch.setattr("lightning_optim.engine.matrices.TOGETHER", {"cpu": 48, "cuda": 48})
 
 
 def parameters(dtype: torch.dtype) -> list[Tensor]:
@@ -58,7 +72,7 @@ def assert_equal(a: list[Tensor], b: list[Tensor]) -> None:
 
 def exact(optimizer: torch.optim.Optimizer, p: Tensor) -> Tensor:
     """What a parameter and its residual stand for."""
-    return storage.load(p.detach(), optimizer.state[p].get(RESIDUAL), torch.float32)
+    return load(p.detach(), optimizer.state[p].get(RESIDUAL), torch.float32)
 
 
 # --- one number -------------------------------------------------------------------------------------------------
@@ -73,11 +87,11 @@ def from_bits(bits: list[int]) -> Tensor:
 
 def stored(value: Tensor, rounding: str, dtype: torch.dtype, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     p = torch.full_like(value, 7.0, dtype=dtype)
-    kind = storage.residual_dtype(rounding, dtype)
+    kind = residual_dtype(rounding, dtype)
     residual = None if kind is None else torch.full_like(value, 7, dtype=kind)
     if rounding == "stochastic":
-        kwargs.setdefault("noise", storage.numbers(12345, 0, value.numel(), value.device))
-    storage.store_(p, value, residual, **kwargs)
+        kwargs.setdefault("noise", numbers(12345, 0, value.numel(), value.device))
+    store_(p, value, residual, **kwargs)
     return p, residual
 
 
@@ -89,7 +103,7 @@ def test_split_is_exact_and_shows_the_nearest_number(bits: list[int]) -> None:
         p, residual = stored(value, "split", torch.bfloat16)
         assert residual is not None
         assert torch.equal(p.isnan(), value.isnan())
-        again = storage.load(p, residual, torch.float32)
+        again = load(p, residual, torch.float32)
         number = ~value.isnan()
         assert torch.equal(again[number].view(torch.int32), value[number].view(torch.int32))
         tie = (value.view(torch.int32) & 0xFFFF) == 0x8000  # Away from zero, where a conversion takes the even one.
@@ -106,7 +120,7 @@ def test_kahan_keeps_twice_the_precision(value: float, dtype: torch.dtype) -> No
     # The rounding error is at most eps / 2 of the number and is itself kept to eps / 2. Subnormal numbers of the
     # parameter keep less: of float16, units of 2^-24 times eps; of bfloat16, what float32 has below 1e-38, too.
     bound = eps**2 / 4 * abs(value) + (2.0**-24 * eps if dtype == torch.float16 else 1e-40)
-    assert (storage.load(p, residual, torch.float32) - x).abs() <= bound + 2.0**-24 * abs(value)
+    assert (load(p, residual, torch.float32) - x).abs() <= bound + 2.0**-24 * abs(value)
     assert abs(p.double().item() - value) <= abs(x.to(dtype).double().item() - value)
 
 
@@ -116,7 +130,7 @@ def test_kahan_passes_infinities_on(dtype: torch.dtype) -> None:
     value = torch.tensor([float("inf"), -float("inf"), big, -big, float("nan")])
     p, residual = stored(value, "kahan", dtype)
     assert torch.equal(p[:4].float(), value[:4])
-    assert torch.equal(storage.load(p, residual, torch.float32)[:4], value[:4])
+    assert torch.equal(load(p, residual, torch.float32)[:4], value[:4])
     assert p[4].isnan()
 
 
@@ -125,7 +139,7 @@ def test_kahan_passes_infinities_on(dtype: torch.dtype) -> None:
 @given(bits=bit_patterns, first=st.integers(0, 2**61))
 def test_stochastic_rounding_gives_a_neighbour(bits: list[int], first: int, dtype: torch.dtype) -> None:
     value = from_bits([*bits, *largest, *(x - 2**31 for x in largest)])
-    noise = storage.numbers(first, 0, value.numel(), value.device)
+    noise = numbers(first, 0, value.numel(), value.device)
     p, _ = stored(value, "stochastic", dtype, noise=noise)
     nearest = value.to(dtype)
     inside = value.abs() <= torch.finfo(dtype).max
@@ -146,8 +160,8 @@ def test_stochastic_rounding_is_unbiased(value: float, dtype: torch.dtype) -> No
     """Over streams of one parameter and over steps of one element, within 4 standard errors."""
     n = 2**16
     x = torch.full((n,), value)
-    steps = torch.tensor([storage.first_number(t, 3) for t in range(1, n + 1)])
-    for noise in (storage.numbers(storage.first_number(1, 0), 0, n, x.device), steps):
+    steps = torch.tensor([first_number(t, 3) for t in range(1, n + 1)])
+    for noise in (numbers(first_number(1, 0), 0, n, x.device), steps):
         p, _ = stored(x, "stochastic", dtype, noise=noise)
         values = p.double().unique()
         assert len(values) == 2, "neither neighbour is favoured so far that only one comes up"
@@ -160,7 +174,7 @@ def test_stochastic_rounding_is_unbiased(value: float, dtype: torch.dtype) -> No
 
 
 def bits_of_elements(t: int, position: int, n: int) -> Tensor:
-    return storage.random_bits(storage.numbers(storage.first_number(t, position), 0, n, torch.device("cpu")))
+    return random_bits(numbers(first_number(t, position), 0, n, torch.device("cpu")))
 
 
 def test_random_bits_are_uniform_and_independent_of_each_other() -> None:
@@ -174,14 +188,14 @@ def test_random_bits_are_uniform_and_independent_of_each_other() -> None:
     a = bits(1, 0)
     limit = 5 / n**0.5  # Standard errors; there are a few thousand means below.
     assert a.mean(0).abs().max() < limit
-    for b in (bits(1 + storage._BLOCK, 0), bits(1, 1), a.roll(1, 0), a.roll(2, 0), a.roll(64, 0)):
+    for b in (bits(1 + _BLOCK, 0), bits(1, 1), a.roll(1, 0), a.roll(2, 0), a.roll(64, 0)):
         assert (a.T @ b / n).abs().max() < limit
     assert ((a.T @ a) / n - torch.eye(16)).abs().max() < limit
 
 
 def test_numbers_of_successive_steps_are_spread_evenly() -> None:
     """In every window of steps, every interval has its share of numbers, up to two or three; cycles are long."""
-    bits = torch.stack([bits_of_elements(t, 3, 50) for t in range(storage._BLOCK, 2 * storage._BLOCK)])
+    bits = torch.stack([bits_of_elements(t, 3, 50) for t in range(_BLOCK, 2 * _BLOCK)])
     assert all(len(column.unique()) == len(bits) for column in bits.T)
     for share in (0.003, 0.0128, 0.1, 1 / 3, 0.5):
         inside = (bits >= 2**16 * (1 - share)).double() - share
@@ -203,8 +217,8 @@ def test_periodic_updates_are_rounded_without_bias(period: int, dtype: torch.dty
     value, exact = torch.full((n,), 1.5).to(dtype), 1.5
     update = 5 / 16 * spacing  # Of which float32 rounds nothing off.
     for t in range(period, steps + 1, period):
-        noise = storage.numbers(storage.first_number(t, 0), 0, n, value.device)
-        storage.store_(value, value.float() + update, None, noise)
+        noise = numbers(first_number(t, 0), 0, n, value.device)
+        store_(value, value.float() + update, None, noise)
         exact += update
         if exact > 1.75:  # In [1, 2) all numbers are equally far apart.
             value, exact = value - 0.5, exact - 0.5
@@ -219,16 +233,16 @@ def test_periodic_updates_are_rounded_without_bias(period: int, dtype: torch.dty
 def test_updates_that_swing_with_the_numbers_go_astray_to_and_fro(monkeypatch: pytest.MonkeyPatch) -> None:
     """The worst there is: right in the mean over elements, and not ever further from it for each."""
     monkeypatch.setattr(
-        storage, "_BLOCK", 32
+        "lightning_optim.engine.rounding._BLOCK", 32
     )  # So that elements stay in [1, 2), where all numbers are equally far apart.
     n, blocks, spacing = 2000, 8, 2.0**-7
     value = torch.full((n,), 1.5).to(torch.bfloat16)
     exact, errors = 1.5, []
     for t in range(32, 32 * (blocks + 1)):
-        update = 0.3 * spacing * math.sin(2 * math.pi * storage._STRIDE / 2**16 * t)
+        update = 0.3 * spacing * math.sin(2 * math.pi * _STRIDE / 2**16 * t)
         exact += update
-        noise = storage.numbers(storage.first_number(t, 0), 0, n, value.device)
-        storage.store_(value, value.float() + update, None, noise)
+        noise = numbers(first_number(t, 0), 0, n, value.device)
+        store_(value, value.float() + update, None, noise)
         if t % 32 == 31:
             errors.append((value.double() - exact) / spacing)
     assert all(abs(float(error.mean())) < 4 * float(error.std()) / n**0.5 for error in errors)
@@ -289,23 +303,23 @@ def added(
     shapes = (
         [(4, 6), (4, 6), (30, 4), (4, 2, 3, 3)]
         if matrix
-        else [(), (3,), (97,), (7, 13), (flat.SMALL_EAGER[device] + 9,)]
+        else [(), (3,), (97,), (7, 13), (elementwise.SMALL_EAGER[device] + 9,)]
     )
     params = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
     if not matrix:
         params[3] = params[3].t().contiguous().t()
     states: list[Any] = [{} for _ in params]
     for p, state in zip(params, states):
-        execution.prepare_residual(state, p, rounding)
+        prepare_residual(state, p, rounding)
     scalars: dict[str, Any] = {"step": -1.0, "keep": 1.0} if matrix else {}
     for t in (1, 2):
         for group in ({"blocks": 1, "transposed": False}, {"blocks": 2, "transposed": True}):
             tasks = []
             for i, (p, state) in enumerate(zip(params, states)):
                 g = 1e-3 * torch.randn(p.shape, generator=generator).to(device)
-                noise = execution.first_number(t, i) if rounding == "stochastic" else None
-                tasks.append(execution.Task(t, p, g, 1.0, state, scalars, p, noise=noise))
-            execution.run([execution.Batch(rule, group, tasks)], backend, finite)
+                noise = first_number(t, i) if rounding == "stochastic" else None
+                tasks.append(Task(t, p, g, 1.0, state, scalars, p, noise=noise))
+            run_rules([Batch(rule, group, tasks)], backend, finite)
     return [x for p, state in zip(params, states) for x in (p, *state.values())]
 
 
@@ -341,13 +355,13 @@ def test_stacks_store_the_same_bits(rounding: str, dtype: torch.dtype) -> None:
     for t in (1, 2):
         for _ in range(2):
             for i, (p, state) in enumerate(zip(params, states)):
-                execution.prepare_residual(state, p, rounding)
-                value = storage.load(p, state.get(RESIDUAL), torch.float32)
+                prepare_residual(state, p, rounding)
+                value = load(p, state.get(RESIDUAL), torch.float32)
                 value = value + 1e-3 * torch.randn(p.shape, generator=generator)
                 noise = None
                 if rounding == "stochastic":
-                    noise = storage.numbers(execution.first_number(t, i), 0, p.numel(), p.device).view(p.shape)
-                storage.store_(p, value, state.get(RESIDUAL), noise)
+                    noise = numbers(first_number(t, i), 0, p.numel(), p.device).view(p.shape)
+                store_(p, value, state.get(RESIDUAL), noise)
     assert_equal(of_matrices, [x for p, state in zip(params, states) for x in (p, *state.values())])
 
 
@@ -480,7 +494,7 @@ def test_resume_is_bit_for_bit(name: str, rounding: str, dtype: torch.dtype) -> 
     assert_equal(everything(b, resumed), everything(c, resumed))
     run(c, resumed, range(4, 8))
     assert_equal(everything(c, resumed), everything(a, straight))
-    kind = storage.residual_dtype(rounding, dtype)
+    kind = residual_dtype(rounding, dtype)
     assert all(getattr(c.state[p].get(RESIDUAL), "dtype", None) == kind for p in resumed)
 
 

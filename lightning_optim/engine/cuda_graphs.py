@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .execution import sharding
-from .execution.kernels import is_number
+from .. import processes
+from .compile import is_number
 from .optimizer import RuleOptimizer, Tick, Work
 from .rule import Scalars
 
@@ -100,7 +100,7 @@ class StepGraphs:
                 f"{', '.join(sorted({str(p.device) for p in params}))}; move the model before, or step without graphs."
             )
         groups = (optimizer.process_group, optimizer.shard_group)
-        if sharding.peers(params) or any(map(sharding.several, groups)):
+        if processes.peers(params) or any(map(processes.several, groups)):
             raise ValueError(f"{name}: steps of several processes, which communicate, cannot be captured.")
         if optimizer.rounding == "stochastic":
             raise ValueError(

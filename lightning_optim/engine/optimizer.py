@@ -1,7 +1,7 @@
 """The engine: the only :class:`torch.optim.Optimizer` with a ``step``.
 
 :class:`RuleOptimizer` owns parameter groups, state, step counts, the verdict on non-finite gradients and
-checkpoints. :class:`~.hybrid.MatrixOptimizer` builds on it.
+checkpoints. :class:`~.two_rules.MatrixOptimizer` builds on it.
 """
 
 from __future__ import annotations
@@ -16,15 +16,31 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 import torch
 from torch import Tensor
 
-from . import checkpoint, constraints, execution
+from .. import processes
+from ..processes import Group
+from . import checkpoint, owned_state
 from .checkpoint import CheckpointError
-from .constraints import Constraint, count, one_of, optional
-from .execution import BACKENDS, ROUNDINGS, Backend, Batch, Group, ParameterObserver, Rounding, State, Task, sharding
 from .gradients import inspect_gradients
+from .hyperparameters import NUMBERS, SHARED, Constraint, count, one_of, optional, satisfies
+from .matrices import ParameterObserver
+from .rounding import RESIDUAL, ROUNDINGS, Rounding, first_number, is_narrow, load, prepare_residual, residual_dtype
 from .rule import MatrixRule, Rule, Scalars
+from .state import (
+    Batch,
+    State,
+    Task,
+    block_shape,
+    compute_dtype,
+    follow,
+    lives_with_owner,
+    new_state,
+    number_names,
+    state_shapes,
+)
+from .step import BACKENDS, Backend, run_rules
 
 if TYPE_CHECKING:
-    from .graphs import StepGraphs
+    from .cuda_graphs import StepGraphs
 
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 #: Parameter groups, and those of their parameters that a step updates.
@@ -122,7 +138,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
     @abstractmethod
     def __init__(self, params: Params, hyperparameters: dict[str, Any], options: EngineOptions) -> None:
         for name, constraint in _OPTIONS.items():
-            if not constraints.satisfies(constraint, value := getattr(options, name)):
+            if not satisfies(constraint, value := getattr(options, name)):
                 raise ValueError(f"{type(self).__name__}: {name} must be {constraint[1]}, got {name}={value!r}.")
         self.skip_nonfinite = options.skip_nonfinite
         self.max_consecutive_skips = options.max_consecutive_skips
@@ -216,16 +232,16 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         return any("param_names" in group for group in self.param_groups) and all(isinstance(p, Tensor) for p in params)
 
     def _check(self, group: dict[str, Any]) -> None:
-        bounds = constraints.SHARED | dict(self.rule(group).constraints)
+        bounds = SHARED | dict(self.rule(group).constraints)
         self._check_hyperparameters(group, [name for name in bounds if name in group])
         for name in _OPTIONS.keys() & group.keys():
             raise ValueError(f"{type(self).__name__}: {name} is one for all parameters, not for a parameter group.")
         self._check_parameters(group)
 
     def _check_hyperparameters(self, group: Mapping[str, Any], names: Iterable[str]) -> None:
-        bounds = constraints.SHARED | dict(self.rule(group).constraints)
+        bounds = SHARED | dict(self.rule(group).constraints)
         for name in names:
-            if not constraints.satisfies(bounds[name], group[name]):
+            if not satisfies(bounds[name], group[name]):
                 what = bounds[name][1]
                 raise ValueError(f"{type(self).__name__}: {name} must be {what}, got {name}={group[name]!r}.")
 
@@ -233,8 +249,8 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         if len(set(group["params"])) < len(group["params"]):
             raise ValueError(f"{type(self).__name__}: a parameter is twice in one parameter group; list it once.")
         for p in group["params"]:
-            execution.residual_dtype(self.rounding, p.dtype)
-            sharding.check(p)
+            residual_dtype(self.rounding, p.dtype)
+            processes.check(p)
             if p.is_complex():
                 raise ValueError(
                     f"{type(self).__name__} does not take complex parameters (shape {tuple(p.shape)}); "
@@ -254,7 +270,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
             seen = self._seen[i]
             if seen.get("params") is not group["params"]:
                 seen = {}  # Another group than the last time.
-            bounds = constraints.SHARED | dict(self.rule(group).constraints)
+            bounds = SHARED | dict(self.rule(group).constraints)
             for name in bounds:
                 if name in seen and name not in group:
                     raise ValueError(
@@ -265,7 +281,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
             ]
             if changed or not seen:
                 self._check_hyperparameters(group, changed)
-                if not constraints.NUMBERS.keys() >= set(changed):
+                if not NUMBERS.keys() >= set(changed):
                     self._check_parameters(group)
                     if seen:
                         self._check_state(group, seen, changed)
@@ -278,9 +294,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         for p in group["params"]:
             if not self.state.get(p):
                 continue
-            needed, had = (
-                (execution.state_shapes(rule, p, g), execution.lives_with_owner(rule, p, g)) for g in (group, before)
-            )
+            needed, had = ((state_shapes(rule, p, g), lives_with_owner(rule, p, g)) for g in (group, before))
             if fixed or needed != had:
                 edits = ", ".join(f"{name}={group[name]!r} (was {before.get(name)!r})" for name in changed)
                 raise ValueError(
@@ -336,9 +350,9 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         """
         params = [p for _, params in work for p in params]
         grads = [_gradient(p) for p in params]
-        parts, replicas = sharding.several(self.shard_group), sharding.several(self.process_group)
+        parts, replicas = processes.several(self.shard_group), processes.several(self.process_group)
         # Replicas have equal gradients; but a defect in one's must not part it from the others, who wait for it.
-        everybody = tuple(dict.fromkeys((*sharding.peers(params), *parts, *replicas)))
+        everybody = tuple(dict.fromkeys((*processes.peers(params), *parts, *replicas)))
         finite, gains = inspect_gradients(grads, everybody, not parts, self.backend)
         if not self.skip_nonfinite:
             finite = True
@@ -349,9 +363,9 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         positions = self._noisy_positions()
         ticks: list[Tick] = []
         batches = [self._batch(group, params, each, positions, ticks, given) for group, params in work]
-        workers = sharding.several(self.work_group or self.process_group)
+        workers = processes.several(self.work_group or self.process_group)
         verdict = finite if isinstance(finite, Tensor) else None
-        execution.run(batches, self.backend, verdict, self.observer, workers, parts)
+        run_rules(batches, self.backend, verdict, self.observer, workers, parts)
         return finite, ticks
 
     def _takes_part(self, p: Tensor) -> bool:
@@ -379,7 +393,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         if self.rounding != "stochastic":
             return {}
         params = [p for group in self.param_groups for p in group["params"]]
-        return {p: i for i, p in enumerate(params) if execution.is_narrow(p.dtype)}
+        return {p: i for i, p in enumerate(params) if is_narrow(p.dtype)}
 
     def _batch(
         self,
@@ -395,11 +409,11 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         states = [self.state[p] for p in params]
         for p, state in zip(params, states):
             if not state:
-                state.update(execution.new_state(rule, p, group, self._owners.get(p)))
-        execution.follow(rule, params, states, group)
-        if self.rounding != "nearest" or any(execution.RESIDUAL in state for state in states):
+                state.update(new_state(rule, p, group, self._owners.get(p)))
+        follow(rule, params, states, group)
+        if self.rounding != "nearest" or any(RESIDUAL in state for state in states):
             for p, state in zip(params, states):
-                execution.prepare_residual(state, p, self.rounding)
+                prepare_residual(state, p, self.rounding)
         clocks = _clocks(states, ("step", *rule.host_state))
         matrix = isinstance(rule, MatrixRule)
         phases = rule.phases(group) if isinstance(rule, MatrixRule) and rule.phases is not None else 0
@@ -412,7 +426,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
             if key not in known:
                 details: dict[str, Any] = {}
                 if matrix:
-                    details["shape"] = execution.block_shape(p.shape, group)
+                    details["shape"] = block_shape(p.shape, group)
                 if positions:
                     details["phase"] = positions[p]
                 known[key] = Tick(rule, group, details, clock, clocks)
@@ -422,16 +436,16 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
             tick.indices.append(i)
             g, gain = next(each)
             gain = -gain if group["maximize"] else gain
-            noise = execution.first_number(tick.t, noisy[p]) + sharding.offset(p) if p in noisy else None
-            held, held_state = sharding.local(p), sharding.local_state(p, state)
+            noise = first_number(tick.t, noisy[p]) + processes.offset(p) if p in noisy else None
+            held, held_state = processes.local(p), processes.local_state(p, state)
             owner = self._owners.get(p)
             tasks.append(Task(tick.t, held, g, gain, held_state, tick.scalars, p, noise=noise, owner=owner))
         ticks.extend(known.values())
         idle = [self.state[p] for p in group["params"] if p.grad is None and self.state.get(p)]
         return Batch(rule, group, tasks, idle)
 
-    def _residents(self) -> list[execution.homes.Resident]:
-        return execution.homes.residents((self.rule(group), group) for group in self.param_groups)
+    def _residents(self) -> list[owned_state.Resident]:
+        return owned_state.residents((self.rule(group), group) for group in self.param_groups)
 
     def _bring_state_home(self, work: Work) -> None:
         """See to it that state which is to live with one process does."""
@@ -439,8 +453,8 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         if all(p in self._owners and self.state.get(p) for p in matrices):
             return
         residents = self._residents()
-        owners = execution.homes.owners(residents, self._owners)
-        execution.homes.bring_home(residents, owners, self.state)
+        owners = owned_state.owners(residents, self._owners)
+        owned_state.bring_home(residents, owners, self.state)
         self._owners = self._owners | dict.fromkeys(matrices) | owners
 
     def settle(self) -> None:
@@ -494,10 +508,10 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         >>> w.data, optimizer.exact(w)
         (tensor([1.], dtype=torch.bfloat16), tensor([0.9999]))
         """
-        residual = self.state[p].get(execution.RESIDUAL) if p in self.state else None
-        if residual is None or residual.dtype != execution.residual_dtype(self.rounding, p.dtype):
+        residual = self.state[p].get(RESIDUAL) if p in self.state else None
+        if residual is None or residual.dtype != residual_dtype(self.rounding, p.dtype):
             return p.detach()  # A residual of what was here before a cast, or of another way: the next step drops it.
-        return execution.load(p.detach(), residual, torch.float32)
+        return load(p.detach(), residual, torch.float32)
 
     # --- checkpoints --------------------------------------------------------------------------------------------
 
@@ -508,7 +522,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         """
         self.settle()
         state = self.state
-        parts = execution.homes.in_parts(self._residents(), self._owners, state)
+        parts = owned_state.in_parts(self._residents(), self._owners, state)
         self.state = defaultdict(dict, {**state, **parts})  # The hooks of torch see what they return.
         try:
             return super().state_dict()
@@ -534,14 +548,14 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         self._seen = [group.copy() for group in self.param_groups]  # Hyperparameters that go with the loaded state.
         # torch casts state to the parameter's dtype; the saved values are what continues the run exactly.
         for group, saved in zip(self.param_groups, state_dict["param_groups"]):
-            keep = {*execution.number_names(self.rule(group)), execution.RESIDUAL}
+            keep = {*number_names(self.rule(group)), RESIDUAL}
             for p, key in zip(group["params"], saved["params"]):
                 state = state_dict["state"].get(key, {})
                 expected = self._expected_state(p, group, state) if state else {}
                 for name, value in state.items():
-                    dtype = value.dtype if name in keep else execution.compute_dtype(p.dtype)
+                    dtype = value.dtype if name in keep else compute_dtype(p.dtype)
                     value = value.to(self.state[p][name].device, dtype, copy=True)
-                    self.state[p][name] = sharding.placed(value, expected[name])
+                    self.state[p][name] = processes.placed(value, expected[name])
 
     def _check_checkpoint(self, state_dict: Mapping[str, Any]) -> None:
         """Refuse hyperparameters out of range and state of other names, shapes or kinds than the rules'."""
@@ -560,11 +574,11 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
     def _expected_state(self, p: Tensor, group: Mapping[str, Any], saved: Mapping[str, Any]) -> State:
         """State such as that of a checkpoint should be, without values."""
         like = torch.empty_like(p, device="meta")
-        expected = execution.new_state(self.rule(group), like, group)
-        if execution.RESIDUAL in saved:  # of whichever way of rounding; the step makes the one it needs
-            kind = getattr(saved[execution.RESIDUAL], "dtype", None)
+        expected = new_state(self.rule(group), like, group)
+        if RESIDUAL in saved:  # of whichever way of rounding; the step makes the one it needs
+            kind = getattr(saved[RESIDUAL], "dtype", None)
             kind = kind if kind in (torch.bfloat16, torch.float16) else torch.int16
-            expected[execution.RESIDUAL] = torch.empty_like(like, dtype=kind)
+            expected[RESIDUAL] = torch.empty_like(like, dtype=kind)
         return expected
 
 
@@ -590,8 +604,8 @@ def _gradient(p: Tensor) -> Tensor:
     """
     if p.grad is None:
         return torch.zeros_like(p)
-    g = sharding.gradient(p)
-    return g.to(execution.compute_dtype(p.dtype)) if g.dtype == torch.float64 else g
+    g = processes.gradient(p)
+    return g.to(compute_dtype(p.dtype)) if g.dtype == torch.float64 else g
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -2,7 +2,7 @@
 
 A rule is a small immutable object: the names and shapes of its state tensors, the scalars it needs at step
 ``t``, and one function that updates its state **in place** from a gradient, and the parameter with it. It knows
-nothing of parameter groups, precision, checkpoints or devices: the engine (:mod:`.optimizer`, :mod:`.execution`) owns
+nothing of parameter groups, precision, checkpoints or devices: the engine (:mod:`.optimizer`, :mod:`.step`) owns
 those and may hand the function a whole tensor, a slice of one, or a stack of several.
 
 Three kinds exist, by what the function has to see:
@@ -24,10 +24,10 @@ from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
-from .constraints import Constraint
+from .arithmetic import add_, shrink_
+from .hyperparameters import Constraint
 
 Shape = tuple[int, ...]
 Hyperparameters = Mapping[str, Any]
@@ -142,7 +142,7 @@ class Rule:
         update: ``(p, g, **state, **scalars)``, in place on ``p`` and the state; ``g`` is read only. Matrix rules do
             without ``p``; see there.
         host_state: Names of scalar state that ``scalars`` reads and writes in its ``host`` dictionary.
-        constraints: What hyperparameters must be that are this rule's alone; see :mod:`.constraints`.
+        constraints: What hyperparameters must be that are this rule's alone; see :mod:`.hyperparameters`.
         fixed: Hyperparameters, beside those that decide on the state, that cannot change after the first step.
         capturable: Whether the update takes its numbers as tensors, too, and decomposes no matrices, so that a CUDA
             graph can hold it.
@@ -218,107 +218,3 @@ class GroupRule(Rule):
     sums: Callable[..., tuple[Tensor, ...]] = field(kw_only=True)
     combine: Callable[..., tuple[dict[str, Tensor], Scalars]] = field(kw_only=True)
     kind: Literal["group"] = field(default="group", init=False)
-
-
-def largest_gradient(dtype: torch.dtype) -> float:
-    """The largest gradient whose powers, as rules take them, stay finite in arithmetic of a precision."""
-    return torch.finfo(dtype).max ** 0.4
-
-
-# --- weight decay -----------------------------------------------------------------------------------------------
-
-
-def weight_decay(hp: Hyperparameters) -> Scalars:
-    """The scalars of the two common forms of weight decay, to be applied by :func:`decay_`.
-
-    ``decoupled=True``: parameters shrink by ``1 - lr * weight_decay``. ``False``: ``weight_decay * p`` is added to
-    the gradient and so enters every statistic of the rule. Nothing is added where ``l2`` is ``None``.
-
-    >>> weight_decay({"lr": 0.1, "weight_decay": 0.5, "decoupled": True})
-    {'keep': 0.95, 'l2': None}
-    >>> weight_decay({"lr": 0.1, "weight_decay": 0.5, "decoupled": False})
-    {'keep': 1.0, 'l2': 0.5}
-    """
-    if hp["decoupled"]:
-        return {"keep": 1.0 - hp["lr"] * hp["weight_decay"], "l2": None}
-    return {"keep": 1.0, "l2": float(hp["weight_decay"]) or None}
-
-
-def decay_(p: Tensor, g: Tensor, keep: Any, l2: Any) -> Tensor:
-    """Shrink ``p`` by ``keep`` in place and return the gradient ``g + l2 * p`` (of the ``p`` before)."""
-    g = regularize(g, p, l2)
-    shrink_(p, keep)
-    return g
-
-
-def shrink_(p: Tensor, keep: Any) -> Tensor:
-    """``p *= keep``"""
-    return p if is_number(keep, 1.0) else p.mul_(keep)
-
-
-def regularize(g: Tensor, p: Tensor, l2: Any) -> Tensor:
-    """``g + l2 * p``, bounded as gradients are; ``g`` where ``l2`` is ``None``."""
-    if l2 is None:
-        return g
-    limit = largest_gradient(g.dtype)
-    return plus(g, p, l2).clamp_(-limit, limit)
-
-
-# --- in-place operations on tensors with coefficients that are floats or 0-d tensors ---------------------------------
-
-
-def is_number(coefficient: Any, value: float) -> bool:
-    """Whether a coefficient is a number of a certain value, known on the host."""
-    return isinstance(coefficient, (int, float)) and coefficient == value
-
-
-def add_(x: Tensor, y: Tensor, factor: Any) -> Tensor:
-    """``x += factor * y``"""
-    return x.add_(factor * y) if isinstance(factor, Tensor) else x.add_(y, alpha=factor)
-
-
-def plus(x: Tensor, y: Tensor, factor: Any) -> Tensor:
-    """``x + factor * y``"""
-    return x + factor * y if isinstance(factor, Tensor) else torch.add(x, y, alpha=factor)
-
-
-def ema(x: Tensor, y: Tensor, beta: Any) -> Tensor:
-    """``beta * x + (1 - beta) * y``"""
-    return beta * x + (1 - beta) * y if isinstance(beta, Tensor) else torch.lerp(x, y, 1 - beta)
-
-
-def ema_(x: Tensor, y: Tensor, beta: Any) -> Tensor:
-    """``x = beta * x + (1 - beta) * y``"""
-    return x.mul_(beta).add_((1 - beta) * y) if isinstance(beta, Tensor) else x.lerp_(y, 1 - beta)
-
-
-def ema_product_(x: Tensor, y: Tensor, z: Tensor, beta: Any) -> Tensor:
-    """``x = beta * x + (1 - beta) * y * z``"""
-    x.mul_(beta)
-    if isinstance(beta, Tensor):
-        return x.add_((1 - beta) * y * z)
-    return x.addcmul_(y, z, value=1 - beta)
-
-
-def add_quotient_(p: Tensor, x: Tensor, y: Tensor, factor: Any) -> Tensor:
-    """``p += factor * x / y``"""
-    return p.add_(factor * x / y) if isinstance(factor, Tensor) else p.addcdiv_(x, y, value=factor)
-
-
-def mix(g: Tensor, m: Tensor, beta: Any) -> Tensor:
-    """Nesterov's look-ahead ``(1 - beta) * g + beta * m``."""
-    return torch.lerp(m, g, 1 - beta)  # The small weight: float32 does not tell 1 - 1e-7 well from 1.
-
-
-def squared_difference(x: Tensor, y: Tensor) -> Tensor:
-    """``(x - y) ** 2``, with one temporary."""
-    difference = x - y
-    return difference.mul_(difference)
-
-
-def squared_norm(x: Tensor, axes: tuple[int, ...] = (-2, -1)) -> Tensor:
-    """Sum of squares over some of the last two axes, which are kept with size 1."""
-    if -1 in axes:  # Row by row: without a temporary of the size of ``x``, and no sum is long.
-        rows = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
-        return rows.sum(-2, keepdim=True) if -2 in axes else rows
-    return x.square().sum(-2, keepdim=True)

@@ -23,11 +23,12 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from ..rule import GroupRule, Rule
-from . import kernels, sharding
+from .. import processes
+from . import compile
 from .call import call
-from .storage import joined_numbers, numbers
-from .tensors import Batch, Task, compute_dtype, number_names
+from .rounding import joined_numbers, numbers
+from .rule import GroupRule, Rule
+from .state import Batch, Task, compute_dtype, number_names
 
 #: Tensors up to this many elements are joined for one call on all: below it a copy of a tensor costs less than a call.
 SMALL = {"cpu": 2**14, "cuda": 2**18}
@@ -58,7 +59,7 @@ class Work:
     noise: Tensor | None
 
 
-def run(batches: Sequence[Batch], backend: str, finite: Tensor | None, groups: Sequence[sharding.Group] = ()) -> None:
+def run(batches: Sequence[Batch], backend: str, finite: Tensor | None, groups: Sequence[processes.Group] = ()) -> None:
     """Update the parameters and state of element-wise and group rules in place.
 
     Args:
@@ -122,12 +123,12 @@ def _each(
         state = {name: tasks[0].state[name] for name in names}
         compiled = compile_or_warn(
             partial(
-                kernels.runner, function, tasks[0].p, tasks[0].g, tasks[0].gain, finite, state, scalars, noisy, writes
+                compile.runner, function, tasks[0].p, tasks[0].g, tasks[0].gain, finite, state, scalars, noisy, writes
             ),
             backend,
         )
     if compiled is None:
-        go: kernels.Runner = lambda p, g, gain, state, noise: call(  # noqa: E731
+        go: compile.Runner = lambda p, g, gain, state, noise: call(  # noqa: E731
             function, p, g, gain, finite, state, scalars, noise, writes
         )
     else:
@@ -166,7 +167,7 @@ def compile_or_warn(make: Callable[[], Item], backend: str) -> Item | None:
 
 
 #: Sums over the tensors of a parameter group, apart for each set of processes over which they have to be added up.
-Sums = dict[tuple[sharding.Group, ...], Tensor]
+Sums = dict[tuple[processes.Group, ...], Tensor]
 
 
 @dataclass
@@ -181,15 +182,15 @@ class _Grouped:
     def __post_init__(self) -> None:
         self.device = self.batch.tasks[0].p.device
 
-    def sums(self, groups: tuple[sharding.Group, ...]) -> Sums:
+    def sums(self, groups: tuple[processes.Group, ...]) -> Sums:
         """What the rule wants to have added up.
 
         Args:
             groups: The processes that hold the other parts of parameters that do not say who does.
         """
-        apart: dict[tuple[sharding.Group, ...], list[Task]] = {}
+        apart: dict[tuple[processes.Group, ...], list[Task]] = {}
         for task in self.batch.tasks:
-            apart.setdefault(sharding.groups(task.parameter) or groups, []).append(task)
+            apart.setdefault(processes.groups(task.parameter) or groups, []).append(task)
         sums = {}
         for key, tasks in apart.items():
             parts = [part for some in _alike(tasks) for part in self._call(self.rule.sums, some, {}, writes=False)]
@@ -228,13 +229,13 @@ class _Grouped:
         return _each(function, tasks, names, coefficients, self.backend, self.finite, writes)
 
 
-def _run_groups(grouped: Sequence[_Grouped], groups: tuple[sharding.Group, ...]) -> None:
+def _run_groups(grouped: Sequence[_Grouped], groups: tuple[processes.Group, ...]) -> None:
     sums = [one.sums(groups) for one in grouped]
     totals = [torch.zeros_like(next(iter(each.values()))) for each in sums]
     for key in dict.fromkeys(key for each in sums for key in each):
         members = [i for i, each in enumerate(sums) if key in each]
         device = totals[members[0]].device
-        added = sharding.total(torch.cat([sums[i][key].to(device) for i in members]), key)
+        added = processes.total(torch.cat([sums[i][key].to(device) for i in members]), key)
         for i, part in zip(members, added.split([len(totals[i]) for i in members])):
             totals[i] += part.to(totals[i].device)
     for one, total in zip(grouped, totals):
@@ -378,7 +379,7 @@ def largest(xs: Sequence[Tensor], backend: str) -> float:
     peaks: list[Tensor] = []
     for (dtype, device), some in kinds.items():
         extremes: list[Tensor] = []
-        peak = compile_or_warn(partial(kernels.peak, dtype, device), backend) if compiled else None
+        peak = compile_or_warn(partial(compile.peak, dtype, device), backend) if compiled else None
         if peak is not None:
             # The last first: the step, which begins with the first, then finds those in cache.
             extremes += [peak(x.view(-1)) for x in reversed(some) if x.numel() >= LONG and x.is_contiguous()]

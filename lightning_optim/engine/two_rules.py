@@ -8,17 +8,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .adabelief import AdaBelief
-from .adamw import ADAMW, ADAMW_DEFAULTS
-from .anon import Anon
-from .deva_vector import DeVAVector
-from .execution import sharding
-from .hvadam import HVAdam
-from .laprop import LaProp
-from .madam import LaMAdam, MAdam
-from .mvn_grad import MVNGrad
+from .. import processes
+from ..optimizers.adabelief import AdaBelief
+from ..optimizers.adamw import ADAMW, ADAMW_DEFAULTS
+from ..optimizers.anon import Anon
+from ..optimizers.deva_vector import DeVAVector
+from ..optimizers.hvadam import HVAdam
+from ..optimizers.laprop import LaProp
+from ..optimizers.madam import LaMAdam, MAdam
+from ..optimizers.mvn_grad import MVNGrad
+from ..optimizers.pnm import PNM, AdaPNM
 from .optimizer import EngineOptions, Params, RuleOptimizer, listed
-from .pnm import PNM, AdaPNM
 from .rule import MatrixRule, Rule
 
 #: Fallback rules and their default hyperparameters, by name.
@@ -132,7 +132,7 @@ class MatrixOptimizer(RuleOptimizer):
         rule, blocks = self.rule(group), group["blocks"]
         least = 2 if isinstance(rule, MatrixRule) and (rule.flatten or group["transposed"]) else 1
         for p in group["params"]:
-            sharding.sharding(p)  # Raises where a matrix rule cannot run.
+            processes.sharding(p)  # Raises where a matrix rule cannot run.
             if p.ndim < least:
                 raise ValueError(
                     f"{rule.name} takes parameters of at least {least} axes, got shape {tuple(p.shape)}; "

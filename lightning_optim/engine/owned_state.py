@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rule import LIKE_PARAMETER, MatrixRule, Rule
-from . import sharding
-from .flat import packs
-from .sharding import Sharding
-from .tensors import State, lives_with_owner, state_shapes
+from .. import processes
+from ..processes import Sharding
+from .elementwise import packs
+from .rule import LIKE_PARAMETER, MatrixRule, Rule
+from .state import State, lives_with_owner, state_shapes
 
 #: Elements of state that travel at the same time, which bounds the memory for it.
 AT_ONCE = 2**24
@@ -38,7 +38,7 @@ class Resident:
     @property
     def cut(self) -> Sharding:
         """How the parameter is cut."""
-        cut = sharding.sharding(self.parameter)
+        cut = processes.sharding(self.parameter)
         assert cut is not None
         return cut
 
@@ -70,7 +70,7 @@ def owners(some: Sequence[Resident], known: Mapping[Tensor, int | None]) -> dict
     for together in apart.values():
         costs = tuple(float(sum(cut.elements for cut in r.state_cuts.values())) for r in together)
         holders = tuple(known.get(r.parameter) for r in together)
-        ranks = sharding.owners(costs, holders, together[0].cut.processes)
+        ranks = processes.owners(costs, holders, together[0].cut.processes)
         found |= dict(zip((r.parameter for r in together), ranks))
     return found
 
@@ -79,7 +79,7 @@ def bring_home(some: Sequence[Resident], owner: Mapping[Tensor, int], states: Ma
     """Send state that is in parts, as it comes from checkpoints, to the owners of the parameters."""
     for wave, cut in _waves(_tensors(some, owner, states, in_parts=True)):
         of = [[x for x in wave if x.owner == rank] for rank in range(cut.processes)]
-        arrived = sharding.exchange(
+        arrived = processes.exchange(
             [[x.here for x in each] for each in of],
             [[(x.cut.part(rank), x.here.dtype) for x in of[cut.rank]] for rank in range(cut.processes)],
             wave[0].here.device,
@@ -99,7 +99,7 @@ def in_parts(
     found: dict[Tensor, State] = {}
     for wave, cut in _waves(_tensors(some, owner, states, in_parts=False)):
         of = [[x for x in wave if x.owner == rank] for rank in range(cut.processes)]
-        arrived = sharding.exchange(
+        arrived = processes.exchange(
             [[x.cut.take(x.here, rank) for x in of[cut.rank]] for rank in range(cut.processes)],
             [[(x.cut.part(cut.rank), x.here.dtype) for x in each] for each in of],
             wave[0].here.device,
@@ -107,7 +107,7 @@ def in_parts(
         ).wait()
         for x, part in zip(chain(*of), chain(*arrived)):
             # A copy has a storage of its own, as checkpoints need it.
-            found.setdefault(x.parameter, {**x.state})[x.name] = sharding.joined(part.clone(), x.parameter, x.cut)
+            found.setdefault(x.parameter, {**x.state})[x.name] = processes.joined(part.clone(), x.parameter, x.cut)
     return found
 
 
@@ -124,7 +124,7 @@ class _StateTensor:
     @property
     def here(self) -> Tensor:
         """What this process has of it."""
-        return sharding.local(self.state[self.name])
+        return processes.local(self.state[self.name])
 
 
 def _tensors(
@@ -136,7 +136,7 @@ def _tensors(
         if not state or home is None:
             continue
         for name, cut in r.state_cuts.items():
-            if (sharding.placements(state[name]) is not None) is in_parts:
+            if (processes.placements(state[name]) is not None) is in_parts:
                 yield _StateTensor(r.parameter, home, state, name, cut)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .execution import sharding
+from .. import processes
 
 Groups = Sequence[Mapping[str, Any]]
 
@@ -104,8 +104,8 @@ def _state_problems(saved: Mapping[str, Any], expected: Mapping[str, Tensor]) ->
             problems.append(f"{name} is of shape {tuple(value.shape)} instead of {tuple(x.shape)}")
         elif value.dtype != x.dtype and not (value.dtype in wide and x.dtype in wide):
             problems.append(f"{name} is {_short(value.dtype)} instead of {_short(x.dtype)}")
-        elif sharding.placements(value) not in (None, sharding.placements(x)):
-            problems.append(f"{name} has placements {sharding.placements(value)} instead of {sharding.placements(x)}")
+        elif processes.placements(value) not in (None, processes.placements(x)):
+            problems.append(f"{name} has placements {processes.placements(value)} instead of {processes.placements(x)}")
     return ", ".join(problems)
 
 

@@ -6,7 +6,7 @@ Three ways, by what a process has of a parameter:
 - some rows, and the rule works on rows: only what is to be orthogonalised travels, to the one process that does it for
   that matrix, and the rows of the factor travel back;
 - any part, and the rule wants whole tensors: the gradient travels to the one process that has the state and runs the
-  rule (:mod:`.homes`), and the direction in which the parameter moves travels back.
+  rule (:mod:`.owned_state`), and the direction in which the parameter moves travels back.
 
 What travels at the same time is a wave. While the tensors of one wave travel, another is worked on, and so are the
 element-wise rules of the step. Every process of a group makes the same waves in the same order; which follows from
@@ -26,21 +26,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rule import LIKE_PARAMETER, Move
-from . import sharding, stacks
-from .flat import packs
-from .sharding import Group, Kind, Sharding
-from .stacks import ParameterObserver, Report, Request, Stack
-from .storage import RESIDUAL
-from .tensors import (
-    Batch,
-    Task,
-    block_shape,
-    compute_dtype,
-    from_blocks,
-    number_names,
-    state_shapes,
-)
+from .. import processes
+from ..processes import Group, Kind, Sharding
+from . import matrices
+from .elementwise import packs
+from .matrices import ParameterObserver, Report, Request, Stack
+from .rounding import RESIDUAL
+from .rule import LIKE_PARAMETER, Move
+from .state import Batch, Task, block_shape, compute_dtype, from_blocks, number_names, state_shapes
 
 Asked = Sequence[tuple[Stack, Request]]
 #: A matrix of a step: its parameter and which of the parameter's matrices it is.
@@ -69,7 +62,7 @@ def run(
     for batch in batches:
         whole = []
         for task in batch.tasks:
-            cut = sharding.sharding(task.parameter)
+            cut = processes.sharding(task.parameter)
             if cut is None:
                 whole.append(task)
             else:
@@ -155,7 +148,7 @@ def _cost(m: int, n: int) -> float:
 def _waves(cuts: Sequence[_Cut], plain: bool) -> Iterator[list[_Cut]]:
     cuts = sorted(cuts, key=lambda c: -_cost(*c.matrix))
     sizes = [c.parameter.numel() for c in cuts]
-    return packs(cuts, sizes, 0 if plain else stacks.wave_limit(sizes, cuts[0].cut.processes))
+    return packs(cuts, sizes, 0 if plain else matrices.wave_limit(sizes, cuts[0].cut.processes))
 
 
 # --- every process has everything ------------------------------------------------------------------------------------
@@ -163,34 +156,34 @@ def _waves(cuts: Sequence[_Cut], plain: bool) -> Iterator[list[_Cut]]:
 
 def _jobs_here(batches: Sequence[Batch], context: _Context, replicas: Sequence[Group]) -> Iterator[Iterator[None]]:
     if not replicas or not batches:
-        return stacks.jobs(batches, context.plain, context.finite, context.report)
-    matrices = [
+        return matrices.jobs(batches, context.plain, context.finite, context.report)
+    pieces = [
         ((task.parameter, block), _cost(*_matrix(task.parameter, batch.group)))
         for batch in batches
         for task in batch.tasks
         for block in range(batch.group["blocks"])
     ]
     (group,) = replicas
-    processes = sharding.size(group)
-    keys, costs = zip(*matrices)
-    owner = dict(zip(keys, sharding.owners(costs, (None,) * len(costs), processes)))
+    ranks = processes.size(group)
+    keys, costs = zip(*pieces)
+    owner = dict(zip(keys, processes.owners(costs, (None,) * len(costs), ranks)))
     solve = partial(_shared, owner=owner, group=group, report=context.report)
-    return stacks.jobs(batches, context.plain, context.finite, context.report, solve, processes)
+    return matrices.jobs(batches, context.plain, context.finite, context.report, solve, ranks)
 
 
 def _shared(
     asked: Asked, owner: Mapping[Key, int], group: Group, report: Report | None
 ) -> Generator[None, None, list[Any]]:
     """Orthogonalise this process's share and get the rest from the others."""
-    ranks = range(sharding.size(group))
+    ranks = range(processes.size(group))
     theirs = [[[i for i, key in enumerate(_keys(s)) if owner[key] == rank] for s, _ in asked] for rank in ranks]
-    mine = theirs[sharding.rank(group)]
+    mine = theirs[processes.rank(group)]
     own = [(x[indices], method) for indices, (_, (x, method, *_)) in zip(mine, asked) if indices]
     kinds = [
         [((len(indices), *x.shape[1:]), x.dtype) for indices, (_, (x, *_)) in zip(each, asked) if indices]
         for each in theirs
     ]
-    pending = sharding.gather(stacks.orthogonalized(own), kinds, asked[0][1][0].device, group)
+    pending = processes.gather(matrices.orthogonalized(own), kinds, asked[0][1][0].device, group)
     yield
     factors = [torch.empty_like(x) for _, (x, *_) in asked]
     for each, received in zip(theirs, pending.wait()):
@@ -198,8 +191,8 @@ def _shared(
         for indices, factor in zip(each, factors):
             if indices:
                 factor[indices] = next(parts)
-    stacks.report_factors(report, asked, factors)
-    return [stacks.answer(factor, sums) for factor, (_, (_, _, *sums)) in zip(factors, asked)]
+    matrices.report_factors(report, asked, factors)
+    return [matrices.answer(factor, sums) for factor, (_, (_, _, *sums)) in zip(factors, asked)]
 
 
 def _keys(stack: Stack) -> list[Key]:
@@ -211,11 +204,11 @@ def _keys(stack: Stack) -> list[Key]:
 
 
 def _jobs_in_rows(cuts: Sequence[_Cut], context: _Context) -> Iterator[Iterator[None]]:
-    processes = cuts[0].cut.processes
+    ranks = cuts[0].cut.processes
     keys = [(c.parameter, block) for c in cuts for block in range(c.blocks)]
     costs = tuple(_cost(*c.matrix) for c in cuts for _ in range(c.blocks))
     holders = tuple(_holder(c, block) for c in cuts for block in range(c.blocks))
-    owner = dict(zip(keys, sharding.owners(costs, holders, processes)))
+    owner = dict(zip(keys, processes.owners(costs, holders, ranks)))
     for wave in _waves(cuts, context.plain):
         yield _in_rows(wave, owner, context)
 
@@ -237,10 +230,10 @@ def _in_rows(wave: Sequence[_Cut], owner: Mapping[Key, int], context: _Context) 
     parts = [
         stack
         for key, tasks in apart.items()
-        for stack in stacks.split(replace(batches[key], tasks=tasks), context.plain)
+        for stack in matrices.split(replace(batches[key], tasks=tasks), context.plain)
     ]
     solve = partial(_gathered, wave=wave, owner=owner, report=context.report)
-    return stacks.drive(parts, context.finite, _collector(wave, owner, context.report), solve)
+    return matrices.drive(parts, context.finite, _collector(wave, owner, context.report), solve)
 
 
 def _runs(c: _Cut) -> Iterator[tuple[int, Task]]:
@@ -321,7 +314,7 @@ def _gathered(
         rows, *sums = parts[key]
         return [((stop - start, rows.shape[1]), rows.dtype), *((y.shape, y.dtype) for y in sums)]
 
-    there = sharding.exchange(
+    there = processes.exchange(
         [[x for key in keys for x in parts[key]] for keys in of],
         [[kind for key in of[me] for kind in kinds(key, rank)] for rank in ranks],
         device,
@@ -342,7 +335,7 @@ def _gathered(
     def back_kinds(key: Key) -> list[Kind]:
         return kinds(key, me) + [(cuts[key].matrix, parts[key][0].dtype)] * 2 * (told.get(key) == me)
 
-    returning = sharding.exchange(
+    returning = processes.exchange(
         [[x for key in of[me] for x in back(key, rank)] for rank in ranks],
         [[kind for key in keys for kind in back_kinds(key)] for keys in of],
         device,
@@ -359,26 +352,26 @@ def _gathered(
     answers = []
     for stack, _ in asked:
         factor, *sums = (torch.stack(xs) for xs in zip(*(parts[key] for key in _keys(stack))))
-        answers.append(stacks.answer(factor, sums))
+        answers.append(matrices.answer(factor, sums))
     return answers
 
 
 def _solved(arrived: Mapping[Key, list[list[Tensor]]], methods: Mapping[Key, str]) -> dict[Key, _Solved]:
     """Orthogonalise matrices and add up their sums, of which the parts of all processes are there."""
-    matrices = [torch.cat(rows) for rows, *_ in arrived.values()]
-    factors = stacks.orthogonalized([(x[None], methods[key]) for key, x in zip(arrived, matrices)])
+    wholes = [torch.cat(rows) for rows, *_ in arrived.values()]
+    factors = matrices.orthogonalized([(x[None], methods[key]) for key, x in zip(arrived, wholes)])
     return {
         key: _Solved(x, factor[0], [torch.stack(summands).sum(0) for summands in sums])
-        for (key, (_, *sums)), x, factor in zip(arrived.items(), matrices, factors)
+        for (key, (_, *sums)), x, factor in zip(arrived.items(), wholes, factors)
     }
 
 
 def _tell(some: Iterable[_Cut], solved: Mapping[Key, _Solved], report: Report) -> None:
     """Report all matrices of parameters together."""
     for c in some:
-        matrices = [solved[c.parameter, block] for block in range(c.blocks)]
-        report(c.task, "momentum", torch.stack([x.matrix for x in matrices]))
-        report(c.task, "orthogonal_factor", torch.stack([x.factor for x in matrices]))
+        some_solved = [solved[c.parameter, block] for block in range(c.blocks)]
+        report(c.task, "momentum", torch.stack([x.matrix for x in some_solved]))
+        report(c.task, "orthogonal_factor", torch.stack([x.factor for x in some_solved]))
 
 
 # --- whole tensors ----------------------------------------------------------------------------------------------------
@@ -395,7 +388,7 @@ def _carried(wave: Sequence[_Cut], context: _Context) -> Iterator[None]:
     ranks = range(cut.processes)
     of = [[c for c in wave if c.task.owner == rank] for rank in ranks]
     mine = of[cut.rank]
-    there = sharding.exchange(
+    there = processes.exchange(
         [[c.task.g for c in each] for each in of],
         [[(c.cut.part(rank), c.task.g.dtype) for c in mine] for rank in ranks],
         device,
@@ -408,10 +401,10 @@ def _carried(wave: Sequence[_Cut], context: _Context) -> Iterator[None]:
         batch.tasks.append(replace(c.task, g=torch.cat(parts, c.cut.axis)))
     moves: dict[Tensor, list[Tensor]] = {}
     move = partial(_pack_moves, moves)
-    for job in stacks.jobs(batches.values(), context.plain, context.finite, context.report, move=move):
+    for job in matrices.jobs(batches.values(), context.plain, context.finite, context.report, move=move):
         for _ in job:
             pass
-    returning = sharding.exchange(
+    returning = processes.exchange(
         [[c.cut.take(x, rank) for c in mine for x in moves[c.parameter]] for rank in ranks],
         [[kind for c in each for kind in _move_kinds(c)] for each in of],
         device,
@@ -447,6 +440,6 @@ def _move(c: _Cut, packed: Sequence[Tensor], finite: Tensor | None) -> None:
     move = Move(direction, scalars.get("step", 1.0), keep[0] if keep else scalars["keep"])
     noise = None
     if task.noise is not None:
-        noise = c.cut.positions(c.cut.rank, p.device).add_(task.noise - sharding.offset(c.parameter))
+        noise = c.cut.positions(c.cut.rank, p.device).add_(task.noise - processes.offset(c.parameter))
     finite = None if finite is None else finite.to(p.device)
-    stacks.move_tensor_(p, move, task.state.get(RESIDUAL), noise, finite)
+    matrices.move_tensor_(p, move, task.state.get(RESIDUAL), noise, finite)

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rule import LIKE_PARAMETER, GroupRule, MatrixRule, Rule, Scalars, Shape, largest_gradient
-from . import sharding
+from .. import processes
+from .arithmetic import largest_gradient
+from .rule import LIKE_PARAMETER, GroupRule, MatrixRule, Rule, Scalars, Shape
 
 State = MutableMapping[str, Any]
 
@@ -104,11 +105,11 @@ def new_state(rule: Rule, p: Tensor, group: Mapping[str, Any], owner: int | None
         state[name] = torch.tensor(0.0, dtype=torch.float64, device="cpu")
     for name, shape in state_shapes(rule, p, group).items():
         if owner is not None:
-            state[name] = sharding.zeros_with_owner(p, tuple(p.shape) if shape is None else shape, dtype, owner)
+            state[name] = processes.zeros_with_owner(p, tuple(p.shape) if shape is None else shape, dtype, owner)
         elif shape is LIKE_PARAMETER:
-            state[name] = sharding.zeros(p, dtype)
+            state[name] = processes.zeros(p, dtype)
         else:
-            state[name] = sharding.zeros_beside(p, shape, dtype, whole=stays_in_rows(rule, p, group))
+            state[name] = processes.zeros_beside(p, shape, dtype, whole=stays_in_rows(rule, p, group))
     if isinstance(rule, GroupRule):
         for name, value in rule.group_state.items():
             state[name] = torch.tensor(value, dtype=accumulation_dtype(p.device), device=p.device)
@@ -140,10 +141,10 @@ def _convert(rule: Rule, p: Tensor, state: State, group: Mapping[str, Any]) -> N
     dtype = compute_dtype(p.dtype)
     limit = largest_gradient(dtype)
     names = list(state_shapes(rule, p, group))
-    here = [sharding.local(state[name]) for name in names if state[name].dtype != dtype]
+    here = [processes.local(state[name]) for name in names if state[name].dtype != dtype]
     peaks = [x.abs().max().double() for x in here if x.numel()]
     peak = torch.stack([torch.zeros((), dtype=torch.float64, device=p.device), *peaks]).max()
-    if sharding.largest(peak, sharding.groups(p)) > limit:
+    if processes.largest(peak, processes.groups(p)) > limit:
         raise ValueError(
             f"A parameter of shape {tuple(p.shape)} was cast to {p.dtype}, for which its state is too large "
             f"(above {limit:.1e}): delete optimizer.state[parameter] to start it anew, or cast it back."
@@ -156,14 +157,14 @@ def _convert(rule: Rule, p: Tensor, state: State, group: Mapping[str, Any]) -> N
 
 def lives_with_owner(rule: Rule, p: Tensor, group: Mapping[str, Any]) -> bool:
     """Whether several processes hold parts of a parameter, and one of them has its state and runs the rule."""
-    return isinstance(rule, MatrixRule) and sharding.sharding(p) is not None and not stays_in_rows(rule, p, group)
+    return isinstance(rule, MatrixRule) and processes.sharding(p) is not None and not stays_in_rows(rule, p, group)
 
 
 def stays_in_rows(rule: Rule, p: Tensor, group: Mapping[str, Any]) -> bool:
     """Whether processes that hold some rows each of a parameter's matrices run the rule on those."""
     if not isinstance(rule, MatrixRule) or not rule.by_rows or group["transposed"]:
         return False
-    cut = sharding.sharding(p)
+    cut = processes.sharding(p)
     return cut is not None and cut.axis == 0
 
 

@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .execution import Group, compute_dtype, largest, sharding
-from .rule import largest_gradient
+from .. import processes
+from ..processes import Group
+from .arithmetic import largest_gradient
+from .elementwise import largest
+from .state import compute_dtype
 
 
 def inspect_gradients(
@@ -26,7 +29,7 @@ def inspect_gradients(
         grads: The gradients, or what this process has of them.
         groups: The process groups that hold other parts.
         alike: Whether they hold parts of the same gradients in the same order. Otherwise all get one factor.
-        backend: How to look; see :func:`.execution.flat.largest`.
+        backend: How to look; see :func:`.elementwise.largest`.
 
     Returns:
         The verdict and a factor for each gradient: plain values for gradients on the CPU, and 0-d tensors, which the
@@ -70,7 +73,7 @@ def _peaks(grads: list[Tensor], groups: Sequence[Group], alike: bool) -> Tensor:
     if not groups:
         return stacked
     stacked = stacked.nan_to_num_(nan=math.inf, posinf=math.inf)
-    return sharding.largest(stacked if alike else stacked.max(), groups).expand(len(grads))
+    return processes.largest(stacked if alike else stacked.max(), groups).expand(len(grads))
 
 
 def _known_on_host(grads: list[Tensor]) -> bool:
@@ -86,5 +89,5 @@ def _largest(grads: list[Tensor], groups: Sequence[Group], backend: str) -> floa
     peak = largest(grads, backend)
     if groups:
         known = torch.tensor(peak, dtype=torch.float32).nan_to_num_(nan=math.inf, posinf=math.inf)
-        peak = float(sharding.largest(known, groups))
+        peak = float(processes.largest(known, groups))
     return peak

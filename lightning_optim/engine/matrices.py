@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...polar import orthogonalize
-from ..rule import LIKE_PARAMETER, MatrixRule, Move
-from .flat import packs
-from .storage import RESIDUAL, joined_numbers, load, numbers, store_
-from .tensors import Batch, Task, block_shape, compute_dtype, from_blocks, to_blocks
+from ..polar import orthogonalize
+from .elementwise import packs
+from .rounding import RESIDUAL, joined_numbers, load, numbers, store_
+from .rule import LIKE_PARAMETER, MatrixRule, Move
+from .state import Batch, Task, block_shape, compute_dtype, from_blocks, to_blocks
 
 ParameterObserver = Callable[[Tensor, str, Tensor], None]
 #: What becomes of something that a rule reports of a task's matrices.
@@ -87,7 +87,7 @@ def move_(stack: Stack, move: Move, finite: Tensor | None) -> None:
 
 
 def move_tensor_(p: Tensor, move: Move, residual: Tensor | None, noise: Tensor | None, finite: Tensor | None) -> None:
-    """Move a tensor of any precision; for the arguments see :func:`.storage.store_`."""
+    """Move a tensor of any precision; for the arguments see :func:`.rounding.store_`."""
     value = load(p, residual, compute_dtype(p.dtype))
     if value is p and finite is not None:
         value = p.clone()

@@ -1,17 +1,17 @@
 """How rules are run: rule -> plan (which tensors run together) -> run.
 
-:func:`run` is the only entry. It receives the parameters whose gradients are fit to be used and updates parameters and
-state in place. Rules stay free of everything that changes with the way of running:
+:func:`run_rules` is the only entry. It receives the parameters whose gradients are fit to be used and updates
+parameters and state in place. Rules stay free of everything that changes with the way of running:
 
-- :mod:`.tensors`: precision, state, matrices inside parameters;
-- :mod:`.storage`: how results are rounded into narrow parameters;
+- :mod:`.state`: state tensors, and the matrices inside parameters;
+- :mod:`.rounding`: how results are rounded into low-precision parameters;
 - :mod:`.call`: one call of a rule's function;
-- :mod:`.flat`: element-wise and group rules, joined and cut;
-- :mod:`.kernels`: the same, compiled;
-- :mod:`.stacks`: matrix rules, stacked, and the orthogonalisation they share;
-- :mod:`.spread`: matrix rules on many processes;
-- :mod:`.homes`: state that lives with one of them;
-- :mod:`.sharding`: which process has which part of a parameter, and communication.
+- :mod:`.elementwise`: element-wise and group rules, joined and chunked;
+- :mod:`.compile`: the same, compiled;
+- :mod:`.matrices`: matrix rules on stacks, and the orthogonalisation that stacks share;
+- :mod:`.distributed_matrices`: matrix rules on several ranks;
+- :mod:`.owned_state`: state that one rank keeps for all;
+- :mod:`lightning_optim.processes`: which rank has which shard of a parameter, and communication.
 """
 
 from __future__ import annotations
@@ -23,63 +23,17 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ..rule import MatrixRule
-from . import flat, homes, sharding, spread
-from .flat import largest
-from .sharding import Group
-from .stacks import ParameterObserver
-from .storage import RESIDUAL, ROUNDINGS, Rounding, first_number, is_narrow, load, prepare_residual, residual_dtype
-from .tensors import (
-    Batch,
-    State,
-    Task,
-    accumulation_dtype,
-    block_shape,
-    compute_dtype,
-    follow,
-    lives_with_owner,
-    new_state,
-    number_names,
-    state_shapes,
-    to_blocks,
-)
-
-__all__ = [
-    "BACKENDS",
-    "RESIDUAL",
-    "ROUNDINGS",
-    "Backend",
-    "Batch",
-    "Group",
-    "ParameterObserver",
-    "Rounding",
-    "State",
-    "Task",
-    "accumulation_dtype",
-    "block_shape",
-    "compute_dtype",
-    "first_number",
-    "follow",
-    "homes",
-    "is_narrow",
-    "largest",
-    "lives_with_owner",
-    "load",
-    "new_state",
-    "number_names",
-    "prepare_residual",
-    "residual_dtype",
-    "run",
-    "sharding",
-    "state_shapes",
-    "to_blocks",
-]
+from ..processes import Group
+from . import distributed_matrices, elementwise
+from .matrices import ParameterObserver
+from .rule import MatrixRule
+from .state import Batch
 
 Backend = Literal["auto", "plain", "chunked", "compiled"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 
 
-def run(
+def run_rules(
     batches: Sequence[Batch],
     backend: str = "auto",
     finite: Tensor | None = None,
@@ -99,11 +53,11 @@ def run(
     """
     kinds = {"cpu" if task.p.is_cpu else task.p.device.type for batch in batches for task in batch.tasks}
     with _without_autocast(kinds):
-        matrices = spread.run(
+        matrices = distributed_matrices.run(
             [batch for batch in batches if isinstance(batch.rule, MatrixRule)], backend, finite, observer, replicas
         )
         next(matrices, None)  # While the first matrices travel, the other rules run.
-        flat.run([batch for batch in batches if not isinstance(batch.rule, MatrixRule)], backend, finite, parts)
+        elementwise.run([batch for batch in batches if not isinstance(batch.rule, MatrixRule)], backend, finite, parts)
         for _ in matrices:
             pass
 

@@ -14,8 +14,9 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..polar import symmetric_product
-from .rule import Hyperparameters, Internal, Observer, Shape, ignore, squared_norm
+from .engine.arithmetic import squared_norm
+from .engine.rule import Hyperparameters, Internal, Observer, Shape, ignore
+from .polar import symmetric_product
 
 _KERNEL = 64  # Positions of a kernel up to which its axes are worked on as one, which saves moving them to the end.
 _RIDGE = 1e-9  # Far below float32's resolution of the average, far above float64's.

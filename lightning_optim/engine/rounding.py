@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from . import sharding
+from .. import processes
 
 Rounding = Literal["nearest", "stochastic", "kahan", "split"]
 ROUNDINGS: tuple[str, ...] = get_args(Rounding)
@@ -65,7 +65,7 @@ def prepare_residual(state: Any, p: Tensor, rounding: str) -> None:
     if dtype is None:
         state.pop(RESIDUAL, None)
     elif getattr(residual, "dtype", None) != dtype:
-        state[RESIDUAL] = sharding.zeros(p, dtype)
+        state[RESIDUAL] = processes.zeros(p, dtype)
     elif residual.device != p.device:
         state[RESIDUAL] = residual.to(p.device)
 

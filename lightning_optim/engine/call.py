@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .storage import RESIDUAL, load, store_
-from .tensors import compute_dtype
+from .rounding import RESIDUAL, load, store_
+from .state import compute_dtype
 
 
 def call(
@@ -33,7 +33,7 @@ def call(
         finite: ``None``, or a 0-d boolean tensor: where it is ``False`` nothing changes.
         state: State tensors of the parameter's size.
         scalars: Keyword arguments that are not per element.
-        noise: See :func:`.storage.store_`.
+        noise: See :func:`.rounding.store_`.
         writes: Whether the function changes ``p`` and the state; otherwise it only returns something.
 
     Returns:
