@@ -23,7 +23,7 @@ from torch import nn
 from lightning_optim import build_optimizer
 from lightning_optim.callbacks import Diagnostics
 from lightning_optim.callbacks.monitor import ProbingMonitor
-from lightning_optim.report import plot, read_runs
+from lightning_optim.diagnostics.report import plot, read_runs
 
 PROJECT = Path(__file__).parents[1] / "other_project" / "train.py"
 

@@ -103,7 +103,7 @@ def train_sharded(folder: Path, port: int) -> None:
 
 # Its processes are forked from one that has imported everything, which takes longer than the runs.
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["lightning_optim.cli"])
+processes.set_forkserver_preload(["lightning_optim.cli.train"])
 
 
 def start(folder: Path, *args: Any, target: Any = train) -> Any:

@@ -1,8 +1,7 @@
-"""``lightning-optim diagnostics LOGDIR...``: what the diagnostics of runs say, in words and charts."""
+"""What the logs of diagnostics say, in words and charts."""
 
 from __future__ import annotations
 
-import argparse
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,12 +10,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-
-from . import callbacks
-from .callbacks.monitor import Monitor
 
 
 @dataclass(frozen=True)
@@ -226,6 +221,9 @@ _GUIDES = {"update to weight": 1e-3}
 
 def charts() -> dict[str, list[str]]:
     """The charts of all diagnostics: ``{title: [regular expressions of tags]}``."""
+    from .. import callbacks  # here, because it imports Lightning
+    from ..callbacks.monitor import Monitor
+
     every: dict[str, list[str]] = {}
     for name in callbacks.__all__:
         callback = getattr(callbacks, name)
@@ -292,7 +290,7 @@ def plot(runs: Sequence[Run]) -> Any:
     return figure
 
 
-# --- the command -------------------------------------------------------------------------------------------------
+# --- words -----------------------------------------------------------------------------------------------------
 
 
 def summary(runs: Sequence[Run]) -> Iterable[Table | Text]:
@@ -308,28 +306,3 @@ def summary(runs: Sequence[Run]) -> Iterable[Table | Text]:
             table.add_row(mark, f"{finding.tag:<27}{finding.value:<10.3g}{finding.bounds}\n{finding.meaning}")
         yield Text(run.name, "bold")
         yield table
-
-
-def main(args: Sequence[str], parser: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> None:
-    """The command ``lightning-optim diagnostics``.
-
-    Args:
-        args: Its arguments.
-        parser: What parses them.
-    """
-    command = parser(
-        "lightning-optim diagnostics",
-        description="Say what the diagnostics of runs show, and draw them; docs/diagnostics.md has the sources.",
-    )
-    command.add_argument("logdir", nargs="+", help="folder of TensorBoard logs; runs below it are found")
-    command.add_argument("--out", metavar="FIG.png", help="draw all charts of all runs into this file")
-    options = command.parse_args(args)
-    try:
-        runs = read_runs(options.logdir)
-        for part in summary(runs):
-            Console().print(part)
-        if options.out:
-            plot(runs).savefig(options.out, dpi=130)
-            print(f"Figure: {options.out}")
-    except (FileNotFoundError, ModuleNotFoundError, ValueError) as error:
-        command.error(str(error))

@@ -4,7 +4,7 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_optim import cli
-from lightning_optim.report import CHECKS, Run, charts, examine, plot, read_runs
+from lightning_optim.diagnostics.report import CHECKS, Run, charts, examine, plot, read_runs
 
 
 def write(folder, scalars):

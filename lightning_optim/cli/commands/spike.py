@@ -17,14 +17,15 @@ from rich.table import Table
 from torch import nn
 from torch.optim import Optimizer
 
-from ..diagnostics.spike_response import SpikeResult, scale_name, spike_response
-from ..engine.two_rules import MatrixOptimizer
-from ..optimizers.registry import OptimizerInfo, get
+from ...diagnostics.spike_response import SpikeResult, scale_name, spike_response
+from ...engine.two_rules import MatrixOptimizer
+from ...optimizers.registry import OptimizerInfo, get
+from ..errors import explained
 
 DESCRIPTION = (
-    "Give optimizers independent normal gradients of a 128 x 64 matrix, one of them many times too large, and show how "
-    "large updates are from then on, and how long until they are what they were. Learning rate 1, no weight decay, "
-    "other hyperparameters as by default."
+    "Show what a gradient spike does to optimizers. They get independent normal gradients of a 128 x 64 matrix, one of "
+    "them many times too large. The table shows how large the updates are from then on, and after how many steps they "
+    "are what they were. Learning rate 1, no weight decay, other hyperparameters at their defaults."
 )
 
 _OPTIMIZERS = ("MVNGrad", "AdamW", "LaProp", "AdaBelief", "NAMO", "Muon", "DeVA", "HVAdam", "SOAP")
@@ -49,8 +50,13 @@ def run(options: argparse.Namespace) -> None:
     """Run the command.
 
     Raises:
-        ValueError: There is no optimizer of a name, or what is to be saved cannot be.
+        UsageError: There is no optimizer of a name, or what is to be saved cannot be.
     """
+    with explained():
+        _run(options)
+
+
+def _run(options: argparse.Namespace) -> None:
     infos = [get(name) for name in options.optimizers]
     if options.out:
         _figure_class()

@@ -1,0 +1,1 @@
+"""The commands beside those of LightningCLI, one file each, which defines what :class:`~..entry.Command` says."""

@@ -1,0 +1,60 @@
+"""``lightning-optim list``: the optimizers and the presets."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ..presets import presets
+
+DESCRIPTION = "Show every optimizer, or every preset."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("--json", action="store_true", help="as a JSON list of objects")
+    parser.add_argument("--presets", action="store_true", help="show the presets for -c instead")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the command."""
+    rows = _presets() if options.presets else _optimizers()
+    if options.json:
+        print(json.dumps(rows, indent=2))
+        return
+    columns = [key for key in rows[0] if key not in ("defaults", "internals")]
+    table = Table(*columns, box=box.SIMPLE)
+    for row in rows:
+        table.add_row(*(row[column] for column in columns))
+    Console().print(table)
+    if not options.presets:
+        print("Arguments and their defaults: lightning-optim fit --optimizer.help NAME")
+
+
+def _presets() -> list[dict[str, Any]]:
+    return [
+        {"name": name, "kind": kind.removesuffix("s"), "description": path.read_text().splitlines()[0].lstrip("# ")}
+        for kind in ("tasks", "optimizers")
+        for name, path in presets(kind).items()
+    ]
+
+
+def _optimizers() -> list[dict[str, Any]]:
+    from ...optimizers.registry import OPTIMIZERS  # here, because it imports torch
+
+    return [
+        {
+            "name": info.name,
+            "kind": info.kind,
+            "description": info.description,
+            "paper": info.paper,
+            "defaults": dict(info.defaults),
+            "internals": {name: internal.description for name, internal in info.internals.items()},
+        }
+        for info in OPTIMIZERS.values()
+    ]

@@ -1,1 +1,0 @@
-"""Commands of the command line other than those of LightningCLI."""
