@@ -17,7 +17,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from lightning_optim import build_optimizer, capture_step
 from lightning_optim.factory import Grouping, OptimizerConfig
-from lightning_optim.optimizers.registry import OPTIMIZERS
+from lightning_optim.registry import OPTIMIZERS
 
 from .workload import Workload
 
@@ -94,7 +94,7 @@ def contenders(
         cls: Any = OPTIMIZERS[name].cls
         if cls not in (SGD, Adam, AdamW):
             found += [_ours(name, backend, rounding) for backend, rounding in ways]
-            if graphs and all(rule.capturable for rule in cls.rules):
+            if graphs and cls.capturable:
                 found += [_ours(name, *way, graph=True) for way in ways if way[1] != "stochastic"]
         found += [c for peer in peers for c in _PEERS[peer] if c.optimizer == name and c is not REFERENCE]
     return found

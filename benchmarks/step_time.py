@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from lightning_optim.engine.rounding import ROUNDINGS
-from lightning_optim.optimizers.registry import OPTIMIZERS
+from lightning_optim.registry import OPTIMIZERS
 
 from .contenders import BACKENDS, PACKAGES, PEERS, Contender, Stepper, contenders, installed
 from .machine import describe, limits, synchronize

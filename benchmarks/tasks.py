@@ -26,7 +26,7 @@ from rich.progress import track
 from rich.table import Table
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_optim.optimizers.registry import OPTIMIZERS
+from lightning_optim.registry import OPTIMIZERS
 
 from .machine import describe
 

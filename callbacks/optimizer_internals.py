@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import ClassVar
 
 import lightning.pytorch as pl
@@ -13,9 +14,9 @@ from torch import Tensor
 
 from lightning_optim.diagnostics.orthogonality import full_precision
 from lightning_optim.engine.rounding import RESIDUAL
-from lightning_optim.engine.rule import Internal
+from lightning_optim.engine.rule import Internal, as_attributes
 from lightning_optim.engine.state import accumulation_dtype
-from lightning_optim.optimizers.registry import internals_of
+from lightning_optim.registry import internals_of
 
 from .monitor import Monitor, Results
 from .recorder import Step, Watched, local
@@ -101,7 +102,8 @@ class OptimizerInternals(Monitor):
         state = {key: local(x) for key, x in step.optimizer.state[p].items() if key != RESIDUAL}
         if p.grad is None or "step" not in state:
             return None
-        return internal.sums(local(p.grad), int(state.pop("step")), w.group, **state)
+        t, hyperparameters = int(state.pop("step")), as_attributes(w.group)
+        return internal.sums(local(p.grad), SimpleNamespace(**state), t, hyperparameters)
 
 
 def _width(internal: Internal) -> int:

@@ -4,30 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .optimizers import (
-    NAMO,
-    NAMOD,
-    PNM,
-    SOAP,
-    AdaBelief,
-    AdaMuon,
-    AdaPNM,
-    Anon,
-    DeVA,
-    DeVAVector,
-    HVAdam,
-    LaMAdam,
-    LaProp,
-    MAdam,
-    Muon,
-    MuonNSR,
-    MuonVS,
-    MVNGrad,
-    NonFiniteGradientsError,
-    NorMuon,
-    capture_step,
-)
-from .optimizers.registry import OPTIMIZERS
+from .optimizers import *  # noqa: F403
+from .optimizers import __all__ as _algorithms
+from .registry import OPTIMIZERS
 
 if TYPE_CHECKING:
     from .factory import (
@@ -40,34 +19,14 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
-    "NAMO",
-    "NAMOD",
     "OPTIMIZERS",
-    "PNM",
-    "SOAP",
-    "AdaBelief",
-    "AdaMuon",
-    "AdaPNM",
-    "Anon",
-    "DeVA",
-    "DeVAVector",
     "Grouping",
-    "HVAdam",
-    "LaMAdam",
-    "LaProp",
-    "MAdam",
-    "MVNGrad",
-    "Muon",
-    "MuonNSR",
-    "MuonVS",
-    "NonFiniteGradientsError",
-    "NorMuon",
     "OptimizerConfig",
     "OptimizerMixin",
     "SchedulerConfig",
     "build_optimizer",
-    "capture_step",
     "configure_optimizers",
+    *_algorithms,
 ]
 __version__ = "0.1.0"
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import reduce
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .engine.arithmetic import squared_norm
-from .engine.rule import Hyperparameters, Internal, Observer, Shape, ignore
+from .engine.rule import Internal, Observer, Shape, ignore
 from .polar import symmetric_product
 
 _KERNEL = 64  # Positions of a kernel up to which its axes are worked on as one, which saves moving them to the end.
@@ -27,12 +28,12 @@ class Eigenbasis:
 
     Args:
         axes: The preconditioned axes, counted without the stack's own.
-        state: ``{"gram0": ..., "basis0": ..., ...}``, updated in place.
+        state: State tensors as attributes, among them those of :func:`axis_buffers`, which are updated in place.
     """
 
-    def __init__(self, axes: tuple[int, ...], state: dict[str, Tensor]) -> None:
+    def __init__(self, axes: tuple[int, ...], state: Any) -> None:
         self.axes = axes
-        self.state = state
+        self.state: dict[str, Tensor] = {name: getattr(state, name) for i in axes for name in (f"gram{i}", f"basis{i}")}
 
     def rotate(self, x: Tensor) -> Tensor:
         """Coordinates of ``x`` in the bases."""
@@ -123,22 +124,23 @@ class Eigenbasis:
             observe("basis_squares", torch.stack(squares, -1))
 
 
-def phases(hp: Hyperparameters) -> int:
+def phases(h: Any) -> int:
     """Over how many steps the refreshes of different parameters are spread."""
-    return int(hp["precondition_frequency"]) if hp["stagger"] else 1
+    return h.precondition_frequency if h.stagger else 1
 
 
-def refreshes(n: int, phase: int, hp: Hyperparameters) -> bool:
+def refreshes(n: int, phase: int, h: Any) -> bool:
     """Whether a parameter refreshes its bases after the ``n``-th step that moves it.
 
-    >>> hp = {"precondition_frequency": 3}
-    >>> [n for n in range(8) if refreshes(n, 0, hp)], [n for n in range(8) if refreshes(n, 1, hp)]
+    >>> from types import SimpleNamespace
+    >>> h = SimpleNamespace(precondition_frequency=3)
+    >>> [n for n in range(8) if refreshes(n, 0, h)], [n for n in range(8) if refreshes(n, 1, h)]
     ([3, 6], [2, 5])
     """
-    return n > 0 and (n + phase) % hp["precondition_frequency"] == 0
+    return n > 0 and (n + phase) % h.precondition_frequency == 0
 
 
-def axis_state(shape: Shape, axes: tuple[int, ...]) -> dict[str, Shape | None]:
+def axis_buffers(shape: Shape, axes: tuple[int, ...]) -> dict[str, Shape | None]:
     """Shapes of the state of an :class:`Eigenbasis`."""
     return {f"{name}{i}": (shape[i], shape[i]) for i in axes for name in ("gram", "basis")}
 

@@ -31,13 +31,12 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.optim.optimizer import _default_to_fused_or_foreach
 
-from . import schedules
+from . import registry, schedules
 from .checkpoint_io import make_safe
 from .engine.checkpoint import matched
 from .engine.optimizer import RuleOptimizer
 from .engine.rule import GroupRule
 from .engine.two_rules import MatrixOptimizer
-from .optimizers import registry
 from .routing import Route, clean_name, route, routing_table
 
 __all__ = [
@@ -275,7 +274,7 @@ def _processes(module: nn.Module, cls: type[Optimizer]) -> tuple[Any, Any, Any]:
 
 def _check_deepspeed(strategy: DeepSpeedStrategy, cls: type[Optimizer]) -> None:
     """Without ZeRO every process may have all of the parameters, whose sums would be added up as those of parts."""
-    if not issubclass(cls, RuleOptimizer) or not isinstance(cls.rules[0], GroupRule):
+    if not issubclass(cls, GroupRule):
         return
     if ((strategy.config or {}).get("zero_optimization") or {}).get("stage", 0) == 0:
         raise ValueError(

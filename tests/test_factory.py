@@ -28,7 +28,7 @@ from lightning_optim.factory import (
     build_optimizer,
     configure_optimizers,
 )
-from lightning_optim.optimizers.registry import OPTIMIZERS
+from lightning_optim.registry import OPTIMIZERS
 from lightning_optim.routing import route
 from lightning_optim.schedules import WarmupConstant, WarmupCosine, WarmupLinear, WarmupStableDecay
 

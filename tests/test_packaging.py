@@ -11,18 +11,21 @@ from pathlib import Path
 import pytest
 
 import lightning_optim
-from lightning_optim.optimizers.registry import OPTIMIZERS, table
+from lightning_optim.engine.optimizer import RuleOptimizer
+from lightning_optim.registry import OPTIMIZERS, stub, table
 
 ROOT = Path(__file__).parents[1]
 
 
-def test_readme_shows_the_registry() -> None:
+def test_what_is_derived_from_the_registry_is_up_to_date() -> None:
+    """If this fails: ``python docs/generate.py``."""
     assert table() in (ROOT / "README.md").read_text()
+    assert (ROOT / "lightning_optim" / "optimizers" / "__init__.pyi").read_text() == stub()
 
 
 def test_every_optimizer_is_exported_and_has_a_preset() -> None:
     for info in OPTIMIZERS.values():
-        if hasattr(info.cls, "rules"):
+        if issubclass(info.cls, RuleOptimizer):
             assert getattr(lightning_optim, info.name) is info.cls
         assert list((ROOT / "configs" / "optimizers").glob(f"{info.name.lower()}.yaml")), info.name
 

@@ -25,7 +25,7 @@ from ..callbacks import Resume
 from ..checkpoint_io import CheckpointError, SafeCheckpointIO, make_safe
 from ..data import DataError
 from ..factory import Grouping, OptimizerConfig, OptimizerMixin, SchedulerConfig
-from ..optimizers.registry import OPTIMIZERS
+from ..registry import OPTIMIZERS
 from .errors import UsageError, explained, import_class
 from .parser import OptimArgumentParser, PresetOrFile
 from .presets import class_path, find_config, given, load_config

@@ -6,7 +6,6 @@ a compiled kernel and a captured step pass tensors, so that they do not depend o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,32 +15,6 @@ from torch import Tensor
 def largest_gradient(dtype: torch.dtype) -> float:
     """The largest gradient whose powers, as rules take them, stay finite in arithmetic of a precision."""
     return torch.finfo(dtype).max ** 0.4
-
-
-# --- weight decay -----------------------------------------------------------------------------------------------
-
-
-def weight_decay(hp: Mapping[str, Any]) -> dict[str, Any]:
-    """The scalars of the two common forms of weight decay, to be applied by :func:`decay_`.
-
-    ``decoupled=True``: parameters shrink by ``1 - lr * weight_decay``. ``False``: ``weight_decay * p`` is added to
-    the gradient and so enters every statistic of the rule. Nothing is added where ``l2`` is ``None``.
-
-    >>> weight_decay({"lr": 0.1, "weight_decay": 0.5, "decoupled": True})
-    {'keep': 0.95, 'l2': None}
-    >>> weight_decay({"lr": 0.1, "weight_decay": 0.5, "decoupled": False})
-    {'keep': 1.0, 'l2': 0.5}
-    """
-    if hp["decoupled"]:
-        return {"keep": 1.0 - hp["lr"] * hp["weight_decay"], "l2": None}
-    return {"keep": 1.0, "l2": float(hp["weight_decay"]) or None}
-
-
-def decay_(p: Tensor, g: Tensor, keep: Any, l2: Any) -> Tensor:
-    """Shrink ``p`` by ``keep`` in place and return the gradient ``g + l2 * p`` (of the ``p`` before)."""
-    g = regularize(g, p, l2)
-    shrink_(p, keep)
-    return g
 
 
 def shrink_(p: Tensor, keep: Any) -> Tensor:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .arithmetic import regularize
 from .rounding import RESIDUAL, load, store_
 from .state import compute_dtype
 
@@ -21,23 +23,23 @@ def call(
     state: Mapping[str, Tensor],
     scalars: Mapping[str, Any],
     noise: Tensor | None = None,
-    writes: bool = True,
+    moves: bool = True,
 ) -> Any:
-    """``function(p, gain * g, **state, **scalars)`` in the precision of the arithmetic.
+    """``function(gain * g + l2 * p, state, scalars)`` in the precision of the arithmetic, and the move that it returns.
 
     Args:
-        function: Updates ``p`` and the state in place.
+        function: Updates the state in place and returns a :class:`.rule.Move`; or one that changes nothing.
         p: A parameter or a part of some, of any precision.
         g: The gradient.
         gain: What the gradient is multiplied by.
         finite: ``None``, or a 0-d boolean tensor: where it is ``False`` nothing changes.
         state: State tensors of the parameter's size.
-        scalars: Keyword arguments that are not per element.
+        scalars: The numbers of the step; see :func:`.rule.numbers_of`.
         noise: See :func:`.rounding.store_`.
-        writes: Whether the function changes ``p`` and the state; otherwise it only returns something.
+        moves: Whether the function returns a move; otherwise what it returns is passed on.
 
     Returns:
-        What the function returned.
+        What the function returned, if that is not a move.
     """
     dtype, residual = compute_dtype(p.dtype), state.get(RESIDUAL)
     work = load(p, residual, dtype)
@@ -45,9 +47,13 @@ def call(
     written = [*state.values(), *([work] if p.dtype == dtype else [])]
     before = [x.clone() for x in written] if finite is not None else []
     g = g.to(dtype)
-    result = function(work, g if isinstance(gain, float) and gain == 1.0 else g * gain, **state, **scalars)
+    g = regularize(g if isinstance(gain, float) and gain == 1.0 else g * gain, work, scalars["l2"])
+    result = function(g, SimpleNamespace(**state), SimpleNamespace(**scalars))
+    if not moves:
+        return result
+    result.apply_(work, scalars["keep"])
     for x, old in zip(written, before):
         x.copy_(torch.where(finite, x, old))  # type: ignore[arg-type]
-    if writes and p.dtype != dtype:
+    if p.dtype != dtype:
         store_(p, work, residual, noise, finite)
-    return result
+    return None

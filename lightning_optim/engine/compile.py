@@ -67,7 +67,7 @@ def runner(
     state: Mapping[str, Tensor],
     scalars: Mapping[str, Any],
     noisy: bool,
-    writes: bool,
+    moves: bool,
 ) -> Runner:
     """:func:`.call.call` of ``function`` with these scalars on vectors of the same kinds as those given, compiled.
 
@@ -84,7 +84,7 @@ def runner(
         function, p.dtype, g.dtype, own_gain, finite is not None,
         tuple((name, x.dtype) for name, x in state.items()),
         tuple(numbers), tuple((name, x.dtype) for name, x in tensors.items()), tuple(switches.items()),
-        p.device, torch.get_num_threads(), noisy, writes,
+        p.device, torch.get_num_threads(), noisy, moves,
     )  # fmt: skip
     values = (*numbers.values(), 1.0 if isinstance(gain, Tensor) else gain)
     kernel = _kernels.get(key)
@@ -99,7 +99,7 @@ def runner(
             given = {name: next(rest) for name in (*tensors, *numbers)} | switches
             common_factor = next(rest)
             factor = common_factor if factor is None else factor
-            return call(function, p, gradient, factor, verdict, dict(zip(state, vectors)), given, noise, writes) or ()
+            return call(function, p, gradient, factor, verdict, dict(zip(state, vectors)), given, noise, moves) or ()
 
         dtypes = [x.dtype for x in (p, *state.values(), g)] + [torch.int64] * noisy
         others = [x for x in (gain, finite, *tensors.values()) if isinstance(x, Tensor)]

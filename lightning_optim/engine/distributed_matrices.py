@@ -30,12 +30,12 @@ from .. import processes
 from ..processes import Group, Kind, Sharding
 from . import matrices
 from .elementwise import packs
-from .matrices import ParameterObserver, Report, Request, Stack
+from .matrices import ParameterObserver, Report, Stack
 from .rounding import RESIDUAL
-from .rule import LIKE_PARAMETER, Move
+from .rule import LIKE_PARAMETER, Move, Polar
 from .state import Batch, Task, block_shape, compute_dtype, from_blocks, number_names, state_shapes
 
-Asked = Sequence[tuple[Stack, Request]]
+Asked = Sequence[tuple[Stack, Polar]]
 #: A matrix of a step: its parameter and which of the parameter's matrices it is.
 Key = tuple[Tensor, int]
 
@@ -178,21 +178,21 @@ def _shared(
     ranks = range(processes.size(group))
     theirs = [[[i for i, key in enumerate(_keys(s)) if owner[key] == rank] for s, _ in asked] for rank in ranks]
     mine = theirs[processes.rank(group)]
-    own = [(x[indices], method) for indices, (_, (x, method, *_)) in zip(mine, asked) if indices]
+    own = [Polar(x[indices], method) for indices, (_, (x, method, _)) in zip(mine, asked) if indices]
     kinds = [
-        [((len(indices), *x.shape[1:]), x.dtype) for indices, (_, (x, *_)) in zip(each, asked) if indices]
+        [((len(indices), *x.shape[1:]), x.dtype) for indices, (_, (x, _, _)) in zip(each, asked) if indices]
         for each in theirs
     ]
-    pending = processes.gather(matrices.orthogonalized(own), kinds, asked[0][1][0].device, group)
+    pending = processes.gather(matrices.orthogonalized(own), kinds, asked[0][1].matrices.device, group)
     yield
-    factors = [torch.empty_like(x) for _, (x, *_) in asked]
+    factors = [torch.empty_like(request.matrices) for _, request in asked]
     for each, received in zip(theirs, pending.wait()):
         parts = iter(received)
         for indices, factor in zip(each, factors):
             if indices:
                 factor[indices] = next(parts)
     matrices.report_factors(report, asked, factors)
-    return [matrices.answer(factor, sums) for factor, (_, (_, _, *sums)) in zip(factors, asked)]
+    return [(factor, request.sums) for factor, (_, request) in zip(factors, asked)]
 
 
 def _keys(stack: Stack) -> list[Key]:
@@ -298,12 +298,12 @@ def _gathered(
     asked: Asked, wave: Sequence[_Cut], owner: Mapping[Key, int], report: Report | None
 ) -> Generator[None, None, list[Any]]:
     """Bring matrices together, each at its owner, who orthogonalises it, adds up its sums, and sends the rows back."""
-    cut, device = wave[0].cut, asked[0][1][0].device
+    cut, device = wave[0].cut, asked[0][1].matrices.device
     ranks, me = range(cut.processes), cut.rank
     # Of each matrix that is asked for, what this process has of it and of its sums, and the method.
     parts: dict[Key, list[Tensor]] = {}
     methods: dict[Key, str] = {}
-    for stack, (x, method, *sums) in asked:
+    for stack, (x, method, sums) in asked:
         for i, key in enumerate(_keys(stack)):
             parts[key], methods[key] = [y[i] for y in (x, *sums)], method
     cuts = {(c.parameter, block): c for c in wave for block in range(c.blocks) if (c.parameter, block) in parts}
@@ -351,15 +351,15 @@ def _gathered(
         _tell([c for c in wave if owner[c.parameter, 0] == me and (c.parameter, 0) in cuts], solved, report)
     answers = []
     for stack, _ in asked:
-        factor, *sums = (torch.stack(xs) for xs in zip(*(parts[key] for key in _keys(stack))))
-        answers.append(matrices.answer(factor, sums))
+        factor, *totals = (torch.stack(xs) for xs in zip(*(parts[key] for key in _keys(stack))))
+        answers.append((factor, tuple(totals)))
     return answers
 
 
 def _solved(arrived: Mapping[Key, list[list[Tensor]]], methods: Mapping[Key, str]) -> dict[Key, _Solved]:
     """Orthogonalise matrices and add up their sums, of which the parts of all processes are there."""
     wholes = [torch.cat(rows) for rows, *_ in arrived.values()]
-    factors = matrices.orthogonalized([(x[None], methods[key]) for key, x in zip(arrived, wholes)])
+    factors = matrices.orthogonalized([Polar(x[None], methods[key]) for key, x in zip(arrived, wholes)])
     return {
         key: _Solved(x, factor[0], [torch.stack(summands).sum(0) for summands in sums])
         for (key, (_, *sums)), x, factor in zip(arrived.items(), wholes, factors)
@@ -417,29 +417,34 @@ def _carried(wave: Sequence[_Cut], context: _Context) -> Iterator[None]:
 
 
 def _pack_moves(moves: dict[Tensor, list[Tensor]], stack: Stack, move: Move, finite: Tensor | None) -> None:
-    """Note down how parameters move that are on other processes: what these do not know, in the parameters' shape."""
-    known = stack.tasks[0].scalars
-    parts = [move.direction if "step" in known else move.step * move.direction]
-    if "keep" not in known:
-        parts.append(torch.as_tensor(move.keep).expand_as(move.direction))
+    """Note down how parameters move that are on other ranks: what these do not know, in the parameters' shape."""
+    rule, k = stack.rule, stack.tasks[0].scalars
+    if "step" in k and (isinstance(move.step, Tensor) or move.step != k["step"]) and not isinstance(k["step"], Tensor):
+        raise RuntimeError(f"{rule.name}: the step of a move is not k.step, which other ranks take it for; rename one.")
+    if (move.keep is not None) is not rule.own_decay:
+        raise RuntimeError(f"{rule.name}: a rule returns Move(keep=...) if, and only if, it says own_decay = True.")
+    direction = move.direction if move.over is None else move.direction / move.over
+    parts = [direction if "step" in k else move.step * direction]
+    if rule.own_decay:
+        parts.append(torch.as_tensor(move.keep).expand_as(direction))
     for i, task in enumerate(stack.tasks):
         each = slice(i * stack.group["blocks"], (i + 1) * stack.group["blocks"])
         moves[task.parameter] = [from_blocks(x[each], task.g.shape, stack.group) for x in parts]
 
 
 def _move_kinds(c: _Cut) -> list[Kind]:
-    """What this process gets of a move that was packed."""
+    """What this rank gets of a move that was packed."""
     p = c.task.p
-    return [(p.shape, compute_dtype(p.dtype))] * (1 if "keep" in c.task.scalars else 2)
+    return [(p.shape, compute_dtype(p.dtype))] * (2 if c.batch.rule.own_decay else 1)
 
 
 def _move(c: _Cut, packed: Sequence[Tensor], finite: Tensor | None) -> None:
-    """Move what this process has of a parameter."""
-    task, scalars, p = c.task, c.task.scalars, c.task.p
+    """Move what this rank has of a parameter."""
+    task, k, p = c.task, c.task.scalars, c.task.p
     direction, *keep = packed
-    move = Move(direction, scalars.get("step", 1.0), keep[0] if keep else scalars["keep"])
+    move = Move(direction, k.get("step", 1.0), keep=keep[0] if keep else None)
     noise = None
     if task.noise is not None:
         noise = c.cut.positions(c.cut.rank, p.device).add_(task.noise - processes.offset(c.parameter))
     finite = None if finite is None else finite.to(p.device)
-    matrices.move_tensor_(p, move, task.state.get(RESIDUAL), noise, finite)
+    matrices.move_tensor_(p, move, k["keep"], task.state.get(RESIDUAL), noise, finite)

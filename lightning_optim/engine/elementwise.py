@@ -6,7 +6,7 @@ An element-wise rule does not care where a tensor ends, so the parameters of a g
 - ``chunked``: small tensors joined to vectors, large ones cut into views that stay in cache with their temporaries.
 - ``compiled``: small tensors joined, large ones whole, since a compiled kernel has no temporaries.
 
-:func:`plan` makes the cuts; it yields one :class:`Work` at a time and writes back what had to be copied before it goes
+:func:`plan` makes the cuts; it yields one :class:`Work` at a time and moves back what had to be copied before it goes
 on to the next, so that copies never exceed one chunk.
 """
 
@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -27,7 +28,7 @@ from .. import processes
 from . import compile
 from .call import call
 from .rounding import joined_numbers, numbers
-from .rule import GroupRule, Rule
+from .rule import ElementwiseRule, GroupRule, Rule
 from .state import Batch, Task, compute_dtype, number_names
 
 #: Tensors up to this many elements are joined for one call on all: below it a copy of a tensor costs less than a call.
@@ -70,11 +71,11 @@ def run(batches: Sequence[Batch], backend: str, finite: Tensor | None, groups: S
     """
     backend = _chosen(backend, [task.p for batch in batches for task in batch.tasks])
     for batch in batches:
-        if not isinstance(batch.rule, GroupRule):
+        if issubclass(batch.rule, ElementwiseRule):
             for tasks in _alike(batch.tasks):
                 names = _state_names(batch.rule, tasks)
                 _each(batch.rule.update, tasks, names, {}, backend, finite)
-    grouped = [_Grouped(batch.rule, batch, backend, finite) for batch in batches if isinstance(batch.rule, GroupRule)]
+    grouped = [_Grouped(batch.rule, batch, backend, finite) for batch in batches if issubclass(batch.rule, GroupRule)]
     _run_groups(grouped, tuple(groups))
 
 
@@ -86,7 +87,7 @@ def _chosen(backend: str, xs: Sequence[Tensor]) -> str:
     return "compiled or chunked" if long and all(x.device.type in ("cpu", "cuda") for x in xs) else "chunked"
 
 
-def _state_names(rule: Rule, tasks: Sequence[Task]) -> list[str]:
+def _state_names(rule: type[Rule], tasks: Sequence[Task]) -> list[str]:
     return [name for name in tasks[0].state if name not in number_names(rule)]
 
 
@@ -109,34 +110,34 @@ def _each(
     coefficients: dict[str, float | Tensor],
     backend: str,
     finite: Tensor | None,
-    writes: bool = True,
+    moves: bool = True,
 ) -> list[Any]:
     """Call ``function`` on everything in ``tasks``, which are alike; returns what it returned.
 
-    ``writes`` says whether it changes anything.
+    ``moves`` says whether it returns a move, or changes nothing.
     """
-    noisy = writes and tasks[0].noise is not None
-    finite = None if finite is None or not writes else finite.to(tasks[0].p.device)
+    noisy = moves and tasks[0].noise is not None
+    finite = None if finite is None or not moves else finite.to(tasks[0].p.device)
     scalars = tasks[0].scalars | coefficients
     compiled = None
     if backend.startswith("compiled"):
         state = {name: tasks[0].state[name] for name in names}
         compiled = compile_or_warn(
             partial(
-                compile.runner, function, tasks[0].p, tasks[0].g, tasks[0].gain, finite, state, scalars, noisy, writes
+                compile.runner, function, tasks[0].p, tasks[0].g, tasks[0].gain, finite, state, scalars, noisy, moves
             ),
             backend,
         )
     if compiled is None:
         go: compile.Runner = lambda p, g, gain, state, noise: call(  # noqa: E731
-            function, p, g, gain, finite, state, scalars, noise, writes
+            function, p, g, gain, finite, state, scalars, noise, moves
         )
     else:
         go = compiled
     # Random numbers are eight bytes for each element, which should not leave the cache.
     limit = _of(CHUNK, tasks[0].p) if compiled is None or noisy else LONGEST
     small = _of(SMALL_EAGER if compiled is None else SMALL, tasks[0].p)
-    works = _whole(tasks, names, noisy) if backend == "plain" else plan(tasks, names, small, limit, noisy, writes)
+    works = _whole(tasks, names, noisy) if backend == "plain" else plan(tasks, names, small, limit, noisy, moves)
     return [go(work.p, work.g, work.gain, work.state, work.noise) for work in works]
 
 
@@ -174,7 +175,7 @@ Sums = dict[tuple[processes.Group, ...], Tensor]
 class _Grouped:
     """The step of a group rule: its sums, then its update."""
 
-    rule: GroupRule
+    rule: type[GroupRule]
     batch: Batch
     backend: str
     finite: Tensor | None
@@ -193,11 +194,11 @@ class _Grouped:
             apart.setdefault(processes.groups(task.parameter) or groups, []).append(task)
         sums = {}
         for key, tasks in apart.items():
-            parts = [part for some in _alike(tasks) for part in self._call(self.rule.sums, some, {}, writes=False)]
+            parts = [part for some in _alike(tasks) for part in self._call(self.rule.sums, some, {}, moves=False)]
             if not parts:  # This process has no element of them, but the others wait for its zeros.
                 task = tasks[0]
                 state = {name: task.state[name] for name in _state_names(self.rule, tasks)}
-                parts = [call(self.rule.sums, task.p, task.g, task.gain, None, state, task.scalars, writes=False)]
+                parts = [call(self.rule.sums, task.p, task.g, task.gain, None, state, task.scalars, moves=False)]
             sums[key] = torch.stack([torch.stack([x.to(self.device) for x in column]).sum(0) for column in zip(*parts)])
         return sums
 
@@ -208,7 +209,7 @@ class _Grouped:
         # without a gradient for a while is kept up to date.
         oldest = max(tasks, key=lambda task: task.t)
         old = {name: oldest.state[name].to(self.device) for name in rule.group_state}
-        new, coefficients = rule.combine(*totals.unbind(), **old, **oldest.scalars)
+        new, coefficients = rule.combine(totals.unbind(), SimpleNamespace(**old), SimpleNamespace(**oldest.scalars))
         for some in _alike(tasks):
             device = some[0].p.device
             # With numbers, operations need no temporaries; reading them from an accelerator would wait for it.
@@ -222,11 +223,11 @@ class _Grouped:
             torch._foreach_copy_([state[name] for state in states], [value] * len(states))
 
     def _call(
-        self, function: Callable[..., Any], tasks: list[Task], coefficients: dict[str, Any], writes: bool = True
+        self, function: Callable[..., Any], tasks: list[Task], coefficients: dict[str, Any], moves: bool = True
     ) -> list[Any]:
         # Parameters of one group can be of several precisions, and then only some have a residual.
         names = _state_names(self.rule, tasks)
-        return _each(function, tasks, names, coefficients, self.backend, self.finite, writes)
+        return _each(function, tasks, names, coefficients, self.backend, self.finite, moves)
 
 
 def _run_groups(grouped: Sequence[_Grouped], groups: tuple[processes.Group, ...]) -> None:
@@ -252,7 +253,7 @@ def _whole(tasks: Iterable[Task], names: Sequence[str], noisy: bool) -> Iterator
 
 
 def plan(
-    tasks: Sequence[Task], names: Sequence[str], small: int, limit: int | None, noisy: bool = False, writes: bool = True
+    tasks: Sequence[Task], names: Sequence[str], small: int, limit: int | None, noisy: bool = False, moves: bool = True
 ) -> Iterator[Work]:
     """Cut and join ``tasks``, which are alike.
 
@@ -262,14 +263,14 @@ def plan(
         small: Elements up to which tensors are joined.
         limit: Longest vector to make of a tensor that need not be copied; ``None`` for any length.
         noisy: Whether random numbers are needed.
-        writes: Whether what had to be copied is written back.
+        moves: Whether what had to be copied is written back.
     """
     short = [task for task in tasks if task.p.numel() <= small]
     for pack in packs(short, [task.p.numel() for task in short], _of(CHUNK, tasks[0].p)):
-        yield from _joined(pack, names, noisy, writes)
+        yield from _joined(pack, names, noisy, moves)
     for task in tasks:
         if task.p.numel() > small:
-            yield from _slices(task, names, limit, noisy, writes)
+            yield from _slices(task, names, limit, noisy, moves)
 
 
 def _of(limits: Mapping[str, int], x: Tensor) -> int:
@@ -300,9 +301,9 @@ def _noise(task: Task, start: int, stop: int) -> Tensor:
     return numbers(task.noise, start, stop, task.p.device)
 
 
-def _joined(tasks: Sequence[Task], names: Sequence[str], noisy: bool, writes: bool) -> Iterator[Work]:
+def _joined(tasks: Sequence[Task], names: Sequence[str], noisy: bool, moves: bool) -> Iterator[Work]:
     if len(tasks) == 1:
-        yield from _slices(tasks[0], names, None, noisy, writes)
+        yield from _slices(tasks[0], names, None, noisy, moves)
         return
     params = [task.p for task in tasks]
     state = {name: [task.state[name] for task in tasks] for name in names}
@@ -320,7 +321,7 @@ def _joined(tasks: Sequence[Task], names: Sequence[str], noisy: bool, writes: bo
     firsts = [task.noise for task in tasks if task.noise is not None]
     noise = joined_numbers(firsts, sizes, p.device) if noisy else None
     yield Work(p, g, gain, joined, noise)
-    if writes:
+    if moves:
         torch._foreach_copy_(params, _unflatten_dense_tensors(p, params))
         for name, xs in () if here else state.items():
             torch._foreach_copy_(xs, _unflatten_dense_tensors(joined[name], xs))
@@ -344,7 +345,7 @@ def _are_parts(xs: Sequence[Tensor], sizes: Sequence[int], vector: Tensor) -> bo
     return views and vector.shape == (end,)
 
 
-def _slices(task: Task, names: Sequence[str], limit: int | None, noisy: bool, writes: bool) -> Iterator[Work]:
+def _slices(task: Task, names: Sequence[str], limit: int | None, noisy: bool, moves: bool) -> Iterator[Work]:
     p, g, n = task.p, task.g, task.p.numel()
     if p.is_contiguous() and g.is_contiguous():
         vectors = [x.view(-1) for x in (p, g, *(task.state[name] for name in names))]
@@ -362,7 +363,7 @@ def _slices(task: Task, names: Sequence[str], limit: int | None, noisy: bool, wr
         rows_state = {name: task.state[name][i : i + rows].view(-1) for name in names}
         noise = _noise(task, i * width, i * width + len(part)) if noisy else None
         yield Work(part, g_part, task.gain, rows_state, noise)
-        if writes:
+        if moves:
             p[i : i + rows].copy_(part.view_as(p[i : i + rows]))
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import types
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeAlias, Union, get_args, get_origin
 
 from torch import Tensor
 
@@ -36,6 +39,16 @@ def one_of(*values: Any) -> Constraint:
     return lambda x: x in values, f"one of {values}"
 
 
+def switch() -> Constraint:
+    """True or False."""
+    return lambda x: isinstance(x, bool), "True or False"
+
+
+def anything() -> Constraint:
+    """Whatever: it is checked where it is used."""
+    return lambda x: True, "anything"
+
+
 def optional(constraint: Constraint) -> Constraint:
     """``None``, or what a constraint says."""
     holds, what = constraint
@@ -62,15 +75,7 @@ def _is_fraction(x: Any) -> bool:
     return _is_number(x) and 0 <= x < 1
 
 
-def _is_switch(x: Any) -> bool:
-    return isinstance(x, bool)
-
-
 _NOT_NEGATIVE = number()
-_SWITCHES = (
-    "amsgrad", "centered", "correct_bias", "decoupled", "maximize", "merge_dims", "nesterov", "precondition_1d",
-    "rectify", "stagger", "transposed",
-)  # fmt: skip
 
 #: Numbers that several rules share, and that schedules change.
 NUMBERS: dict[str, Constraint] = {
@@ -84,15 +89,62 @@ NUMBERS: dict[str, Constraint] = {
     "weight_decay": number(),
 }
 
-#: All that rules share. A rule's own stand in its ``constraints``.
-SHARED: dict[str, Constraint] = NUMBERS | dict.fromkeys(_SWITCHES, (_is_switch, "True or False")) | {"blocks": count()}
-
-ORTHOGONALIZER: dict[str, Constraint] = {
-    "orthogonalizer": (lambda x: x == "exact" or bool(find(x)), f"one of {('exact', *METHODS)} or 'kjN' for N steps")
+#: What fields of these names must be, unless their annotation says otherwise.
+_BY_NAME: dict[str, Constraint] = NUMBERS | {
+    "orthogonalizer": (lambda x: x == "exact" or bool(find(x)), f"one of {('exact', *METHODS)} or 'kjN' for N steps"),
 }
 
-EIGENBASIS: dict[str, Constraint] = {
-    "shampoo_beta": optional(fraction()),
-    "precondition_frequency": count(),
-    "max_precondition_dim": count(),
-}
+
+@dataclass(frozen=True)
+class Field:
+    """A hyperparameter as an algorithm declares it.
+
+    Args:
+        name: Its name.
+        annotation: Its type, without what :data:`typing.Annotated` adds.
+        default: Its default.
+        constraint: What its values must be.
+        kw_only: Whether it can only be given by name.
+    """
+
+    name: str
+    annotation: Any
+    default: Any
+    constraint: Constraint
+    kw_only: bool = False
+
+    @classmethod
+    def declared(cls, name: str, annotation: Any, default: Any, inherited: Field | None = None) -> Field:
+        """A field from its annotation and default, which may be a :func:`dataclasses.field`.
+
+        The constraint is the one in ``Annotated[..., constraint]``, else that of the type (``bool``, ``Literal``), else
+        that of the name (``lr``, ``betas``, ...), else that of the ``inherited`` field which this one overrides.
+        ``X | None`` allows ``None``, too.
+
+        >>> Field.declared("clamp", Annotated[float | None, number(0, 1)], None).constraint[1]
+        'None or a number in [0, 1]'
+
+        Raises:
+            TypeError: Nothing says what the values must be.
+        """
+        constraint = None
+        if get_origin(annotation) is Annotated:
+            annotation, constraint = get_args(annotation)
+        kw_only = inherited is not None and inherited.kw_only
+        if isinstance(default, dataclasses.Field):
+            default, kw_only = default.default, default.kw_only is True
+        types_ = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+        if constraint is None and len(types_) == 1:
+            if get_origin(annotation) is Literal:
+                constraint = one_of(*get_args(annotation))
+            elif annotation is bool:
+                constraint = switch()
+        constraint = constraint or _BY_NAME.get(name) or (inherited.constraint if inherited else None)
+        if constraint is None:
+            raise TypeError(
+                f"Nothing says what values {name!r} may take: annotate it, for instance "
+                f"{name}: Annotated[float, number()]."
+            )
+        if type(None) in types_:
+            constraint = optional(constraint)
+        return cls(name, annotation, default, constraint, kw_only)

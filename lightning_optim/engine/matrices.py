@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from math import prod
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,14 +23,12 @@ from torch import Tensor
 from ..polar import orthogonalize
 from .elementwise import packs
 from .rounding import RESIDUAL, joined_numbers, load, numbers, store_
-from .rule import LIKE_PARAMETER, MatrixRule, Move
+from .rule import LIKE_PARAMETER, MatrixRule, Move, Polar, buffers_of, hyperparameters_of, ignore
 from .state import Batch, Task, block_shape, compute_dtype, from_blocks, to_blocks
 
 ParameterObserver = Callable[[Tensor, str, Tensor], None]
 #: What becomes of something that a rule reports of a task's matrices.
 Report = Callable[[Task, str, Tensor], None]
-#: Matrices, method of orthogonalisation, and what is to be added up over processes.
-Request = tuple[Any, ...]
 
 #: Matrices are stacked that have up to this many elements, with gradient and state: below it copying all of them costs
 #: less than dispatching their operations.
@@ -47,7 +46,7 @@ WAVE = 2**24
 class Stack:
     """Equal-shape matrices of one group that run as one."""
 
-    rule: MatrixRule
+    rule: type[MatrixRule]
     group: Mapping[str, Any]
     tasks: list[Task]
 
@@ -70,7 +69,8 @@ class Stack:
 #: Moves the parameters of a stack; where the verdict, its last argument, is ``False`` nothing may change.
 Mover = Callable[[Stack, Move, "Tensor | None"], None]
 #: Answers what stacks ask for with the help of other processes, on which it waits where it yields.
-Solver = Callable[[Sequence[tuple[Stack, Request]]], Generator[None, None, list[Any]]]
+Answer = tuple[Tensor, tuple[Tensor, ...]]
+Solver = Callable[[Sequence[tuple[Stack, Polar]]], Generator[None, None, list[Answer]]]
 
 
 def move_(stack: Stack, move: Move, finite: Tensor | None) -> None:
@@ -80,18 +80,25 @@ def move_(stack: Stack, move: Move, finite: Tensor | None) -> None:
     residuals = [task.state[RESIDUAL] for task in tasks if RESIDUAL in task.state]
     p = _join([stack.view(x) for x in params])
     residual = _join([stack.view(x) for x in residuals]) if residuals else None
-    move_tensor_(p, move, residual, _noise(stack), finite)
+    move_tensor_(p, move, tasks[0].scalars["keep"], residual, _noise(stack), finite)
     _store(p, params, stack.group)
     if residual is not None:
         _store(residual, residuals, stack.group)
 
 
-def move_tensor_(p: Tensor, move: Move, residual: Tensor | None, noise: Tensor | None, finite: Tensor | None) -> None:
-    """Move a tensor of any precision; for the arguments see :func:`.rounding.store_`."""
+def move_tensor_(
+    p: Tensor,
+    move: Move,
+    keep: float | Tensor,
+    residual: Tensor | None,
+    noise: Tensor | None,
+    finite: Tensor | None,
+) -> None:
+    """Move a tensor of any precision; for the last arguments see :func:`.rounding.store_`."""
     value = load(p, residual, compute_dtype(p.dtype))
     if value is p and finite is not None:
         value = p.clone()
-    move.apply_(value)
+    move.apply_(value, keep)
     if value is not p:
         store_(p, value, residual, noise, finite)
 
@@ -140,7 +147,7 @@ def wave_limit(elements: Sequence[int], processes: int) -> int:
 def split(batch: Batch, plain: bool) -> Iterator[Stack]:
     """Join what can run as one."""
     rule = batch.rule
-    assert isinstance(rule, MatrixRule)
+    assert issubclass(rule, MatrixRule)
     alike: dict[Any, list[Task]] = {}
     elements = {shape: _elements(rule, batch.group, shape) for shape in {task.g.shape for task in batch.tasks}}
     for i, task in enumerate(batch.tasks):
@@ -153,18 +160,19 @@ def split(batch: Batch, plain: bool) -> Iterator[Stack]:
             yield Stack(rule, batch.group, some)
 
 
-def _elements(rule: MatrixRule, group: Mapping[str, Any], shape: torch.Size) -> int:
+def _elements(rule: type[MatrixRule], group: Mapping[str, Any], shape: torch.Size) -> int:
     """Elements of one matrix of a parameter, its gradient and its state."""
     block = block_shape(shape, group)
-    state = (block if x is LIKE_PARAMETER else x for x in rule.state(block, group).values())
+    shapes = buffers_of(rule, block, hyperparameters_of(rule, group))
+    state = (block if x is LIKE_PARAMETER else x for x in shapes.values())
     return sum(prod(x) for x in (block, block, *state))
 
 
-def _update(stack: Stack, finite: Tensor | None, report: Report | None, move: Mover) -> Iterator[Request]:
+def _update(stack: Stack, finite: Tensor | None, report: Report | None, move: Mover) -> Iterator[Polar]:
     """Run the rule on a stack; yields what it wants orthogonalised and added up, and is sent the result."""
     rule, group, tasks = stack.rule, stack.group, stack.tasks
     finite = None if finite is None else finite.to(tasks[0].g.device)
-    shapes = rule.state(block_shape(tasks[0].g.shape, group), group)
+    shapes = buffers_of(rule, block_shape(tasks[0].g.shape, group), hyperparameters_of(rule, group))
     state = {name: [task.state[name] for task in tasks] for name in shapes}
     stacked = {
         name: _join(xs if shapes[name] is not LIKE_PARAMETER else [stack.view(x) for x in xs])
@@ -174,10 +182,8 @@ def _update(stack: Stack, finite: Tensor | None, report: Report | None, move: Mo
     if finite is not None:
         g = torch.where(finite, g, 0.0)  # Decompositions refuse NaN before the host knows of it.
     before = [x.clone() for x in stacked.values()] if finite is not None else []
-    kwargs = dict(tasks[0].scalars)
-    if report is not None:
-        kwargs["observe"] = partial(_report, report, stack)
-    update = rule.update(g, **stacked, **kwargs)
+    observe = ignore if report is None else partial(_report, report, stack)
+    update = rule.update(g, SimpleNamespace(**stacked), SimpleNamespace(**tasks[0].scalars), observe)
     movement = (yield from update) if isinstance(update, Generator) else update
     for x, old in zip(stacked.values(), before):
         x.copy_(torch.where(finite, x, old))  # type: ignore[arg-type]
@@ -246,44 +252,39 @@ def drive(
         ]
 
 
-def _send(update: Any, answer: Any) -> Request | None:
+def _send(update: Any, answer: Any) -> Polar | None:
     try:
         return update.send(answer)
     except StopIteration:
         return None
 
 
-def _alone(asked: Sequence[tuple[Stack, Request]], report: Report | None) -> list[Any]:
-    factors = orthogonalized([request[:2] for _, request in asked])
+def _alone(asked: Sequence[tuple[Stack, Polar]], report: Report | None) -> list[Any]:
+    factors = orthogonalized([request for _, request in asked])
     report_factors(report, asked, factors)
-    return [answer(factor, sums) for factor, (_, (_, _, *sums)) in zip(factors, asked)]
+    return [(factor, request.sums) for factor, (_, request) in zip(factors, asked)]
 
 
-def answer(factor: Tensor, sums: Sequence[Tensor]) -> Any:
-    """What an update is sent for ``yield matrices, method, *sums``."""
-    return (factor, *sums) if sums else factor
-
-
-def report_factors(report: Report | None, asked: Iterable[tuple[Stack, Request]], factors: Iterable[Tensor]) -> None:
+def report_factors(report: Report | None, asked: Iterable[tuple[Stack, Polar]], factors: Iterable[Tensor]) -> None:
     """Report what was orthogonalised and what came of it."""
     if report is not None:
-        for (stack, (matrices, *_)), factor in zip(asked, factors):
-            _report(report, stack, "momentum", matrices)
+        for (stack, request), factor in zip(asked, factors):
+            _report(report, stack, "momentum", request.matrices)
             _report(report, stack, "orthogonal_factor", factor)
 
 
-def orthogonalized(requests: Sequence[Request]) -> list[Tensor]:
-    """The polar factors of ``(matrices, method)`` requests, one call for all small ones of a method and shape."""
+def orthogonalized(requests: Sequence[Polar]) -> list[Tensor]:
+    """The polar factors of what is requested, one call for all small matrices of a method and shape."""
     factors: list[Any] = [None] * len(requests)
     together: dict[Any, list[int]] = {}
-    for i, (x, method) in enumerate(requests):
+    for i, (x, method, _) in enumerate(requests):
         rows, columns = x.shape[-2:]
         limit = TOGETHER.get(x.device.type, TOGETHER["cuda"])
         key = (method, min(rows, columns), max(rows, columns), x.dtype, x.device) if rows * columns <= limit else i
         together.setdefault(key, []).append(i)
     for indices in together.values():
-        xs = [requests[i][0] for i in indices]
-        method = requests[indices[0]][1]
+        xs = [requests[i].matrices for i in indices]
+        method = requests[indices[0]].method
         shape = xs[0].shape[-2:]
         joined = _join([x if x.shape[-2:] == shape else x.mT for x in xs])
         # One matrix alone is faster without the axis of the stack.

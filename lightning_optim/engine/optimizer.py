@@ -6,25 +6,24 @@ checkpoints. :class:`~.two_rules.MatrixOptimizer` builds on it.
 
 from __future__ import annotations
 
-import inspect
-from abc import ABC, abstractmethod
+import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from .. import processes
 from ..processes import Group
-from . import checkpoint, owned_state
+from . import checkpoint, declare, owned_state
 from .checkpoint import CheckpointError
 from .gradients import inspect_gradients
-from .hyperparameters import NUMBERS, SHARED, Constraint, count, one_of, optional, satisfies
+from .hyperparameters import NUMBERS, Constraint, count, satisfies, switch
 from .matrices import ParameterObserver
-from .rounding import RESIDUAL, ROUNDINGS, Rounding, first_number, is_narrow, load, prepare_residual, residual_dtype
-from .rule import MatrixRule, Rule, Scalars
+from .rounding import RESIDUAL, Rounding, first_number, is_narrow, load, prepare_residual, residual_dtype
+from .rule import MatrixRule, Rule, Scalars, hyperparameters_of, numbers_of
 from .state import (
     Batch,
     State,
@@ -37,7 +36,7 @@ from .state import (
     number_names,
     state_shapes,
 )
-from .step import BACKENDS, Backend, run_rules
+from .step import Backend, run_rules
 
 if TYPE_CHECKING:
     from .cuda_graphs import StepGraphs
@@ -46,32 +45,18 @@ Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple
 #: Parameter groups, and those of their parameters that a step updates.
 Work: TypeAlias = list[tuple[dict[str, Any], list[Tensor]]]
 
-#: What the keywords of every optimizer must be.
-_OPTIONS: dict[str, Constraint] = {
-    "skip_nonfinite": (lambda x: isinstance(x, bool), "True or False"),
-    "max_consecutive_skips": optional(count()),
-    "backend": one_of(*BACKENDS),
-    "rounding": one_of(*ROUNDINGS),
-}
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """The keywords that every optimizer takes; see :class:`RuleOptimizer`."""
-
-    maximize: bool
-    skip_nonfinite: bool
-    max_consecutive_skips: int | None
-    backend: Backend
-    rounding: Rounding
+#: Arguments that hold for all parameters, not for a group of them.
+_OPTIONS = {"skip_nonfinite", "max_consecutive_skips", "backend", "rounding"}
+#: What the keys of parameter groups must be that are not a rule's own.
+_STRUCTURE: dict[str, Constraint] = {"maximize": switch(), "blocks": count(), "transposed": switch()}
 
 
 class NonFiniteGradientsError(RuntimeError):
     """Gradients were NaN or infinite for too many steps in a row; nothing has changed since the last finite ones."""
 
 
-class RuleOptimizer(torch.optim.Optimizer, ABC):
-    """Base of all optimizers here: runs the rule that each parameter group names.
+class RuleOptimizer(torch.optim.Optimizer, Rule):
+    """Base of all optimizers here: a rule that runs itself, on the parameters of its groups.
 
     What holds for every one of them:
 
@@ -87,8 +72,6 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
 
     Args:
         params: Parameters, named parameters or parameter groups.
-        hyperparameters: Defaults of the first rule's hyperparameters.
-        options: The arguments that follow, which every optimizer takes.
         maximize: Ascend instead of descend.
         skip_nonfinite: Skip and count steps whose gradients hold NaN or infinity.
         backend: How the step is run. All ways give the same result within rounding, and a checkpoint of one loads in
@@ -132,18 +115,38 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
             (``DTensor`` parameters, as under FSDP2, say so themselves.) Set, all have to make every step.
     """
 
-    #: The rules that parameter groups may name; groups that name none get the first.
-    rules: ClassVar[tuple[Rule, ...]]
+    _of_the_engine = True
+    params: Params
+    maximize: bool = dataclasses.field(default=False, kw_only=True)
+    skip_nonfinite: bool = dataclasses.field(default=True, kw_only=True)
+    max_consecutive_skips: Annotated[int | None, count()] = dataclasses.field(default=100, kw_only=True)
+    backend: Backend = dataclasses.field(default="auto", kw_only=True)
+    rounding: Rounding = dataclasses.field(default="nearest", kw_only=True)
 
-    @abstractmethod
-    def __init__(self, params: Params, hyperparameters: dict[str, Any], options: EngineOptions) -> None:
-        for name, constraint in _OPTIONS.items():
-            if not satisfies(constraint, value := getattr(options, name)):
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "update" in cls.__dict__ and "__init__" not in cls.__dict__:
+            cls.__init__ = declare.constructor(cls, Params)  # type: ignore[method-assign]
+            cls.__doc__ = declare.documentation(cls)
+
+    def __init__(self, params: Params, **arguments: Any) -> None:
+        raise TypeError(f"{type(self).__name__} declares no update, so there is nothing that it could run.")
+
+    def _construct(self, params: Params, arguments: dict[str, Any]) -> None:
+        """What the constructor that declarations get does.
+
+        Args:
+            params: Its first argument.
+            arguments: All others by name.
+        """
+        for name in _OPTIONS:
+            constraint = self.arguments[name].constraint
+            if not satisfies(constraint, value := arguments[name]):
                 raise ValueError(f"{type(self).__name__}: {name} must be {constraint[1]}, got {name}={value!r}.")
-        self.skip_nonfinite = options.skip_nonfinite
-        self.max_consecutive_skips = options.max_consecutive_skips
-        self.backend = options.backend
-        self.rounding = options.rounding
+        self.skip_nonfinite = arguments["skip_nonfinite"]
+        self.max_consecutive_skips = arguments["max_consecutive_skips"]
+        self.backend = arguments["backend"]
+        self.rounding = arguments["rounding"]
         self.skipped_steps = 0
         self.consecutive_skips = 0
         self.observer: ParameterObserver | None = None
@@ -155,7 +158,8 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         #: Of parameters with a matrix rule that have state: the process it lives with, ``None`` if not with one.
         self._owners: dict[Tensor, int | None] = {}
         self._seen: list[dict[str, Any]] = []
-        super().__init__(params, hyperparameters | {"maximize": options.maximize})
+        hyperparameters = {name: arguments[name] for name in self.fields}
+        torch.optim.Optimizer.__init__(self, params, hyperparameters | {"maximize": arguments["maximize"]})
 
     def __getstate__(self) -> dict[str, Any]:
         self.settle()
@@ -181,28 +185,28 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
 
     @classmethod
     def default_hyperparameters(cls) -> dict[str, Any]:
-        """Hyperparameters and their defaults, from the signature.
+        """Hyperparameters and their defaults, those of the fallback included where there is one.
 
         >>> from lightning_optim import DeVAVector
         >>> DeVAVector.default_hyperparameters()
         {'lr': 0.02, 'betas': (0.9, 0.999), 'weight_decay': 0.0, 'nesterov': False}
         """
-        parameters = inspect.signature(cls).parameters.values()
-        return {p.name: p.default for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "params"}
+        own = {name: field for name, field in cls.arguments.items() if name not in RuleOptimizer.arguments}
+        return {name: field.default for name, field in (cls.fields | own).items()}
 
     # --- parameter groups ---------------------------------------------------------------------------------------
 
-    def rule(self, group: Mapping[str, Any]) -> Rule:
+    def rule(self, group: Mapping[str, Any]) -> type[Rule]:
         """The rule that runs on a parameter group."""
-        for rule in self.rules:
-            if rule.name == group["rule"]:
-                return rule
-        names = " or ".join(repr(rule.name) for rule in self.rules)
-        raise ValueError(f"{type(self).__name__} runs {names}, got a parameter group with rule={group['rule']!r}.")
+        if group["rule"] != self.name:
+            raise ValueError(
+                f"{type(self).__name__} runs {self.name!r}, got a parameter group with rule={group['rule']!r}."
+            )
+        return type(self)
 
     def group_defaults(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """Hyperparameters of a new group that does not set them itself."""
-        return self.defaults | {"rule": self.rules[0].name}
+        return self.defaults | {"rule": self.name}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; its keys override the optimizer's defaults for its parameters.
@@ -232,14 +236,14 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         return any("param_names" in group for group in self.param_groups) and all(isinstance(p, Tensor) for p in params)
 
     def _check(self, group: dict[str, Any]) -> None:
-        bounds = SHARED | dict(self.rule(group).constraints)
+        bounds = _bounds(self.rule(group))
         self._check_hyperparameters(group, [name for name in bounds if name in group])
-        for name in _OPTIONS.keys() & group.keys():
+        for name in _OPTIONS & group.keys():
             raise ValueError(f"{type(self).__name__}: {name} is one for all parameters, not for a parameter group.")
         self._check_parameters(group)
 
     def _check_hyperparameters(self, group: Mapping[str, Any], names: Iterable[str]) -> None:
-        bounds = SHARED | dict(self.rule(group).constraints)
+        bounds = _bounds(self.rule(group))
         for name in names:
             if not satisfies(bounds[name], group[name]):
                 what = bounds[name][1]
@@ -270,7 +274,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
             seen = self._seen[i]
             if seen.get("params") is not group["params"]:
                 seen = {}  # Another group than the last time.
-            bounds = SHARED | dict(self.rule(group).constraints)
+            bounds = _bounds(self.rule(group))
             for name in bounds:
                 if name in seen and name not in group:
                     raise ValueError(
@@ -415,8 +419,9 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
             for p, state in zip(params, states):
                 prepare_residual(state, p, self.rounding)
         clocks = _clocks(states, ("step", *rule.host_state))
-        matrix = isinstance(rule, MatrixRule)
-        phases = rule.phases(group) if isinstance(rule, MatrixRule) and rule.phases is not None else 0
+        matrix = issubclass(rule, MatrixRule)
+        h = hyperparameters_of(rule, group)
+        phases = rule.phases(h) if issubclass(rule, MatrixRule) else 0
         positions = {p: i % phases for i, p in enumerate(group["params"])} if phases else {}
         known: dict[Any, Tick] = {}  # Most parameters share their clock.
         tasks = []
@@ -424,11 +429,9 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         for i, (p, state, clock) in enumerate(zip(params, states, now)):
             key = (clock, p.shape, positions.get(p)) if matrix else clock
             if key not in known:
-                details: dict[str, Any] = {}
-                if matrix:
-                    details["shape"] = block_shape(p.shape, group)
+                details: list[Any] = [block_shape(p.shape, group)] if matrix else []
                 if positions:
-                    details["phase"] = positions[p]
+                    details.append(positions[p])
                 known[key] = Tick(rule, group, details, clock, clocks)
                 if given is not None:
                     known[key].scalars = next(given)
@@ -449,7 +452,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
 
     def _bring_state_home(self, work: Work) -> None:
         """See to it that state which is to live with one process does."""
-        matrices = [p for group, params in work if isinstance(self.rule(group), MatrixRule) for p in params]
+        matrices = [p for group, params in work if issubclass(self.rule(group), MatrixRule) for p in params]
         if all(p in self._owners and self.state.get(p) for p in matrices):
             return
         residents = self._residents()
@@ -582,19 +585,15 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         return expected
 
 
+def _bounds(rule: type[Rule]) -> dict[str, Constraint]:
+    return NUMBERS | _STRUCTURE | rule.constraints()
+
+
 def listed(params: Any) -> list[Any]:
     """The parameters of a group, of which there may be one, in their order."""
     if isinstance(params, set):
         raise TypeError("A set of parameters has another order in every run, and state goes by order; use a list.")
     return [params] if isinstance(params, Tensor) else list(params)
-
-
-def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
-    values = dict(group) | {"lr": float(group["lr"])}
-    if "momentum" in group and "betas" in group:
-        # A schedule that cycles the momentum of Muon sets it in the groups of the fallback rule, too.
-        values["betas"] = (group["momentum"], group["betas"][1])
-    return values
 
 
 def _gradient(p: Tensor) -> Tensor:
@@ -642,7 +641,7 @@ class Tick:
     Args:
         rule: Their rule.
         group: Their group.
-        details: What the rule's ``scalars`` needs to know beside the step and the hyperparameters.
+        details: What the rule's ``scalars`` gets beside the step and the hyperparameters.
         before: Scalar state before the step.
         clocks: Where scalar state of the group's parameters is kept; see :func:`_clocks`.
         indices: Which entries of it are those of this tick's parameters.
@@ -653,9 +652,9 @@ class Tick:
         clock: Scalar state after the step.
     """
 
-    rule: Rule
+    rule: type[Rule]
     group: Mapping[str, Any]
-    details: Mapping[str, Any]
+    details: Sequence[Any]
     before: tuple[float, ...]
     clocks: Mapping[str, Tensor]
     indices: list[int] = field(default_factory=list)
@@ -663,8 +662,8 @@ class Tick:
     def __post_init__(self) -> None:
         self.t = int(self.before[0]) + 1
         host = dict(zip(self.rule.host_state, self.before[1:]))
-        extra: dict[str, Any] = {"host": host} if host else {}
-        self.scalars: Scalars = self.rule.scalars(self.t, _hyperparameters(self.group), **self.details, **extra)
+        details = [*self.details, *([host] if host else [])]
+        self.scalars: Scalars = numbers_of(self.rule, self.t, hyperparameters_of(self.rule, self.group), *details)
         self.clock: dict[str, float] = {"step": self.t, **host}
 
     def next(self) -> Tick:

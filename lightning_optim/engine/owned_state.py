@@ -31,7 +31,7 @@ AT_ONCE = 2**24
 class Resident:
     """A parameter whose state lives with one process."""
 
-    rule: Rule
+    rule: type[Rule]
     group: Mapping[str, Any]
     parameter: Tensor
 
@@ -50,9 +50,9 @@ class Resident:
         return {name: cut if shape is LIKE_PARAMETER else cut.of(shape, 1) for name, shape in shapes.items()}
 
 
-def residents(groups: Iterable[tuple[Rule, Mapping[str, Any]]]) -> list[Resident]:
+def residents(groups: Iterable[tuple[type[Rule], Mapping[str, Any]]]) -> list[Resident]:
     """The parameters of some groups whose state lives with one process each."""
-    matrices = [(rule, group) for rule, group in groups if isinstance(rule, MatrixRule)]
+    matrices = [(rule, group) for rule, group in groups if issubclass(rule, MatrixRule)]
     return [
         Resident(rule, group, p)
         for rule, group in matrices

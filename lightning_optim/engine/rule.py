@@ -1,84 +1,114 @@
-"""What an optimizer rule is.
+"""What a rule is: how one step changes state and where it moves parameters.
 
-A rule is a small immutable object: the names and shapes of its state tensors, the scalars it needs at step
-``t``, and one function that updates its state **in place** from a gradient, and the parameter with it. It knows
-nothing of parameter groups, precision, checkpoints or devices: the engine (:mod:`.optimizer`, :mod:`.step`) owns
-those and may hand the function a whole tensor, a slice of one, or a stack of several.
+A rule is a class that is never instantiated. Annotated fields are its hyperparameters, a few class attributes name its
+state, and two functions are the algorithm: ``scalars`` computes numbers on the host, once per step, and ``update``
+changes the state **in place** and returns a :class:`Move`. It knows nothing of parameter groups, precision,
+checkpoints, devices or ranks: the engine owns those and may hand ``update`` a whole tensor, a slice of one, or a stack
+of several. *A rule says where to go; the engine goes there*: ``maximize``, weight decay, the learning rate's sign and
+rounding are applied by the engine, once for all rules.
 
-Three kinds exist, by what the function has to see:
+Three kinds exist, by what ``update`` has to see:
 
 - :class:`ElementwiseRule`: any slice of any tensor;
-- :class:`MatrixRule`: a stack ``(k, *shape)`` of equal-shape tensors. It says how the parameters are to move
-  (:class:`Move`), so that these can be elsewhere. Where its update needs a polar factor it yields the matrices, so that
-  the engine can orthogonalise those of many stacks at once;
+- :class:`MatrixRule`: a stack ``(k, *shape)`` of equal-shape tensors. Where it needs a polar factor it yields a
+  :class:`Polar`, so that the engine can orthogonalise those of many stacks at once;
 - :class:`GroupRule`: every tensor, plus a few inner products summed over all tensors of the parameter group.
 
-``scalars`` runs on the host in double precision, once per step and not per element, so that the update functions
-hold no powers of ``t``; what it returns may also reach ``update`` as 0-d tensors (a compiled kernel must not
-depend on their values), which is why updates use the helpers below instead of ``alpha=`` and ``value=``.
+Names of the arguments, everywhere:
+
+- ``t``: the parameter's step, from 1; ``h``: hyperparameters as attributes (``h.lr``; ``betas`` also as ``h.beta1`` and
+  ``h.beta2``); ``shape``: shape of one tensor of the stack.
+- ``g``: the gradient in the precision of the arithmetic, to be read only; ``s``: state tensors as attributes;
+  ``k``: numbers as attributes: all hyperparameters, and what ``scalars`` returned. In compiled steps they are 0-d
+  tensors, which is why updates are written with the functions of :mod:`.arithmetic`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+import dataclasses
+import inspect
+import typing
+from collections.abc import Callable, Generator, Iterable, Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 from torch import Tensor
+from typing_extensions import dataclass_transform
 
-from .arithmetic import add_, shrink_
-from .hyperparameters import Constraint
+from .arithmetic import add_, add_quotient_, shrink_
+from .hyperparameters import Constraint, Field
 
-Shape = tuple[int, ...]
-Hyperparameters = Mapping[str, Any]
-Scalars = dict[str, Any]
-Observer = Callable[[str, Tensor], None]
-#: A state tensor of the parameter's own shape.
+Shape: TypeAlias = tuple[int, ...]
+Scalars: TypeAlias = dict[str, Any]
+Observer: TypeAlias = Callable[[str, Tensor], None]
+#: State tensors by name, with their shapes; ``None`` stands for the parameter's own shape.
+Buffers: TypeAlias = Mapping[str, "Shape | None"]
 LIKE_PARAMETER = None
 
 
-def like(*names: str) -> Callable[[Shape, Hyperparameters], dict[str, Shape | None]]:
-    """State made of tensors of the parameter's own shape.
-
-    >>> like("m", "v")((3, 2), {})
-    {'m': None, 'v': None}
-    """
-    return lambda shape, hp: dict.fromkeys(names, LIKE_PARAMETER)
-
-
-def ignore(name: str, value: Tensor) -> None:
-    """The observer of a step that nobody watches."""
+# --- where to go ------------------------------------------------------------------------------------------------
 
 
 class Move(NamedTuple):
-    """How a stack of parameters moves: ``p = keep * p - step * direction``.
+    """Where parameters go: ``p <- keep * p - step * direction / over``.
 
     Args:
-        direction: A tensor of the stack's shape.
-        step: A number, or a tensor that broadcasts against the stack.
-        keep: Likewise, the factor of weight decay.
+        direction: A tensor of the parameters' shape.
+        step: A number, or a tensor that broadcasts against them.
+        over: What the direction is divided by, a positive tensor; ``None`` for 1. Division and step are one operation.
+        keep: The factor of weight decay of a rule with a decay of its own (:attr:`Rule.own_decay`); for others the
+            engine has it.
 
     Example:
+        >>> import torch
         >>> p = torch.ones(1, 2, 2)
-        >>> Move(torch.eye(2)[None], step=0.5, keep=0.9).apply_(p)
+        >>> Move(torch.eye(2)[None], step=0.5).apply_(p, keep=0.9)
         tensor([[[0.4000, 0.9000],
                  [0.9000, 0.4000]]])
     """
 
     direction: Tensor
     step: float | Tensor
-    keep: float | Tensor
+    over: Tensor | None = None
+    keep: float | Tensor | None = None
 
-    def apply_(self, p: Tensor) -> Tensor:
+    def apply_(self, p: Tensor, keep: float | Tensor) -> Tensor:
         """Move parameters in place."""
-        p = shrink_(p, self.keep)
-        if isinstance(self.step, Tensor):
+        p = shrink_(p, keep if self.keep is None else self.keep)
+        if self.over is not None:
+            return add_quotient_(p, self.direction, self.over, -self.step)
+        if isinstance(self.step, Tensor) and self.step.ndim:
             return p.addcmul_(self.direction, self.step, value=-1)  # Without the temporary of add_.
         return add_(p, self.direction, -self.step)
 
 
-#: What an update that orthogonalises is; see :class:`MatrixRule`.
-Orthogonalizing = Generator[tuple[Any, ...], Any, Move]
+class Polar(NamedTuple):
+    """What a matrix rule yields: matrices to orthogonalise.
+
+    ``factor, sums = yield Polar(matrices, method)`` sends back the polar factors, to be read only, and ``sums`` over
+    all rows of the matrices: where ranks hold some rows each, the engine adds up what they yield.
+
+    Args:
+        matrices: A stack ``(k, m, n)``.
+        method: A method of :func:`lightning_optim.polar.orthogonalize`.
+        sums: Sums over rows of this stack that the rule needs over all rows, such as ``squared_norm(g)``.
+    """
+
+    matrices: Tensor
+    method: str
+    sums: tuple[Tensor, ...] = ()
+
+
+#: What an update that orthogonalises is.
+Orthogonalizing: TypeAlias = Generator[Polar, tuple[Tensor, tuple[Tensor, ...]], Move]
+
+
+# --- what is worth watching -------------------------------------------------------------------------------------
+
+
+def ignore(name: str, value: Tensor) -> None:
+    """The observer of a step that nothing watches."""
 
 
 def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
@@ -96,7 +126,7 @@ class Internal:
     Args:
         description: One line.
         sums: What has to be added up, a tuple of 0-d tensors: from the reported value, ``sums(value)``, or from the
-            state after the step, ``sums(g, t, hyperparameters, **state)``.
+            state after the step, ``sums(g, s, t, h)``.
         reported: The name under which ``update`` reports the value; ``None`` for one made of the state.
         value: The scalar, from the added sums, element by element.
     """
@@ -122,99 +152,245 @@ def gradient_to_variance(v: str = "v", what: str = "second moment") -> Internal:
         what: What it is an average of.
     """
 
-    def sums(g: Tensor, t: int, hp: Hyperparameters, **state: Tensor) -> tuple[Tensor, ...]:
-        average = state[v].sum() / (1 - hp["betas"][1] ** t)
+    def sums(g: Tensor, s: Any, t: int, h: Any) -> tuple[Tensor, ...]:
+        average = getattr(s, v).sum() / (1 - h.beta2**t)
         return g.to(average.dtype).square().sum(), average
 
     return Internal(f"mean squared gradient over the mean {what} (bias-corrected)", sums)
 
 
-@dataclass(frozen=True)
-class Rule:
-    """What all kinds of rule have in common.
+# --- rules ------------------------------------------------------------------------------------------------------
 
-    Args:
-        name: Name under which parameter groups and checkpoints refer to the rule.
-        state: ``(shape, hyperparameters) -> {name: shape}``, the state tensors for one tensor of the given shape;
-            ``None`` stands for the parameter's own shape. All start at zero.
-        scalars: ``(t, hyperparameters) -> {name: scalar}``, with ``t`` counting the parameter's steps from 1.
-            Matrix rules also get ``shape=``; rules with ``host_state`` also get ``host=``.
-        update: ``(p, g, **state, **scalars)``, in place on ``p`` and the state; ``g`` is read only. Matrix rules do
-            without ``p``; see there.
-        host_state: Names of scalar state that ``scalars`` reads and writes in its ``host`` dictionary.
-        constraints: What hyperparameters must be that are this rule's alone; see :mod:`.hyperparameters`.
+
+def _own_fields(cls: type[Rule]) -> dict[str, Field]:
+    """The fields that a class body declares. Their defaults leave the class: they are not an instance's values."""
+    annotations = inspect.get_annotations(cls)
+    hints = typing.get_type_hints(cls, include_extras=True) if annotations else {}
+    found = {}
+    for name in annotations:
+        hint = hints[name]
+        if typing.get_origin(hint) is ClassVar or hint is ClassVar:
+            continue
+        if name == "params":
+            continue
+        if name not in cls.__dict__:
+            raise TypeError(f"{cls.__name__}.{name}: a hyperparameter needs a default.")
+        found[name] = Field.declared(name, hint, cls.__dict__[name], (cls.fields | cls.arguments).get(name))
+        delattr(cls, name)
+    return found
+
+
+#: Every rule that is offered by name, in the order of declaration.
+RULES: dict[str, type[Rule]] = {}
+
+
+@dataclass_transform(field_specifiers=(dataclasses.field,))
+class Rule:
+    """A rule. Class keywords: ``about``, one line on what it is, and ``paper``, where it was published.
+
+    With ``about``, a rule is offered by name: it is listed in :data:`RULES`.
+
+    Attributes:
+        name: What parameter groups and checkpoints call it, the name of the class.
+        fields: Its hyperparameters, from the annotated fields; see :class:`.hyperparameters.Field`.
+        arguments: Other arguments of its constructor, where it has one: the engine's.
+        buffers: Names of its state tensors, each of the parameter's shape and zero at first. Or a function
+            ``buffers(shape, h)`` that returns names, or a mapping from names to shapes (``None``: the parameter's own).
+        host_state: Names of numbers that ``scalars`` keeps from step to step in its third argument, a dictionary.
         fixed: Hyperparameters, beside those that decide on the state, that cannot change after the first step.
-        capturable: Whether the update takes its numbers as tensors, too, and decomposes no matrices, so that a CUDA
-            graph can hold it.
+        own_decay: Whether ``update`` returns ``keep`` itself. Otherwise weight decay is the engine's; see :meth:`keep`.
+        capturable: Whether a CUDA graph can hold the update: it takes its numbers as tensors, too, and decomposes no
+            matrices.
         internals: Scalars of its own that are worth watching, by name.
     """
 
-    name: str
-    state: Callable[[Shape, Hyperparameters], dict[str, Shape | None]]
-    scalars: Callable[..., Scalars]
-    update: Callable[..., Any]
-    host_state: tuple[str, ...] = ()
-    constraints: Mapping[str, Constraint] = field(default_factory=dict)
-    fixed: tuple[str, ...] = ()
-    capturable: bool = True
-    internals: Mapping[str, Internal] = field(default_factory=dict)
+    kind: ClassVar[str] = "abstract"
+    name: ClassVar[str]
+    about: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    fields: ClassVar[dict[str, Field]] = {}
+    arguments: ClassVar[dict[str, Field]] = {}
+    buffers: ClassVar[Any] = ()
+    host_state: ClassVar[tuple[str, ...]] = ()
+    fixed: ClassVar[tuple[str, ...]] = ()
+    own_decay: ClassVar[bool] = False
+    capturable: ClassVar[bool] = True
+    internals: ClassVar[Mapping[str, Internal]] = {}
+    #: Whether the fields in the body of a class, not in those of its subclasses, are the engine's arguments.
+    _of_the_engine: ClassVar[bool] = False
 
-    kind = "abstract"
+    def __init_subclass__(cls, about: str = "", paper: str = "", name: str = "", **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        own = _own_fields(cls)
+        engine = own.keys() if cls.__dict__.get("_of_the_engine") else own.keys() & cls.arguments.keys()
+        cls.fields = cls.fields | {name: field for name, field in own.items() if name not in engine}
+        arguments = {name: field for name, field in own.items() if name in engine}
+        cls.arguments = arguments | {name: field for name, field in cls.arguments.items() if name not in arguments}
+        if about or name or not hasattr(cls, "name"):
+            cls.name = name or cls.__name__
+        if about:
+            cls.about, cls.paper = about, paper
+            RULES[cls.name] = cls
+
+    @staticmethod
+    def scalars(t: int, h: Any, *details: Any) -> Scalars:
+        """Numbers of step ``t`` that are the same for every element, computed in double precision.
+
+        Matrix rules get the shape of a tensor as a third argument, rules with ``host_state`` that dictionary.
+        """
+        return {}
+
+    @staticmethod
+    def keep(h: Any) -> float:
+        """The factor of decoupled weight decay: ``1 - lr * weight_decay``, unless a rule has another."""
+        return 1 - h.lr * h.weight_decay
+
+    @classmethod
+    def constraints(cls) -> dict[str, Constraint]:
+        """What its hyperparameters must be, by name."""
+        return {name: field.constraint for name, field in cls.fields.items()}
+
+    @classmethod
+    def hyperparameters(cls) -> dict[str, Any]:
+        """Its hyperparameters and their defaults."""
+        return {name: field.default for name, field in cls.fields.items()}
 
 
-@dataclass(frozen=True)
 class ElementwiseRule(Rule):
     """A rule whose update of one element depends on that element only."""
 
-    kind: Literal["element-wise"] = field(default="element-wise", init=False)
+    kind: ClassVar[str] = "element-wise"
+
+    @staticmethod
+    def update(g: Tensor, s: Any, k: Any) -> Move:
+        """Update the state in place; where the parameters go."""
+        raise NotImplementedError
 
 
-@dataclass(frozen=True)
 class MatrixRule(Rule):
     """A rule that sees whole tensors, ``k`` equal ones at a time, and may report what it computed on the way.
 
-    ``update(g, **state, **scalars)`` changes the state and returns the :class:`Move` of the parameters, which it does
-    not see. They may be on other processes than it runs on, and these know the scalars: a ``step`` or ``keep`` of the
-    move that is a number has to be the scalar of that name. What is a tensor is sent to them.
+    Parameters may be on other ranks than the one that runs the rule, and these know ``k``: a ``step`` of a move that
+    is a number has to be ``k.step``, if there is one. What is a tensor is sent to them.
 
-    It gets one more keyword, ``observe(name, value)``, to call with intermediate results worth watching. It may be a
-    generator: ``factor = yield matrices, method`` orthogonalises a stack of matrices by a method of
-    :func:`lightning_optim.polar.orthogonalize`. The factor is read only. The engine reports both, as ``"momentum"`` and
-    ``"orthogonal_factor"``.
+    Where ranks hold some rows each of a matrix, a rule that is ``by_rows`` runs on those: ``g``, state of the
+    parameter's shape and the factor are rows, and what it needs to know of all rows has to come of
+    :attr:`Polar.sums`. A rule that is not runs on whole tensors, wherever they are.
 
-    Where processes hold some rows each of a matrix, a rule that is ``by_rows`` runs on those. What it needs to know of
-    all rows it adds up over its own and yields, too: ``factor, norm = yield matrices, method, squared_norm(g)`` returns
-    the sum over all processes.
-
-    Args:
-        by_rows: Whether the update needs whole matrices for the polar factor and for such sums only. Its state that is
-            not of the parameter's shape has to come of such sums.
+    Attributes:
+        by_rows: Whether the update needs whole matrices for the polar factor and for sums only. State that is not of
+            the parameter's shape has to come of such sums.
         flatten: Whether tensors with more than two axes arrive as matrices ``(k, shape[0], rest)``; otherwise as
             they are, ``(k, *shape)``.
-        phases: ``None``, or ``hyperparameters -> n``: parameters are dealt to ``n`` schedules, and ``scalars`` also
-            gets ``phase=``, the parameter's position in its group modulo ``n``.
     """
 
-    by_rows: bool = False
-    flatten: bool = True
-    phases: Callable[[Hyperparameters], int] | None = None
-    kind: Literal["matrix"] = field(default="matrix", init=False)
+    kind: ClassVar[str] = "matrix"
+    by_rows: ClassVar[bool] = False
+    flatten: ClassVar[bool] = True
+
+    @staticmethod
+    def phases(h: Any) -> int:
+        """To how many schedules parameters are dealt, 0 if to none.
+
+        If to any, ``scalars`` gets the parameter's position in its group, modulo this number, as a fourth argument.
+        """
+        return 0
+
+    @staticmethod
+    def update(g: Tensor, s: Any, k: Any, observe: Observer) -> Move | Orthogonalizing:
+        """Update the state in place; where the parameters go.
+
+        It may be a generator, which yields :class:`Polar` for what is to be orthogonalised. Intermediate results that
+        are worth watching go to ``observe(name, value)``. The engine reports what was orthogonalised as
+        ``"momentum"``, and what came of it as ``"orthogonal_factor"``.
+        """
+        raise NotImplementedError
 
 
-@dataclass(frozen=True)
 class GroupRule(Rule):
     """An element-wise rule that needs a few sums over the whole parameter group first.
 
-    Per step: ``sums(p, g, **state, **scalars) -> tuple`` of 0-d tensors on every tensor, which changes nothing, added
-    up over the group; ``combine(*sums, **group_state, **scalars)`` once, which returns the new group state and
-    coefficients; ``update(p, g, **state, **scalars, **coefficients)`` on every tensor.
-
-    Args:
-        group_state: Initial values of the scalars that belong to the group. Each tensor of the group keeps a copy,
-            so that checkpoints need no place of their own for them.
+    Attributes:
+        group_state: Initial values of numbers that belong to the group. Each tensor of the group keeps a copy, so that
+            checkpoints need no place of their own for them.
     """
 
-    group_state: Mapping[str, float] = field(default_factory=dict)
-    sums: Callable[..., tuple[Tensor, ...]] = field(kw_only=True)
-    combine: Callable[..., tuple[dict[str, Tensor], Scalars]] = field(kw_only=True)
-    kind: Literal["group"] = field(default="group", init=False)
+    kind: ClassVar[str] = "group"
+    group_state: ClassVar[Mapping[str, float]] = {}
+
+    @staticmethod
+    def sums(g: Tensor, s: Any, k: Any) -> tuple[Tensor, ...]:
+        """0-d tensors of every tensor, to be added up over the group; changes nothing."""
+        raise NotImplementedError
+
+    @staticmethod
+    def combine(sums: tuple[Tensor, ...], s: Any, k: Any) -> tuple[dict[str, Tensor], Scalars]:
+        """The group's new state, and coefficients, which ``update`` finds among its numbers; called once per step."""
+        raise NotImplementedError
+
+    @staticmethod
+    def update(g: Tensor, s: Any, k: Any) -> Move:
+        """Update the state in place; where the parameters go."""
+        raise NotImplementedError
+
+
+Kind = Literal["element-wise", "matrix", "group"]
+
+
+# --- what a step hands to a rule --------------------------------------------------------------------------------
+
+
+def hyperparameters_of(rule: type[Rule], group: Mapping[str, Any]) -> SimpleNamespace:
+    """The hyperparameters of a parameter group as attributes, plain numbers all."""
+    values = {name: group[name] for name in rule.fields}
+    if "betas" in values and "momentum" in group:
+        # A schedule that cycles the momentum of Muon sets it in the groups of the fallback rule, too.
+        values["betas"] = (group["momentum"], values["betas"][1])
+    return as_attributes(values)
+
+
+def as_attributes(values: Mapping[str, Any]) -> SimpleNamespace:
+    """Hyperparameters as attributes, with ``beta1`` and ``beta2`` of ``betas`` and a plain number for ``lr``."""
+    found = dict(values)
+    if "lr" in found:
+        found["lr"] = float(found["lr"])
+    if "betas" in found:
+        found["beta1"], found["beta2"] = found["betas"]
+    return SimpleNamespace(**found)
+
+
+def numbers_of(rule: type[Rule], t: int, h: SimpleNamespace, *details: Any) -> Scalars:
+    """The numbers of a step: hyperparameters, what the rule computes of them, and the two forms of weight decay.
+
+    ``keep`` is the factor of decoupled decay, ``1 - lr * weight_decay`` for most rules; ``l2`` the coefficient of
+    coupled decay, ``l2 * p`` being added to the gradient and so to every statistic of the rule, or ``None``.
+    """
+    numbers = {name: x for name, x in vars(h).items() if name not in _NOT_NUMBERS}
+    weight_decay = getattr(h, "weight_decay", 0.0)
+    if rule.own_decay:
+        numbers |= {"weight_decay": weight_decay, "keep": 1.0, "l2": None}
+    elif "weight_decay" not in rule.fields:
+        numbers |= {"keep": 1.0, "l2": None}
+    elif getattr(h, "decoupled", True):
+        numbers |= {"keep": rule.keep(h), "l2": None}
+    else:
+        numbers |= {"keep": 1.0, "l2": float(weight_decay) or None}
+    return numbers | rule.scalars(t, h, *details)
+
+
+#: Hyperparameters that are in the numbers in another form.
+_NOT_NUMBERS = ("betas", "weight_decay", "decoupled")
+
+
+def buffers_of(rule: type[Rule], shape: Shape, h: Any) -> dict[str, Shape | None]:
+    """The rule's state tensors for a tensor of a shape."""
+    buffers: Any = rule.buffers
+    if callable(buffers):
+        buffers = buffers(shape, h)
+    return dict(buffers) if isinstance(buffers, Mapping) else dict.fromkeys(_names(buffers), LIKE_PARAMETER)
+
+
+def _names(names: Iterable[str]) -> Iterable[str]:
+    if isinstance(names, str):
+        raise TypeError(f"buffers={names!r} is one string: write a tuple, ({names!r},).")
+    return names

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import processes
 from .arithmetic import largest_gradient
-from .rule import LIKE_PARAMETER, GroupRule, MatrixRule, Rule, Scalars, Shape
+from .rule import LIKE_PARAMETER, GroupRule, MatrixRule, Rule, Scalars, Shape, buffers_of, hyperparameters_of
 
 State = MutableMapping[str, Any]
 
@@ -57,7 +57,7 @@ class Batch:
         idle: States of the group's other parameters that have one.
     """
 
-    rule: Rule
+    rule: type[Rule]
     group: Mapping[str, Any]
     tasks: list[Task]
     idle: list[State] = field(default_factory=list)
@@ -77,21 +77,21 @@ def accumulation_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def number_names(rule: Rule) -> set[str]:
+def number_names(rule: type[Rule]) -> set[str]:
     """Names of the state that is one number for each parameter, whatever its size."""
-    return {"step", *rule.host_state, *(rule.group_state if isinstance(rule, GroupRule) else ())}
+    return {"step", *rule.host_state, *(rule.group_state if issubclass(rule, GroupRule) else ())}
 
 
-def state_shapes(rule: Rule, p: Tensor, group: Mapping[str, Any]) -> dict[str, Shape | None]:
+def state_shapes(rule: type[Rule], p: Tensor, group: Mapping[str, Any]) -> dict[str, Shape | None]:
     """The rule's state tensors for a parameter, ``None`` for the parameter's own shape."""
-    shape = block_shape(p.shape, group) if isinstance(rule, MatrixRule) else tuple(p.shape)
+    shape = block_shape(p.shape, group) if issubclass(rule, MatrixRule) else tuple(p.shape)
     return {
         name: LIKE_PARAMETER if shape is LIKE_PARAMETER else (group["blocks"], *shape)
-        for name, shape in rule.state(shape, group).items()
+        for name, shape in buffers_of(rule, shape, hyperparameters_of(rule, group)).items()
     }
 
 
-def new_state(rule: Rule, p: Tensor, group: Mapping[str, Any], owner: int | None = None) -> State:
+def new_state(rule: type[Rule], p: Tensor, group: Mapping[str, Any], owner: int | None = None) -> State:
     """Zero state for one parameter: its step count, the rule's host scalars and the rule's tensors.
 
     These are with the owner, if there is one, and otherwise cut as the parameter is.
@@ -110,13 +110,13 @@ def new_state(rule: Rule, p: Tensor, group: Mapping[str, Any], owner: int | None
             state[name] = processes.zeros(p, dtype)
         else:
             state[name] = processes.zeros_beside(p, shape, dtype, whole=stays_in_rows(rule, p, group))
-    if isinstance(rule, GroupRule):
+    if issubclass(rule, GroupRule):
         for name, value in rule.group_state.items():
             state[name] = torch.tensor(value, dtype=accumulation_dtype(p.device), device=p.device)
     return state
 
 
-def follow(rule: Rule, params: Sequence[Tensor], states: Sequence[State], group: Mapping[str, Any]) -> None:
+def follow(rule: type[Rule], params: Sequence[Tensor], states: Sequence[State], group: Mapping[str, Any]) -> None:
     """Bring state to the precision and device of parameters that were cast or moved.
 
     Raises:
@@ -137,7 +137,7 @@ def follow(rule: Rule, params: Sequence[Tensor], states: Sequence[State], group:
             _convert(rule, p, state, group)
 
 
-def _convert(rule: Rule, p: Tensor, state: State, group: Mapping[str, Any]) -> None:
+def _convert(rule: type[Rule], p: Tensor, state: State, group: Mapping[str, Any]) -> None:
     dtype = compute_dtype(p.dtype)
     limit = largest_gradient(dtype)
     names = list(state_shapes(rule, p, group))
@@ -151,18 +151,18 @@ def _convert(rule: Rule, p: Tensor, state: State, group: Mapping[str, Any]) -> N
         )
     for name in names:
         state[name] = state[name].to(p.device, dtype)
-    for name in rule.group_state if isinstance(rule, GroupRule) else ():
+    for name in rule.group_state if issubclass(rule, GroupRule) else ():
         state[name] = state[name].to(p.device, accumulation_dtype(p.device))
 
 
-def lives_with_owner(rule: Rule, p: Tensor, group: Mapping[str, Any]) -> bool:
+def lives_with_owner(rule: type[Rule], p: Tensor, group: Mapping[str, Any]) -> bool:
     """Whether several processes hold parts of a parameter, and one of them has its state and runs the rule."""
-    return isinstance(rule, MatrixRule) and processes.sharding(p) is not None and not stays_in_rows(rule, p, group)
+    return issubclass(rule, MatrixRule) and processes.sharding(p) is not None and not stays_in_rows(rule, p, group)
 
 
-def stays_in_rows(rule: Rule, p: Tensor, group: Mapping[str, Any]) -> bool:
+def stays_in_rows(rule: type[Rule], p: Tensor, group: Mapping[str, Any]) -> bool:
     """Whether processes that hold some rows each of a parameter's matrices run the rule on those."""
-    if not isinstance(rule, MatrixRule) or not rule.by_rows or group["transposed"]:
+    if not issubclass(rule, MatrixRule) or not rule.by_rows or group["transposed"]:
         return False
     cut = processes.sharding(p)
     return cut is not None and cut.axis == 0

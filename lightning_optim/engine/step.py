@@ -54,10 +54,10 @@ def run_rules(
     kinds = {"cpu" if task.p.is_cpu else task.p.device.type for batch in batches for task in batch.tasks}
     with _without_autocast(kinds):
         matrices = distributed_matrices.run(
-            [batch for batch in batches if isinstance(batch.rule, MatrixRule)], backend, finite, observer, replicas
+            [batch for batch in batches if issubclass(batch.rule, MatrixRule)], backend, finite, observer, replicas
         )
         next(matrices, None)  # While the first matrices travel, the other rules run.
-        elementwise.run([batch for batch in batches if not isinstance(batch.rule, MatrixRule)], backend, finite, parts)
+        elementwise.run([batch for batch in batches if not issubclass(batch.rule, MatrixRule)], backend, finite, parts)
         for _ in matrices:
             pass
 

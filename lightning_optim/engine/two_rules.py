@@ -3,62 +3,49 @@
 from __future__ import annotations
 
 import warnings
-from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import field
+from typing import Annotated, Any
 
 from .. import processes
-from ..optimizers.adabelief import AdaBelief
-from ..optimizers.adamw import ADAMW, ADAMW_DEFAULTS
-from ..optimizers.anon import Anon
-from ..optimizers.deva_vector import DeVAVector
-from ..optimizers.hvadam import HVAdam
-from ..optimizers.laprop import LaProp
-from ..optimizers.madam import LaMAdam, MAdam
-from ..optimizers.mvn_grad import MVNGrad
-from ..optimizers.pnm import PNM, AdaPNM
-from .optimizer import EngineOptions, Params, RuleOptimizer, listed
-from .rule import MatrixRule, Rule
+from .hyperparameters import anything
+from .optimizer import RuleOptimizer, listed
+from .rule import RULES, MatrixRule, Rule
 
-#: Fallback rules and their default hyperparameters, by name.
-FALLBACKS: dict[str, tuple[Rule, dict[str, Any]]] = {"AdamW": (ADAMW, ADAMW_DEFAULTS)} | {
-    cls.__name__: (cls.rules[0], cls.default_hyperparameters())
-    for cls in (AdaBelief, AdaPNM, Anon, DeVAVector, HVAdam, LaMAdam, LaProp, MAdam, MVNGrad, PNM)
-}
+#: Arguments that set hyperparameters of the fallback rule; ``None`` stands for the rule's own default.
+_FALLBACK_ARGUMENTS = ("lr", "betas", "eps", "weight_decay")
 
 
-@dataclass(frozen=True)
-class Fallback:
-    """The fallback rule of a matrix optimizer; ``None`` stands for the rule's own default.
+def fallbacks() -> dict[str, type[Rule]]:
+    """Every rule that can be a fallback, by name: those that take a tensor of any shape."""
+    return {name: rule for name, rule in RULES.items() if not issubclass(rule, MatrixRule)}
 
-    >>> Fallback("AdamW", lr=3e-4).hyperparameters()
+
+def fallback_hyperparameters(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """All hyperparameters of a fallback rule.
+
+    Args:
+        name: The rule.
+        arguments: ``fallback_lr`` and so on.
+
+    Raises:
+        ValueError: There is no such fallback rule, or it has no such hyperparameter.
+
+    >>> import lightning_optim
+    >>> fallback_hyperparameters("AdamW", {"fallback_lr": 3e-4})
     {'lr': 0.0003, 'betas': (0.9, 0.999), 'eps': 1e-08, 'weight_decay': 0.01}
     """
-
-    name: str
-    lr: float | None = None
-    betas: tuple[float, float] | None = None
-    eps: float | None = None
-    weight_decay: float | None = None
-
-    def hyperparameters(self) -> dict[str, Any]:
-        """All hyperparameters of the fallback rule.
-
-        Raises:
-            ValueError: There is no such fallback rule, or it has no such hyperparameter.
-        """
-        if self.name not in FALLBACKS:
-            raise ValueError(f"fallback={self.name!r} is not one of {', '.join(sorted(FALLBACKS))}.")
-        values = dict(FALLBACKS[self.name][1])
-        for name in ("lr", "betas", "eps", "weight_decay"):
-            value = getattr(self, name)
-            if value is None:
-                continue
-            if name not in values:
-                raise ValueError(f"fallback_{name}={value!r}: {self.name} has no {name}; leave fallback_{name} out.")
-            values[name] = value
-        return values
+    if name not in fallbacks():
+        raise ValueError(f"fallback={name!r} is not one of {', '.join(sorted(fallbacks()))}.")
+    values = fallbacks()[name].hyperparameters()
+    for key in _FALLBACK_ARGUMENTS:
+        value = arguments.get(f"fallback_{key}")
+        if value is None:
+            continue
+        if key not in values:
+            raise ValueError(f"fallback_{key}={value!r}: {name} has no {key}; leave fallback_{key} out.")
+        values[key] = value
+    return values
 
 
 class MatrixOptimizer(RuleOptimizer):
@@ -72,30 +59,31 @@ class MatrixOptimizer(RuleOptimizer):
     matrix rule; a warning says so.
     """
 
-    @abstractmethod
-    def __init__(
-        self,
-        params: Params,
-        hyperparameters: dict[str, Any],
-        fallback: Fallback,
-        options: EngineOptions,
-    ) -> None:
-        self._fallback = {**fallback.hyperparameters(), "rule": fallback.name}
+    _of_the_engine = True
+    fallback: Annotated[str, anything()] = field(default="AdamW", kw_only=True)
+    fallback_lr: Annotated[float | None, anything()] = field(default=None, kw_only=True)
+    fallback_betas: Annotated[tuple[float, float] | None, anything()] = field(default=None, kw_only=True)
+    fallback_eps: Annotated[float | None, anything()] = field(default=None, kw_only=True)
+    fallback_weight_decay: Annotated[float | None, anything()] = field(default=None, kw_only=True)
+
+    def _construct(self, params: Any, arguments: dict[str, Any]) -> None:
+        name = arguments["fallback"]
+        self._fallback = {**fallback_hyperparameters(name, arguments), "rule": name}
         self._warned = False
-        super().__init__(params, hyperparameters, options)
+        super()._construct(params, arguments)
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_fallback": self._fallback, "_warned": self._warned}
 
-    def rule(self, group: Mapping[str, Any]) -> Rule:
+    def rule(self, group: Mapping[str, Any]) -> type[Rule]:
         matrix = group["role"] == "matrix"
-        name = self.rules[0].name if matrix else self._fallback["rule"]
+        name = self.name if matrix else self._fallback["rule"]
         if group["rule"] != name:
             raise ValueError(
                 f"{type(self).__name__} runs {name!r} on parameter groups of role {group['role']!r}, got "
                 f"rule={group['rule']!r}; role and rule of a group cannot be changed."
             )
-        return self.rules[0] if matrix else FALLBACKS[name][0]
+        return type(self) if matrix else RULES[name]
 
     def group_defaults(self, group: Mapping[str, Any]) -> dict[str, Any]:
         if group["role"] == "matrix":
@@ -130,7 +118,7 @@ class MatrixOptimizer(RuleOptimizer):
         if group["role"] == "fallback":
             return
         rule, blocks = self.rule(group), group["blocks"]
-        least = 2 if isinstance(rule, MatrixRule) and (rule.flatten or group["transposed"]) else 1
+        least = 2 if issubclass(rule, MatrixRule) and (rule.flatten or group["transposed"]) else 1
         for p in group["params"]:
             processes.sharding(p)  # Raises where a matrix rule cannot run.
             if p.ndim < least:

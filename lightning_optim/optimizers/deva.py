@@ -1,144 +1,35 @@
 """DeVA, the spectral (S-infinity) form: decoupled variance adaptation of orthogonalised momentum."""
 
-from __future__ import annotations
-
-from math import sqrt
-from typing import Any, Literal
+from dataclasses import field
+from math import prod, sqrt
+from typing import Annotated, Literal
 
 import torch
-from torch import Tensor
 
-from ..eigenbasis import BASIS_ERROR, Eigenbasis, axis_state, permute_, phases, refreshes
+from ..eigenbasis import BASIS_ERROR, Eigenbasis, axis_buffers, permute_, phases, refreshes
 from ..engine.arithmetic import ema_, mix, squared_norm
-from ..engine.hyperparameters import EIGENBASIS, ORTHOGONALIZER, one_of
-from ..engine.optimizer import EngineOptions, Params
-from ..engine.rounding import Rounding
-from ..engine.rule import (
-    LIKE_PARAMETER,
-    Hyperparameters,
-    Internal,
-    MatrixRule,
-    Move,
-    Observer,
-    Orthogonalizing,
-    Scalars,
-    Shape,
-    ignore,
-    mean_of,
-)
-from ..engine.step import Backend
-from ..engine.two_rules import Fallback, MatrixOptimizer
-
-_FORMS = ("momentum", "sign", "instantaneous", "efficient")
+from ..engine.hyperparameters import count, fraction
+from ..engine.kinds import Matrix, Move
+from ..engine.rule import LIKE_PARAMETER, Internal, Polar, mean_of
 
 
-def _axes(shape: Shape, hp: Hyperparameters) -> tuple[int, ...]:
-    return tuple(i for i in (0, 1) if _matrix(shape)[i] <= hp["max_precondition_dim"])
+def _matrix(shape):
+    return shape[0], prod(shape[1:])
 
 
-def _matrix(shape: Shape) -> Shape:
-    columns = 1
-    for size in shape[1:]:
-        columns *= size
-    return (shape[0], columns)
+def _axes(shape, h):
+    return tuple(i for i in (0, 1) if _matrix(shape)[i] <= h.max_precondition_dim)
 
 
-def _state(shape: Shape, hp: Hyperparameters) -> dict[str, Shape | None]:
-    rows, columns = _matrix(shape)
-    variance: dict[str, Shape | None] = {"v": LIKE_PARAMETER}
-    if hp["form"] == "efficient":
-        variance = {"row_v": (rows, 1), "column_v": (1, columns)}
-    return {"m": LIKE_PARAMETER, **variance, **axis_state((rows, columns), _axes(shape, hp))}
-
-
-def _scalars(t: int, hp: Hyperparameters, shape: Shape, phase: int) -> Scalars:
-    b1, b2 = hp["betas"]
-    n = t - 1  # The first call only starts the bases.
-    correction = sqrt(1 - b2**n) / (1 - b1**n) if hp["correct_bias"] and n else 1.0
-    keep = 1 - hp["lr"] * hp["weight_decay"]
-    step = keep * hp["lr"] * correction * 0.2 * sqrt(max(_matrix(shape)))  # Decay comes after the step.
-    return {
-        "b1": b1,
-        "b2": b2,
-        "shampoo_beta": b2 if hp["shampoo_beta"] is None else hp["shampoo_beta"],
-        "step": step if n else 0.0,
-        "keep": keep if n else 1.0,
-        "eps": hp["eps"],
-        "start": n == 0,
-        "refresh": refreshes(n, phase, hp),
-        "axes": _axes(shape, hp),
-        "form": hp["form"],
-        "nesterov": hp["nesterov"],
-        "method": hp["orthogonalizer"],
-    }
-
-
-def _update(
-    g: Tensor, m: Tensor, v: Any = None, row_v: Any = None, column_v: Any = None, *,
-    b1, b2, shampoo_beta, step, eps, keep, start, refresh, axes, form, nesterov, method,
-    observe: Observer = ignore, **bases: Tensor,
-) -> Orthogonalizing:  # fmt: skip
-    basis = Eigenbasis(axes, bases)
-    if start:
-        basis.accumulate(g, shampoo_beta)
-        basis.start()
-        basis.report(observe)
-        return Move(torch.zeros_like(g), step, keep)
-    rotated = basis.rotate(g)
-    ema_(m, rotated, b1)
-    if form == "efficient":
-        ema_(row_v, squared_norm(rotated, (-1,)), b2)
-        ema_(column_v, squared_norm(rotated, (-2,)), b2)
-        rows = (squared_norm(m, (-1,)) / (row_v + eps)).pow_(0.25)
-        gamma = rows * (squared_norm(m, (-2,)) / (column_v + eps)).pow_(0.25)
-    else:
-        measured = rotated if form == "instantaneous" else m
-        norms = squared_norm(measured, (-1,)).sqrt_() * squared_norm(measured, (-2,)).sqrt_()
-        ema_(v, norms, b2)
-        gamma = (norms / (v + eps)).sqrt_()
-    n = mix(rotated, m, b1) if nesterov else m
-    if form in ("sign", "efficient"):
-        n = n.sign()
-    o = yield n, method
-    observe("variance_adaptation", gamma)
-    direction = basis.rotate_back(gamma * o)
-    basis.accumulate(g, shampoo_beta)
-    if refresh:
-        raw = basis.rotate_back(m)
-        statistics = (row_v, column_v) if form == "efficient" else (v, v)
-        basis.refresh(lambda axis, order: permute_(statistics[axis], axis, order))
-        m.copy_(basis.rotate(raw))
-    basis.report(observe)
-    return Move(direction, step, keep)
-
-
-def _spread_sums(gamma: Tensor) -> tuple[Tensor, ...]:
+def _spread_sums(gamma):
     return gamma.sum(), gamma.square().sum(), gamma.new_tensor(float(gamma.numel()))
 
 
-def _spread(total: Tensor, squares: Tensor, count: Tensor) -> Tensor:
+def _spread(total, squares, count):
     return (squares / count - (total / count) ** 2).clamp(min=0).sqrt() / (total / count)
 
 
-DEVA_RULE = MatrixRule(
-    "DeVA",
-    state=_state,
-    scalars=_scalars,
-    update=_update,
-    constraints={"form": one_of(*_FORMS), **EIGENBASIS, **ORTHOGONALIZER},
-    phases=phases,
-    capturable=False,
-    internals={
-        "variance_adaptation": mean_of("variance_adaptation", "mean of the variance adaptation Gamma"),
-        "variance_adaptation_spread": Internal(
-            "standard deviation of Gamma over its mean", _spread_sums, "variance_adaptation", _spread
-        ),
-        "basis_error": BASIS_ERROR,
-    },
-)
-
-
-class DeVA(MatrixOptimizer):
+class DeVA(Matrix, paper="arXiv 2602.06880", about="decoupled variance adaptation, spectral form"):
     r"""DeVA in the spectral :math:`S_\infty` geometry (`arXiv 2602.06880 <https://arxiv.org/abs/2602.06880>`_).
 
     In the eigenbasis of Shampoo's preconditioner, kept as in :class:`SOAP`:
@@ -162,9 +53,6 @@ class DeVA(MatrixOptimizer):
     preconditioned axis.
 
     Args:
-        params: Parameters, named parameters or parameter groups; see :class:`.two_rules.MatrixOptimizer`.
-        lr: Learning rate :math:`\eta`.
-        betas: :math:`(\beta_1, \beta_2)`.
         shampoo_beta: Decay of the averages of outer products, or ``None`` for :math:`\beta_2`.
         eps: :math:`\epsilon`, in squared units of the gradient's norm.
         weight_decay: Decoupled weight decay :math:`\lambda`, after the step.
@@ -178,20 +66,8 @@ class DeVA(MatrixOptimizer):
         form: ``"momentum"``, ``"sign"``, ``"instantaneous"`` or ``"efficient"``.
         orthogonalizer: A name in :data:`lightning_optim.polar.METHODS`, or ``"exact"``. The default is the released
             code's own.
-        fallback: Rule for everything that is not a hidden matrix; a name in :data:`.two_rules.FALLBACKS`. The vector
-            form of the same method by default.
-        fallback_lr: Its learning rate; this and the next three are the fallback's own defaults if ``None``.
-        fallback_betas: Its betas.
-        fallback_eps: Its eps.
-        fallback_weight_decay: Its weight decay.
-        maximize: Ascend instead of descend.
-        skip_nonfinite: Skip and count steps whose gradients hold NaN or infinity.
-        max_consecutive_skips: Steps skipped in a row after which ``step`` raises an error, or ``None``.
-        backend: How the step is run; see :class:`.optimizer.RuleOptimizer`.
-        rounding: How results are stored in bfloat16 and float16 parameters; see :class:`.optimizer.RuleOptimizer`.
-
-    Raises:
-        ValueError: A hyperparameter is out of range, or a parameter does not fit its role.
+        fallback: Rule for everything that is not a hidden matrix: any element-wise or group optimizer by name, or
+            ``"AdamW"``. The vector form of the same method by default.
 
     Example:
         >>> import torch, lightning_optim
@@ -206,41 +82,79 @@ class DeVA(MatrixOptimizer):
                 [ 0.0000,  0.5651]])
     """
 
-    rules = (DEVA_RULE,)
+    lr: float = 3e-3
+    betas: tuple[float, float] = (0.95, 0.95)
+    shampoo_beta: Annotated[float | None, fraction()] = None
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    precondition_frequency: Annotated[int, count()] = 10
+    stagger: bool = True
+    max_precondition_dim: Annotated[int, count()] = 10000
+    correct_bias: bool = True
+    nesterov: bool = True
+    form: Literal["momentum", "sign", "instantaneous", "efficient"] = "momentum"
+    orthogonalizer: str = "kj5-schatten"
+    fallback: str = field(default="DeVAVector", kw_only=True)
 
-    def __init__(
-        self,
-        params: Params,
-        lr: float = 3e-3,
-        betas: tuple[float, float] = (0.95, 0.95),
-        shampoo_beta: float | None = None,
-        eps: float = 1e-8,
-        weight_decay: float = 0.01,
-        precondition_frequency: int = 10,
-        stagger: bool = True,
-        max_precondition_dim: int = 10000,
-        correct_bias: bool = True,
-        nesterov: bool = True,
-        form: Literal["momentum", "sign", "instantaneous", "efficient"] = "momentum",
-        orthogonalizer: str = "kj5-schatten",
-        fallback: str = "DeVAVector",
-        fallback_lr: float | None = None,
-        fallback_betas: tuple[float, float] | None = None,
-        fallback_eps: float | None = None,
-        fallback_weight_decay: float | None = None,
-        *,
-        maximize: bool = False,
-        skip_nonfinite: bool = True,
-        max_consecutive_skips: int | None = 100,
-        backend: Backend = "auto",
-        rounding: Rounding = "nearest",
-    ) -> None:
-        hyperparameters = {
-            "lr": lr, "betas": betas, "shampoo_beta": shampoo_beta, "eps": eps, "weight_decay": weight_decay,
-            "precondition_frequency": precondition_frequency, "stagger": stagger,
-            "max_precondition_dim": max_precondition_dim, "correct_bias": correct_bias, "nesterov": nesterov,
-            "form": form, "orthogonalizer": orthogonalizer,
-        }  # fmt: skip
-        others = Fallback(fallback, fallback_lr, fallback_betas, fallback_eps, fallback_weight_decay)
-        options = EngineOptions(maximize, skip_nonfinite, max_consecutive_skips, backend, rounding)
-        super().__init__(params, hyperparameters, others, options)
+    capturable = False
+    phases = staticmethod(phases)
+    internals = {
+        "variance_adaptation": mean_of("variance_adaptation", "mean of the variance adaptation Gamma"),
+        "variance_adaptation_spread": Internal(
+            "standard deviation of Gamma over its mean", _spread_sums, "variance_adaptation", _spread
+        ),
+        "basis_error": BASIS_ERROR,
+    }
+
+    @staticmethod
+    def buffers(shape, h):
+        rows, columns = _matrix(shape)
+        variance = {"row_v": (rows, 1), "column_v": (1, columns)} if h.form == "efficient" else {"v": LIKE_PARAMETER}
+        return {"m": LIKE_PARAMETER, **variance, **axis_buffers((rows, columns), _axes(shape, h))}
+
+    @staticmethod
+    def scalars(t, h, shape, phase):
+        n = t - 1  # The first call only starts the bases.
+        correction = sqrt(1 - h.beta2**n) / (1 - h.beta1**n) if h.correct_bias and n else 1.0
+        step = DeVA.keep(h) * h.lr * correction * 0.2 * sqrt(max(_matrix(shape)))  # Decay comes after the step.
+        return {
+            "step": step if n else 0.0,
+            "keep": DeVA.keep(h) if n else 1.0,
+            "shampoo_beta": h.beta2 if h.shampoo_beta is None else h.shampoo_beta,
+            "start": n == 0,
+            "refresh": refreshes(n, phase, h),
+            "axes": _axes(shape, h),
+        }
+
+    @staticmethod
+    def update(g, s, k, observe):
+        basis = Eigenbasis(k.axes, s)
+        if k.start:
+            basis.accumulate(g, k.shampoo_beta)
+            basis.start()
+            basis.report(observe)
+            return Move(torch.zeros_like(g), k.step)
+        rotated = basis.rotate(g)
+        ema_(s.m, rotated, k.beta1)
+        if k.form == "efficient":
+            ema_(s.row_v, squared_norm(rotated, (-1,)), k.beta2)
+            ema_(s.column_v, squared_norm(rotated, (-2,)), k.beta2)
+            rows = (squared_norm(s.m, (-1,)) / (s.row_v + k.eps)).pow_(0.25)
+            gamma = rows * (squared_norm(s.m, (-2,)) / (s.column_v + k.eps)).pow_(0.25)
+        else:
+            measured = rotated if k.form == "instantaneous" else s.m
+            norms = squared_norm(measured, (-1,)).sqrt_() * squared_norm(measured, (-2,)).sqrt_()
+            ema_(s.v, norms, k.beta2)
+            gamma = (norms / (s.v + k.eps)).sqrt_()
+        n = mix(rotated, s.m, k.beta1) if k.nesterov else s.m
+        o, _ = yield Polar(n.sign() if k.form in ("sign", "efficient") else n, k.orthogonalizer)
+        observe("variance_adaptation", gamma)
+        direction = basis.rotate_back(gamma * o)
+        basis.accumulate(g, k.shampoo_beta)
+        if k.refresh:
+            raw = basis.rotate_back(s.m)
+            statistics = (s.row_v, s.column_v) if k.form == "efficient" else (s.v, s.v)
+            basis.refresh(lambda axis, order: permute_(statistics[axis], axis, order))
+            s.m.copy_(basis.rotate(raw))
+        basis.report(observe)
+        return Move(direction, k.step)

@@ -1,54 +1,18 @@
 """DeVA, the vector (l-infinity) form."""
 
-from __future__ import annotations
-
-from torch import Tensor
-
-from ..engine.arithmetic import add_, ema_, ema_product_, mix, shrink_
-from ..engine.optimizer import EngineOptions, Params, RuleOptimizer
-from ..engine.rounding import Rounding
-from ..engine.rule import ElementwiseRule, Hyperparameters, Internal, Scalars, like
-from ..engine.step import Backend
+from ..engine.arithmetic import ema_, ema_product_, mix
+from ..engine.kinds import Elementwise, Move
+from ..engine.rule import Internal
 
 _FLOOR = 1e-5  # The constant inside the square root of the released code.
 
 
-def _scalars(t: int, hp: Hyperparameters) -> Scalars:
-    b1, b2 = hp["betas"]
-    return {
-        "b1": b1,
-        "b2": b2,
-        "lr": hp["lr"],
-        "keep": 1 - hp["lr"] * hp["weight_decay"],
-        "nesterov": hp["nesterov"],
-    }
-
-
-def _update(p: Tensor, g: Tensor, m: Tensor, v: Tensor, *, b1, b2, lr, keep, nesterov) -> None:
-    shrink_(p, keep)
-    ema_(m, g, b1)
-    ema_product_(v, m, m, b2)
-    adapted = m / (v + _FLOOR).sqrt_()
-    if nesterov:
-        adapted = adapted.abs_() * mix(g, m, b1).sign_()
-    add_(p, adapted, -lr)
-
-
-def _variance_adaptation(g: Tensor, t: int, hp: Hyperparameters, m: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-    gamma = m.abs() / (v + _FLOOR).sqrt_()
+def _variance_adaptation(g, s, t, h):
+    gamma = s.m.abs() / (s.v + _FLOOR).sqrt_()
     return gamma.sum(), gamma.new_tensor(float(gamma.numel()))
 
 
-DEVA_VECTOR = ElementwiseRule(
-    "DeVAVector",
-    state=like("m", "v"),
-    scalars=_scalars,
-    update=_update,
-    internals={"variance_adaptation": Internal("mean of the variance adaptation Gamma", _variance_adaptation)},
-)
-
-
-class DeVAVector(RuleOptimizer):
+class DeVAVector(Elementwise, paper="arXiv 2602.06880", about="decoupled variance adaptation, vector form"):
     r"""DeVA in the :math:`\ell_\infty` geometry (`arXiv 2602.06880 <https://arxiv.org/abs/2602.06880>`_).
 
     .. math::
@@ -62,19 +26,10 @@ class DeVAVector(RuleOptimizer):
     step is :math:`\eta/\sqrt{1-\beta_2}`. State: ``m``, ``v``, each of the parameter's shape.
 
     Args:
-        params: Parameters, named parameters or parameter groups.
         lr: Learning rate :math:`\eta`. The released class has 0.02, its README's example 1e-3.
         betas: :math:`(\beta_1, \beta_2)`. The README's example has (0.9, 0.99).
         weight_decay: Decoupled weight decay :math:`\lambda`.
         nesterov: Take the sign (and only the sign) of :math:`(1-\beta_1) g_t + \beta_1 M_t`, as released.
-        maximize: Ascend instead of descend.
-        skip_nonfinite: Skip and count steps whose gradients hold NaN or infinity.
-        max_consecutive_skips: Steps skipped in a row after which ``step`` raises an error, or ``None``.
-        backend: How the step is run; see :class:`.optimizer.RuleOptimizer`.
-        rounding: How results are stored in bfloat16 and float16 parameters; see :class:`.optimizer.RuleOptimizer`.
-
-    Raises:
-        ValueError: A hyperparameter is out of range, or a parameter is complex.
 
     Example:
         >>> import torch, lightning_optim
@@ -86,22 +41,19 @@ class DeVAVector(RuleOptimizer):
         tensor([ 0.9155, -1.9155])
     """
 
-    rules = (DEVA_VECTOR,)
+    lr: float = 0.02
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    nesterov: bool = False
 
-    def __init__(
-        self,
-        params: Params,
-        lr: float = 0.02,
-        betas: tuple[float, float] = (0.9, 0.999),
-        weight_decay: float = 0.0,
-        nesterov: bool = False,
-        *,
-        maximize: bool = False,
-        skip_nonfinite: bool = True,
-        max_consecutive_skips: int | None = 100,
-        backend: Backend = "auto",
-        rounding: Rounding = "nearest",
-    ) -> None:
-        hyperparameters = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "nesterov": nesterov}
-        options = EngineOptions(maximize, skip_nonfinite, max_consecutive_skips, backend, rounding)
-        super().__init__(params, hyperparameters, options)
+    buffers = ("m", "v")
+    internals = {"variance_adaptation": Internal("mean of the variance adaptation Gamma", _variance_adaptation)}
+
+    @staticmethod
+    def update(g, s, k):
+        ema_(s.m, g, k.beta1)
+        ema_product_(s.v, s.m, s.m, k.beta2)
+        adapted = s.m / (s.v + _FLOOR).sqrt_()
+        if k.nesterov:
+            adapted = adapted.abs_() * mix(g, s.m, k.beta1).sign_()
+        return Move(adapted, k.lr)

@@ -1,42 +1,38 @@
 """MAdam and LaMAdam: the second moment is averaged so that the variance that it sees is largest (MaxVA)."""
 
-from __future__ import annotations
+from typing import Annotated
 
 import torch
-from torch import Tensor
 
-from ..engine.arithmetic import add_, add_quotient_, decay_, ema_, weight_decay
+from ..engine.arithmetic import add_quotient_, ema_
 from ..engine.hyperparameters import fraction
-from ..engine.optimizer import EngineOptions, Params, RuleOptimizer
-from ..engine.rounding import Rounding
-from ..engine.rule import LIKE_PARAMETER, ElementwiseRule, Hyperparameters, Internal, Scalars, Shape, like
-from ..engine.step import Backend
+from ..engine.kinds import Elementwise, Move
+from ..engine.rule import Internal
 
 _TINY = 1e-16  # As released, in squared units of the gradient.
-_CONSTRAINTS = {"beta_min": fraction()}
 
 
-def _weights(t: int, hp: Hyperparameters) -> Scalars:
+def _weights(t, h):
     """The least and the largest weight of a new gradient, 1 - beta: float32 does not tell betas near 1 apart."""
-    least = 1 - hp["betas"][1]
-    return {"least": least, "most": least if t == 1 else max(1 - hp["beta_min"], least)}
+    least = 1 - h.beta2
+    return {"least": least, "most": least if t == 1 else max(1 - h.beta_min, least)}
 
 
-def _root_second_moment(g: Tensor, mean: Tensor, variance: Tensor, total: Tensor, least, most) -> Tensor:
+def _root_second_moment(g, s, k):
     """Update the weighted mean and variance of the gradients in place; the root of their second moment."""
-    deviation = g - mean
+    deviation = g - s.mean
     squared = deviation * deviation
-    gap = (squared - variance).mul_(total)
-    weight = (gap + _TINY).div_((squared + variance).add_(gap).add_(_TINY)).clamp_(least, most)
-    total.addcmul_(weight, 1 - total)
-    share = weight.div_(total)  # 1 at the first step.
-    mean.lerp_(g, share)  # Exact where they are equal, and where the share is 1 after a huge gradient.
-    variance.addcmul_(share, squared).mul_(1 - share)
-    return torch.addcmul(variance, mean, mean).sqrt_()
+    gap = (squared - s.variance).mul_(s.total)
+    weight = (gap + _TINY).div_((squared + s.variance).add_(gap).add_(_TINY)).clamp_(k.least, k.most)
+    s.total.addcmul_(weight, 1 - s.total)
+    share = weight.div_(s.total)  # 1 at the first step.
+    s.mean.lerp_(g, share)  # Exact where they are equal, and where the share is 1 after a huge gradient.
+    s.variance.addcmul_(share, squared).mul_(1 - share)
+    return torch.addcmul(s.variance, s.mean, s.mean).sqrt_()
 
 
-def _sums(g: Tensor, t: int, hp: Hyperparameters, *, mean: Tensor, variance: Tensor, **_: Tensor) -> tuple[Tensor, ...]:
-    return g.to(mean.dtype).square().sum(), variance.sum() + mean.square().sum()
+def _sums(g, s, t, h):
+    return g.to(s.mean.dtype).square().sum(), s.variance.sum() + s.mean.square().sum()
 
 
 _INTERNALS = {
@@ -44,42 +40,7 @@ _INTERNALS = {
 }
 
 
-# --- MAdam ------------------------------------------------------------------------------------------------------
-
-
-def _madam_state(shape: Shape, hp: Hyperparameters) -> dict[str, Shape | None]:
-    names = ("m", "mean", "variance", "total")
-    return dict.fromkeys((*names, "root_max") if hp["amsgrad"] else names, LIKE_PARAMETER)
-
-
-def _madam_scalars(t: int, hp: Hyperparameters) -> Scalars:
-    b1 = hp["betas"][0]
-    return {"b1": b1, "step_size": hp["lr"] / (1 - b1**t), "eps": hp["eps"], **_weights(t, hp), **weight_decay(hp)}
-
-
-def _madam_update(
-    p: Tensor, g: Tensor, m: Tensor, mean: Tensor, variance: Tensor, total: Tensor, root_max: Tensor | None = None, *,
-    b1, step_size, eps, least, most, keep, l2,
-) -> None:  # fmt: skip
-    g = decay_(p, g, keep, l2)
-    ema_(m, g, b1)
-    root = _root_second_moment(g, mean, variance, total, least, most).add_(eps)
-    if root_max is not None:
-        root = torch.maximum(root_max, root, out=root_max)
-    add_quotient_(p, m, root, -step_size)
-
-
-MADAM = ElementwiseRule(
-    "MAdam",
-    state=_madam_state,
-    scalars=_madam_scalars,
-    update=_madam_update,
-    constraints=_CONSTRAINTS,
-    internals=_INTERNALS,
-)
-
-
-class MAdam(RuleOptimizer):
+class MAdam(Elementwise, paper="arXiv 2006.11918", about="Adam with a second moment of maximum variance (MaxVA)"):
     r"""MAdam, Adam with a second moment of maximum variance (MaxVA, `arXiv 2006.11918`_).
 
     Every coordinate averages its gradients and their squares with a decay :math:`\beta_t` of its own, the one in
@@ -101,23 +62,13 @@ class MAdam(RuleOptimizer):
     .. _arXiv 2006.11918: https://arxiv.org/abs/2006.11918
 
     Args:
-        params: Parameters, named parameters or parameter groups.
         lr: Learning rate :math:`\eta` (default as released).
         betas: :math:`(\beta_1, \beta_2)`; the second is the upper end of the range of the decay.
         beta_min: Lower end of the range. Where it is above ``betas[1]``, the decay is ``betas[1]``.
         eps: Added to the root of the second moment, in units of the gradient.
-        weight_decay: Weight decay coefficient.
         decoupled: ``True`` (as released) shrinks the parameters by ``1 - lr * weight_decay`` before the step;
             ``False`` adds ``weight_decay * p`` to the gradient.
         amsgrad: Divide by the running maximum of the denominator, ``eps`` included (as released).
-        maximize: Ascend instead of descend.
-        skip_nonfinite: Skip and count steps whose gradients hold NaN or infinity.
-        max_consecutive_skips: Steps skipped in a row after which ``step`` raises an error, or ``None``.
-        backend: How the step is run; see :class:`.optimizer.RuleOptimizer`.
-        rounding: How results are stored in bfloat16 and float16 parameters; see :class:`.optimizer.RuleOptimizer`.
-
-    Raises:
-        ValueError: A hyperparameter is out of range, or a parameter is complex.
 
     Example:
         >>> import torch, lightning_optim
@@ -129,72 +80,35 @@ class MAdam(RuleOptimizer):
         tensor([ 0.9000, -2.1000])
     """
 
-    rules = (MADAM,)
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    beta_min: Annotated[float, fraction()] = 0.5
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    decoupled: bool = True
+    amsgrad: bool = False
 
-    def __init__(
-        self,
-        params: Params,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        beta_min: float = 0.5,
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        decoupled: bool = True,
-        amsgrad: bool = False,
-        *,
-        maximize: bool = False,
-        skip_nonfinite: bool = True,
-        max_consecutive_skips: int | None = 100,
-        backend: Backend = "auto",
-        rounding: Rounding = "nearest",
-    ) -> None:
-        hyperparameters = {
-            "lr": lr, "betas": betas, "beta_min": beta_min, "eps": eps, "weight_decay": weight_decay,
-            "decoupled": decoupled, "amsgrad": amsgrad,
-        }  # fmt: skip
-        options = EngineOptions(maximize, skip_nonfinite, max_consecutive_skips, backend, rounding)
-        super().__init__(params, hyperparameters, options)
+    internals = _INTERNALS
 
+    @staticmethod
+    def buffers(shape, h):
+        names = ("m", "mean", "variance", "total")
+        return (*names, "root_max") if h.amsgrad else names
 
-# --- LaMAdam ----------------------------------------------------------------------------------------------------
+    @staticmethod
+    def scalars(t, h):
+        return {"step": h.lr / (1 - h.beta1**t), **_weights(t, h)}
+
+    @staticmethod
+    def update(g, s, k):
+        ema_(s.m, g, k.beta1)
+        root = _root_second_moment(g, s, k).add_(k.eps)
+        if k.amsgrad:
+            root = torch.maximum(s.root_max, root, out=s.root_max)
+        return Move(s.m, k.step, over=root)
 
 
-def _lamadam_scalars(t: int, hp: Hyperparameters, host: dict[str, float]) -> Scalars:
-    b1, lr = hp["betas"][0], hp["lr"]
-    # A running average of lr, so that the correction stays right when lr or the betas change.
-    host["lr_average"] = b1 * host["lr_average"] + (1 - b1) * lr
-    return {
-        "b1": b1,
-        "lr": lr,
-        "step_size": lr / host["lr_average"] if host["lr_average"] else 0.0,
-        "eps": hp["eps"],
-        **_weights(t, hp),
-        **weight_decay(hp),
-    }
-
-
-def _lamadam_update(
-    p: Tensor, g: Tensor, m: Tensor, mean: Tensor, variance: Tensor, total: Tensor, *,
-    b1, lr, step_size, eps, least, most, keep, l2,
-) -> None:  # fmt: skip
-    g = decay_(p, g, keep, l2)
-    root = _root_second_moment(g, mean, variance, total, least, most).add_(eps)
-    add_quotient_(m.mul_(b1), g, root, (1 - b1) * lr)
-    add_(p, m, -step_size)
-
-
-LAMADAM = ElementwiseRule(
-    "LaMAdam",
-    state=like("m", "mean", "variance", "total"),
-    scalars=_lamadam_scalars,
-    update=_lamadam_update,
-    host_state=("lr_average",),
-    constraints=_CONSTRAINTS,
-    internals=_INTERNALS,
-)
-
-
-class LaMAdam(RuleOptimizer):
+class LaMAdam(Elementwise, paper="arXiv 2006.11918", about="LaProp with a second moment of maximum variance (MaxVA)"):
     r"""LaMAdam, LaProp with a second moment of maximum variance (MaxVA, `arXiv 2006.11918`_).
 
     .. math::
@@ -210,23 +124,13 @@ class LaMAdam(RuleOptimizer):
     .. _arXiv 2006.11918: https://arxiv.org/abs/2006.11918
 
     Args:
-        params: Parameters, named parameters or parameter groups.
         lr: Learning rate :math:`\eta` (default as released).
         betas: :math:`(\beta_1, \beta_2)`, in the release ``momentum`` and ``beta``; the second is the upper end of
             the range of the decay.
         beta_min: Lower end of the range. Where it is above ``betas[1]``, the decay is ``betas[1]``.
         eps: Added to the root of the second moment, in units of the gradient.
-        weight_decay: Weight decay coefficient.
         decoupled: ``True`` shrinks the parameters by ``1 - lr * weight_decay`` before the step; ``False`` (as
             released) adds ``weight_decay * p`` to the gradient.
-        maximize: Ascend instead of descend.
-        skip_nonfinite: Skip and count steps whose gradients hold NaN or infinity.
-        max_consecutive_skips: Steps skipped in a row after which ``step`` raises an error, or ``None``.
-        backend: How the step is run; see :class:`.optimizer.RuleOptimizer`.
-        rounding: How results are stored in bfloat16 and float16 parameters; see :class:`.optimizer.RuleOptimizer`.
-
-    Raises:
-        ValueError: A hyperparameter is out of range, or a parameter is complex.
 
     Example:
         >>> import torch, lightning_optim
@@ -238,27 +142,25 @@ class LaMAdam(RuleOptimizer):
         tensor([ 0.9000, -2.1000])
     """
 
-    rules = (LAMADAM,)
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.98)
+    beta_min: Annotated[float, fraction()] = 0.5
+    eps: float = 1e-15
+    weight_decay: float = 0.0
+    decoupled: bool = False
 
-    def __init__(
-        self,
-        params: Params,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.98),
-        beta_min: float = 0.5,
-        eps: float = 1e-15,
-        weight_decay: float = 0.0,
-        decoupled: bool = False,
-        *,
-        maximize: bool = False,
-        skip_nonfinite: bool = True,
-        max_consecutive_skips: int | None = 100,
-        backend: Backend = "auto",
-        rounding: Rounding = "nearest",
-    ) -> None:
-        hyperparameters = {
-            "lr": lr, "betas": betas, "beta_min": beta_min, "eps": eps, "weight_decay": weight_decay,
-            "decoupled": decoupled,
-        }  # fmt: skip
-        options = EngineOptions(maximize, skip_nonfinite, max_consecutive_skips, backend, rounding)
-        super().__init__(params, hyperparameters, options)
+    buffers = ("m", "mean", "variance", "total")
+    host_state = ("lr_average",)
+    internals = _INTERNALS
+
+    @staticmethod
+    def scalars(t, h, host):
+        # A running average of lr, so that the correction stays right when lr or the betas change.
+        host["lr_average"] = h.beta1 * host["lr_average"] + (1 - h.beta1) * h.lr
+        return {"step": h.lr / host["lr_average"] if host["lr_average"] else 0.0, **_weights(t, h)}
+
+    @staticmethod
+    def update(g, s, k):
+        root = _root_second_moment(g, s, k).add_(k.eps)
+        add_quotient_(s.m.mul_(k.beta1), g, root, (1 - k.beta1) * k.lr)
+        return Move(s.m, k.step)

@@ -1,76 +1,28 @@
 """Muon-VS and Muon-NSR: orthogonalised momentum, adapted to the variance of the gradients before."""
 
-from __future__ import annotations
-
 from math import sqrt
+from typing import Annotated
 
 import torch
-from torch import Tensor
 
 from ..engine.arithmetic import ema_, mix, squared_difference
-from ..engine.hyperparameters import ORTHOGONALIZER, number
-from ..engine.optimizer import EngineOptions, Params
-from ..engine.rounding import Rounding
-from ..engine.rule import Hyperparameters, MatrixRule, Move, Observer, Orthogonalizing, Scalars, Shape, ignore, like
-from ..engine.step import Backend
-from ..engine.two_rules import Fallback, MatrixOptimizer
+from ..engine.hyperparameters import number
+from ..engine.kinds import Matrix, Move
+from ..engine.rule import Polar
 
 
-def _scalars(t: int, hp: Hyperparameters, shape: Shape) -> Scalars:
-    mu = hp["momentum"]
-    return {
-        "mu": mu,
-        "correction": 1 / (1 - mu**t),
-        "eps": hp["eps"],
-        "step": hp["lr"] * 0.2 * sqrt(max(shape[:2])),
-        "keep": 1 - hp["lr"] * hp["weight_decay"],
-        "method": hp["orthogonalizer"],
-    }
+def _scalars(t, h, shape):
+    return {"correction": 1 / (1 - h.momentum**t), "step": h.lr * 0.2 * sqrt(max(shape[:2]))}
 
 
-def _nsr_scalars(t: int, hp: Hyperparameters, shape: Shape) -> Scalars:
-    # In units of (1 - mu) times the published momentum, in which nothing grows beyond the gradients.
-    unit = 1 - hp["momentum"]
-    return _scalars(t, hp, shape) | {"noise": sqrt(hp["gamma"]) * unit, "eps": hp["eps"] * unit}
-
-
-def _moments(g: Tensor, m: Tensor, v: Tensor, mu, correction) -> tuple[Tensor, Tensor]:
+def _moments(g, s, k):
     """Look-ahead momentum and standard deviation."""
-    ema_(v, squared_difference(m, g).mul_(mu), mu)
-    ema_(m, g, mu)
-    return mix(g, m * correction, mu), v.mul(correction).sqrt_()
+    ema_(s.v, squared_difference(s.m, g).mul_(k.momentum), k.momentum)
+    ema_(s.m, g, k.momentum)
+    return mix(g, s.m * k.correction, k.momentum), s.v.mul(k.correction).sqrt_()
 
 
-def _vs(
-    g: Tensor, m: Tensor, v: Tensor, *, mu, correction, eps, step, keep, method, observe: Observer = ignore
-) -> Orthogonalizing:
-    n, deviation = _moments(g, m, v, mu, correction)
-    o = yield n.div_(deviation.add_(eps)), method
-    return Move(o, step, keep)
-
-
-def _nsr(
-    g: Tensor, m: Tensor, v: Tensor, *, mu, correction, noise, eps, step, keep, method, observe: Observer = ignore
-) -> Orthogonalizing:
-    n, deviation = _moments(g, m, v, mu, correction)
-    o = yield n.div_(torch.hypot(n, deviation.mul_(noise)).add_(eps)), method
-    return Move(o, step, keep)
-
-
-MUON_VS = MatrixRule(
-    "MuonVS", state=like("m", "v"), scalars=_scalars, update=_vs, by_rows=True, constraints=ORTHOGONALIZER
-)
-MUON_NSR = MatrixRule(
-    "MuonNSR",
-    state=like("m", "v"),
-    scalars=_nsr_scalars,
-    update=_nsr,
-    by_rows=True,
-    constraints={"gamma": number(), **ORTHOGONALIZER},
-)
-
-
-class MuonVS(MatrixOptimizer):
+class MuonVS(Matrix, paper="arXiv 2601.14603", about="orthogonalised momentum over the gradients' deviation"):
     r"""Muon-VS, variance-scaled Muon (`arXiv 2601.14603 <https://arxiv.org/abs/2601.14603>`_).
 
     .. math::
@@ -86,25 +38,10 @@ class MuonVS(MatrixOptimizer):
     (out, in * k * k). State: ``m`` and ``v``, of the parameter's shape.
 
     Args:
-        params: Parameters, named parameters or parameter groups; see :class:`.two_rules.MatrixOptimizer`.
         lr: Learning rate :math:`\eta`. As released; 6e-4 for GPT-2.
         momentum: :math:`\mu`, of both averages.
         eps: :math:`\epsilon`, in units of the gradient.
         weight_decay: Decoupled weight decay :math:`\lambda`. As released; 0.1 for GPT-2.
-        orthogonalizer: A name in :data:`lightning_optim.polar.METHODS`, or ``"exact"``.
-        fallback: Rule for everything that is not a hidden matrix; a name in :data:`.two_rules.FALLBACKS`.
-        fallback_lr: Its learning rate; this and the next three are the fallback's own defaults if ``None``.
-        fallback_betas: Its betas.
-        fallback_eps: Its eps.
-        fallback_weight_decay: Its weight decay.
-        maximize: Ascend instead of descend.
-        skip_nonfinite: Skip and count steps whose gradients hold NaN or infinity.
-        max_consecutive_skips: Steps skipped in a row after which ``step`` raises an error, or ``None``.
-        backend: How the step is run; see :class:`.optimizer.RuleOptimizer`.
-        rounding: How results are stored in bfloat16 and float16 parameters; see :class:`.optimizer.RuleOptimizer`.
-
-    Raises:
-        ValueError: A hyperparameter is out of range, or a parameter does not fit its role.
 
     Example:
         The first step has no variance to go by but that around zero, which leaves the signs of the gradient.
@@ -120,37 +57,24 @@ class MuonVS(MatrixOptimizer):
                 [-0.0200,  0.0200]])
     """
 
-    rules = (MUON_VS,)
+    lr: float = 0.02
+    momentum: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    orthogonalizer: str = "kj5"
 
-    def __init__(
-        self,
-        params: Params,
-        lr: float = 0.02,
-        momentum: float = 0.95,
-        eps: float = 1e-8,
-        weight_decay: float = 0.01,
-        orthogonalizer: str = "kj5",
-        fallback: str = "AdamW",
-        fallback_lr: float | None = None,
-        fallback_betas: tuple[float, float] | None = None,
-        fallback_eps: float | None = None,
-        fallback_weight_decay: float | None = None,
-        *,
-        maximize: bool = False,
-        skip_nonfinite: bool = True,
-        max_consecutive_skips: int | None = 100,
-        backend: Backend = "auto",
-        rounding: Rounding = "nearest",
-    ) -> None:
-        hyperparameters = {
-            "lr": lr, "momentum": momentum, "eps": eps, "weight_decay": weight_decay, "orthogonalizer": orthogonalizer,
-        }  # fmt: skip
-        others = Fallback(fallback, fallback_lr, fallback_betas, fallback_eps, fallback_weight_decay)
-        options = EngineOptions(maximize, skip_nonfinite, max_consecutive_skips, backend, rounding)
-        super().__init__(params, hyperparameters, others, options)
+    by_rows = True
+    buffers = ("m", "v")
+    scalars = staticmethod(_scalars)
+
+    @staticmethod
+    def update(g, s, k, observe):
+        n, deviation = _moments(g, s, k)
+        o, _ = yield Polar(n.div_(deviation.add_(k.eps)), k.orthogonalizer)
+        return Move(o, k.step)
 
 
-class MuonNSR(MatrixOptimizer):
+class MuonNSR(Matrix, paper="arXiv 2601.14603", about="orthogonalised momentum modulated by noise-to-signal ratios"):
     r"""Muon-NSR, Muon modulated by the noise-to-signal ratio (`arXiv 2601.14603 <https://arxiv.org/abs/2601.14603>`_).
 
     :class:`MuonVS` with another divisor, element by element:
@@ -163,26 +87,11 @@ class MuonNSR(MatrixOptimizer):
     parameter's shape.
 
     Args:
-        params: Parameters, named parameters or parameter groups; see :class:`.two_rules.MatrixOptimizer`.
         lr: Learning rate :math:`\eta`. As released; 6e-4 for GPT-2.
         momentum: :math:`\mu`, of both averages.
         eps: :math:`\epsilon`, in units of the gradient.
         gamma: Weight :math:`\gamma` of the variance.
         weight_decay: Decoupled weight decay :math:`\lambda`. As released; 0.1 for GPT-2.
-        orthogonalizer: A name in :data:`lightning_optim.polar.METHODS`, or ``"exact"``.
-        fallback: Rule for everything that is not a hidden matrix; a name in :data:`.two_rules.FALLBACKS`.
-        fallback_lr: Its learning rate; this and the next three are the fallback's own defaults if ``None``.
-        fallback_betas: Its betas.
-        fallback_eps: Its eps.
-        fallback_weight_decay: Its weight decay.
-        maximize: Ascend instead of descend.
-        skip_nonfinite: Skip and count steps whose gradients hold NaN or infinity.
-        max_consecutive_skips: Steps skipped in a row after which ``step`` raises an error, or ``None``.
-        backend: How the step is run; see :class:`.optimizer.RuleOptimizer`.
-        rounding: How results are stored in bfloat16 and float16 parameters; see :class:`.optimizer.RuleOptimizer`.
-
-    Raises:
-        ValueError: A hyperparameter is out of range, or a parameter does not fit its role.
 
     Example:
         >>> import torch, lightning_optim
@@ -196,33 +105,24 @@ class MuonNSR(MatrixOptimizer):
                 [-0.0200,  0.0200]])
     """
 
-    rules = (MUON_NSR,)
+    lr: float = 0.02
+    momentum: float = 0.95
+    eps: float = 1e-8
+    gamma: Annotated[float, number()] = 10.0
+    weight_decay: float = 0.01
+    orthogonalizer: str = "kj5"
 
-    def __init__(
-        self,
-        params: Params,
-        lr: float = 0.02,
-        momentum: float = 0.95,
-        eps: float = 1e-8,
-        gamma: float = 10.0,
-        weight_decay: float = 0.01,
-        orthogonalizer: str = "kj5",
-        fallback: str = "AdamW",
-        fallback_lr: float | None = None,
-        fallback_betas: tuple[float, float] | None = None,
-        fallback_eps: float | None = None,
-        fallback_weight_decay: float | None = None,
-        *,
-        maximize: bool = False,
-        skip_nonfinite: bool = True,
-        max_consecutive_skips: int | None = 100,
-        backend: Backend = "auto",
-        rounding: Rounding = "nearest",
-    ) -> None:
-        hyperparameters = {
-            "lr": lr, "momentum": momentum, "eps": eps, "gamma": gamma, "weight_decay": weight_decay,
-            "orthogonalizer": orthogonalizer,
-        }  # fmt: skip
-        others = Fallback(fallback, fallback_lr, fallback_betas, fallback_eps, fallback_weight_decay)
-        options = EngineOptions(maximize, skip_nonfinite, max_consecutive_skips, backend, rounding)
-        super().__init__(params, hyperparameters, others, options)
+    by_rows = True
+    buffers = ("m", "v")
+
+    @staticmethod
+    def scalars(t, h, shape):
+        # In units of (1 - mu) times the published momentum, in which nothing grows beyond the gradients.
+        unit = 1 - h.momentum
+        return _scalars(t, h, shape) | {"noise": sqrt(h.gamma) * unit, "floor": h.eps * unit}
+
+    @staticmethod
+    def update(g, s, k, observe):
+        n, deviation = _moments(g, s, k)
+        o, _ = yield Polar(n.div_(torch.hypot(n, deviation.mul_(k.noise)).add_(k.floor)), k.orthogonalizer)
+        return Move(o, k.step)

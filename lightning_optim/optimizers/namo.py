@@ -1,116 +1,25 @@
 """NAMO and NAMO-D: orthogonalised momentum with Adam-type scaling."""
 
-from __future__ import annotations
-
-from math import inf, sqrt
+from math import inf, prod, sqrt
+from typing import Annotated
 
 import torch
-from torch import Tensor
 
 from ..engine.arithmetic import ema_, is_number, mix, squared_norm
-from ..engine.hyperparameters import ORTHOGONALIZER, SMALLEST, number, optional
-from ..engine.optimizer import EngineOptions, Params
-from ..engine.rounding import Rounding
-from ..engine.rule import (
-    LIKE_PARAMETER,
-    Hyperparameters,
-    MatrixRule,
-    Move,
-    Observer,
-    Orthogonalizing,
-    Scalars,
-    Shape,
-    ignore,
-    mean_of,
-)
-from ..engine.step import Backend
-from ..engine.two_rules import Fallback, MatrixOptimizer
+from ..engine.hyperparameters import SMALLEST, number
+from ..engine.kinds import Matrix, Move
+from ..engine.rule import LIKE_PARAMETER, Polar, mean_of
 
 
-def _scalars(t: int, hp: Hyperparameters, shape: Shape) -> Scalars:
-    mu1, mu2 = hp["betas"]
+def _scalars(t, h, shape):
     return {
-        "mu1": mu1,
-        "mu2": mu2,
-        "lr": hp["lr"],
-        "bias": sqrt(1 - mu2**t) / (1 - mu1**t),
-        "eps": hp["eps"],
-        "wd": hp["weight_decay"],
-        "factor": 1.0 if hp["scale"] is None else hp["scale"] * sqrt(max(shape[:2])),
-        "max_step": inf if hp["max_step"] is None else hp["max_step"],
-        "nesterov": hp["nesterov"],
-        "method": hp["orthogonalizer"],
+        "bias": sqrt(1 - h.beta2**t) / (1 - h.beta1**t),
+        "factor": 1.0 if h.scale is None else h.scale * sqrt(max(shape[:2])),
+        "max_step": inf if h.max_step is None else h.max_step,
     }
 
 
-def _namo(
-    g: Tensor, m: Tensor, v: Tensor, *,
-    mu1, mu2, lr, bias, eps, wd, factor, max_step, nesterov, method, observe: Observer = ignore,
-) -> Orthogonalizing:  # fmt: skip
-    ema_(m, g, mu1)
-    n = mix(g, m, mu1) if nesterov else m
-    o, gg, nn = yield n, method, squared_norm(g), squared_norm(n)
-    ema_(v, gg, mu2)
-    a = bias * nn.sqrt_() / v.sqrt().add_(eps)
-    observe("adaptive_scale", a)
-    return Move(o, (lr * factor * a).clamp_(max=max_step), 1 - wd * (lr * a).clamp_(max=max_step))
-
-
-def _namo_d_scalars(t: int, hp: Hyperparameters, shape: Shape) -> Scalars:
-    return _scalars(t, hp, shape) | {"clamp": hp["clamp"]}
-
-
-def _namo_d(
-    g: Tensor, m: Tensor, v: Tensor, *,
-    mu1, mu2, lr, bias, eps, wd, factor, max_step, clamp, nesterov, method, observe: Observer = ignore,
-) -> Orthogonalizing:  # fmt: skip
-    ema_(m, g, mu1)
-    n = mix(g, m, mu1) if nesterov else m
-    o, gg, nn = yield n, method, squared_norm(g, axes=(-2,)), squared_norm(n, axes=(-2,))
-    ema_(v, gg, mu2)
-    d = bias * nn.sqrt_() / v.sqrt().add_(eps)
-    if clamp is not None:
-        mean = d.mean(-1, keepdim=True)
-        free = d
-        d = torch.minimum(torch.maximum(d, clamp * mean), mean / clamp)
-        observe("clamp_rate", (d != free).to(d.dtype).mean(-1))
-    observe("adaptive_scale", d)
-    keep = 1 - wd * (lr * d).clamp_(max=max_step)
-    keep = keep if is_number(max_step, inf) else keep.clamp_(min=0)
-    return Move(o, (lr * factor * d).clamp_(max=max_step), keep)
-
-
-_CONSTRAINTS = {
-    "scale": optional(number(SMALLEST)),
-    "max_step": optional(number(SMALLEST)),
-    "clamp": optional(number(SMALLEST, 1)),
-    **ORTHOGONALIZER,
-}
-
-NAMO_RULE = MatrixRule(
-    "NAMO",
-    state=lambda shape, hp: {"m": LIKE_PARAMETER, "v": (1, 1)},
-    scalars=_scalars,
-    update=_namo,
-    by_rows=True,
-    constraints=_CONSTRAINTS,
-    internals={"adaptive_scale": mean_of("adaptive_scale", "mean over matrices of the adaptive scale a")},
-)
-NAMO_D_RULE = MatrixRule(
-    "NAMOD",
-    state=lambda shape, hp: {"m": LIKE_PARAMETER, "v": (1, torch.Size(shape[1:]).numel())},
-    scalars=_namo_d_scalars,
-    update=_namo_d,
-    by_rows=True,
-    constraints=_CONSTRAINTS,
-    internals={
-        "adaptive_scale": mean_of("adaptive_scale", "mean over columns of the adaptive scale d, after the clamp"),
-        "clamp_rate": mean_of("clamp_rate", "share of columns whose adaptive scale was clamped"),
-    },
-)
-
-
-class NAMO(MatrixOptimizer):
+class NAMO(Matrix, paper="arXiv 2602.17080", about="orthogonalised momentum with a norm-based adaptive scale"):
     r"""NAMO, norm-based adaptive orthogonalised momentum (`arXiv 2602.17080 <https://arxiv.org/abs/2602.17080>`_).
 
     .. math::
@@ -127,7 +36,6 @@ class NAMO(MatrixOptimizer):
     the parameter's shape, ``v`` one number per matrix.
 
     Args:
-        params: Parameters, named parameters or parameter groups; see :class:`.two_rules.MatrixOptimizer`.
         lr: Learning rate :math:`\eta`. As released; the paper tunes 0.012 (GPT-2 124M) and 0.007 (355M).
         betas: :math:`(\mu_1, \mu_2)`.
         eps: :math:`\epsilon`, in units of the gradient's Frobenius norm.
@@ -135,20 +43,6 @@ class NAMO(MatrixOptimizer):
         nesterov: Use the look-ahead momentum.
         scale: Coefficient of :math:`\sqrt{\max(m, n)}` (the weight's first two axes), or ``None`` for the factor 1.
         max_step: Upper bound of the scaled step and of the decay's, or ``None``.
-        orthogonalizer: A name in :data:`lightning_optim.polar.METHODS`, or ``"exact"``.
-        fallback: Rule for everything that is not a hidden matrix; a name in :data:`.two_rules.FALLBACKS`.
-        fallback_lr: Its learning rate; this and the next three are the fallback's own defaults if ``None``.
-        fallback_betas: Its betas.
-        fallback_eps: Its eps.
-        fallback_weight_decay: Its weight decay.
-        maximize: Ascend instead of descend.
-        skip_nonfinite: Skip and count steps whose gradients hold NaN or infinity.
-        max_consecutive_skips: Steps skipped in a row after which ``step`` raises an error, or ``None``.
-        backend: How the step is run; see :class:`.optimizer.RuleOptimizer`.
-        rounding: How results are stored in bfloat16 and float16 parameters; see :class:`.optimizer.RuleOptimizer`.
-
-    Raises:
-        ValueError: A hyperparameter is out of range, or a parameter does not fit its role.
 
     Example:
         >>> import torch, lightning_optim
@@ -162,41 +56,37 @@ class NAMO(MatrixOptimizer):
                 [ 0.0000,  0.1000]])
     """
 
-    rules = (NAMO_RULE,)
+    lr: float = 0.01
+    betas: tuple[float, float] = (0.95, 0.99)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    nesterov: bool = True
+    scale: Annotated[float | None, number(SMALLEST)] = 0.2
+    max_step: Annotated[float | None, number(SMALLEST)] = 1.0
+    orthogonalizer: str = "kj5"
 
-    def __init__(
-        self,
-        params: Params,
-        lr: float = 0.01,
-        betas: tuple[float, float] = (0.95, 0.99),
-        eps: float = 1e-8,
-        weight_decay: float = 0.1,
-        nesterov: bool = True,
-        scale: float | None = 0.2,
-        max_step: float | None = 1.0,
-        orthogonalizer: str = "kj5",
-        fallback: str = "AdamW",
-        fallback_lr: float | None = None,
-        fallback_betas: tuple[float, float] | None = None,
-        fallback_eps: float | None = None,
-        fallback_weight_decay: float | None = None,
-        *,
-        maximize: bool = False,
-        skip_nonfinite: bool = True,
-        max_consecutive_skips: int | None = 100,
-        backend: Backend = "auto",
-        rounding: Rounding = "nearest",
-    ) -> None:
-        hyperparameters = {
-            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "nesterov": nesterov,
-            "scale": scale, "max_step": max_step, "orthogonalizer": orthogonalizer,
-        }  # fmt: skip
-        others = Fallback(fallback, fallback_lr, fallback_betas, fallback_eps, fallback_weight_decay)
-        options = EngineOptions(maximize, skip_nonfinite, max_consecutive_skips, backend, rounding)
-        super().__init__(params, hyperparameters, others, options)
+    by_rows = True
+    own_decay = True
+    scalars = staticmethod(_scalars)
+    internals = {"adaptive_scale": mean_of("adaptive_scale", "mean over matrices of the adaptive scale a")}
+
+    @staticmethod
+    def buffers(shape, h):
+        return {"m": LIKE_PARAMETER, "v": (1, 1)}
+
+    @staticmethod
+    def update(g, s, k, observe):
+        ema_(s.m, g, k.beta1)
+        n = mix(g, s.m, k.beta1) if k.nesterov else s.m
+        o, (gg, nn) = yield Polar(n, k.orthogonalizer, (squared_norm(g), squared_norm(n)))
+        ema_(s.v, gg, k.beta2)
+        a = k.bias * nn.sqrt_() / s.v.sqrt().add_(k.eps)
+        observe("adaptive_scale", a)
+        keep = 1 - k.weight_decay * (k.lr * a).clamp_(max=k.max_step)
+        return Move(o, (k.lr * k.factor * a).clamp_(max=k.max_step), keep=keep)
 
 
-class NAMOD(MatrixOptimizer):
+class NAMOD(Matrix, paper="arXiv 2602.17080", about="orthogonalised momentum with column-wise adaptive scales"):
     r"""NAMO-D, NAMO with one adaptive scale per column (`arXiv 2602.17080 <https://arxiv.org/abs/2602.17080>`_).
 
     With :math:`\mathcal N(X)_j = \|X_{:,j}\|_2`, the norms of the columns (input features of a linear layer):
@@ -214,7 +104,6 @@ class NAMOD(MatrixOptimizer):
     column.
 
     Args:
-        params: Parameters, named parameters or parameter groups; see :class:`.two_rules.MatrixOptimizer`.
         lr: Learning rate :math:`\eta`. As released; the paper tunes 0.009 (GPT-2 124M and 355M).
         betas: :math:`(\mu_1, \mu_2)`.
         eps: :math:`\epsilon`, in units of the norm of a gradient's column.
@@ -224,20 +113,6 @@ class NAMOD(MatrixOptimizer):
         nesterov: Use the look-ahead momentum.
         scale: Coefficient of :math:`\sqrt{\max(m, n)}` (the weight's first two axes), or ``None`` for the factor 1.
         max_step: Upper bound of the scaled step, or ``None``.
-        orthogonalizer: A name in :data:`lightning_optim.polar.METHODS`, or ``"exact"``.
-        fallback: Rule for everything that is not a hidden matrix; a name in :data:`.two_rules.FALLBACKS`.
-        fallback_lr: Its learning rate; this and the next three are the fallback's own defaults if ``None``.
-        fallback_betas: Its betas.
-        fallback_eps: Its eps.
-        fallback_weight_decay: Its weight decay.
-        maximize: Ascend instead of descend.
-        skip_nonfinite: Skip and count steps whose gradients hold NaN or infinity.
-        max_consecutive_skips: Steps skipped in a row after which ``step`` raises an error, or ``None``.
-        backend: How the step is run; see :class:`.optimizer.RuleOptimizer`.
-        rounding: How results are stored in bfloat16 and float16 parameters; see :class:`.optimizer.RuleOptimizer`.
-
-    Raises:
-        ValueError: A hyperparameter is out of range, or a parameter does not fit its role.
 
     Example:
         >>> import torch, lightning_optim
@@ -251,36 +126,42 @@ class NAMOD(MatrixOptimizer):
                 [ 0.0000,  0.1000]])
     """
 
-    rules = (NAMO_D_RULE,)
+    lr: float = 0.01
+    betas: tuple[float, float] = (0.95, 0.99)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clamp: Annotated[float | None, number(SMALLEST, 1)] = 0.75
+    nesterov: bool = True
+    scale: Annotated[float | None, number(SMALLEST)] = 0.2
+    max_step: Annotated[float | None, number(SMALLEST)] = 1.0
+    orthogonalizer: str = "kj5"
 
-    def __init__(
-        self,
-        params: Params,
-        lr: float = 0.01,
-        betas: tuple[float, float] = (0.95, 0.99),
-        eps: float = 1e-8,
-        weight_decay: float = 0.1,
-        clamp: float | None = 0.75,
-        nesterov: bool = True,
-        scale: float | None = 0.2,
-        max_step: float | None = 1.0,
-        orthogonalizer: str = "kj5",
-        fallback: str = "AdamW",
-        fallback_lr: float | None = None,
-        fallback_betas: tuple[float, float] | None = None,
-        fallback_eps: float | None = None,
-        fallback_weight_decay: float | None = None,
-        *,
-        maximize: bool = False,
-        skip_nonfinite: bool = True,
-        max_consecutive_skips: int | None = 100,
-        backend: Backend = "auto",
-        rounding: Rounding = "nearest",
-    ) -> None:
-        hyperparameters = {
-            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "clamp": clamp,
-            "nesterov": nesterov, "scale": scale, "max_step": max_step, "orthogonalizer": orthogonalizer,
-        }  # fmt: skip
-        others = Fallback(fallback, fallback_lr, fallback_betas, fallback_eps, fallback_weight_decay)
-        options = EngineOptions(maximize, skip_nonfinite, max_consecutive_skips, backend, rounding)
-        super().__init__(params, hyperparameters, others, options)
+    by_rows = True
+    own_decay = True
+    scalars = staticmethod(_scalars)
+    internals = {
+        "adaptive_scale": mean_of("adaptive_scale", "mean over columns of the adaptive scale d, after the clamp"),
+        "clamp_rate": mean_of("clamp_rate", "share of columns whose adaptive scale was clamped"),
+    }
+
+    @staticmethod
+    def buffers(shape, h):
+        return {"m": LIKE_PARAMETER, "v": (1, prod(shape[1:]))}
+
+    @staticmethod
+    def update(g, s, k, observe):
+        ema_(s.m, g, k.beta1)
+        n = mix(g, s.m, k.beta1) if k.nesterov else s.m
+        columns = (squared_norm(g, axes=(-2,)), squared_norm(n, axes=(-2,)))
+        o, (gg, nn) = yield Polar(n, k.orthogonalizer, columns)
+        ema_(s.v, gg, k.beta2)
+        d = k.bias * nn.sqrt_() / s.v.sqrt().add_(k.eps)
+        if k.clamp is not None:
+            mean = d.mean(-1, keepdim=True)
+            free = d
+            d = torch.minimum(torch.maximum(d, k.clamp * mean), mean / k.clamp)
+            observe("clamp_rate", (d != free).to(d.dtype).mean(-1))
+        observe("adaptive_scale", d)
+        keep = 1 - k.weight_decay * (k.lr * d).clamp_(max=k.max_step)
+        keep = keep if is_number(k.max_step, inf) else keep.clamp_(min=0)
+        return Move(o, (k.lr * k.factor * d).clamp_(max=k.max_step), keep=keep)

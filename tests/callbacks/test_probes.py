@@ -16,7 +16,7 @@ from torchmetrics import MeanMetric
 import lightning_optim as lo
 from lightning_optim.callbacks import SpikeResponse, UpdateVariance
 from lightning_optim.engine.optimizer import RuleOptimizer
-from lightning_optim.optimizers.registry import OPTIMIZERS
+from lightning_optim.registry import OPTIMIZERS
 
 from .probed import fit, normal
 

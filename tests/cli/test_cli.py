@@ -24,7 +24,7 @@ from torch import nn
 
 from lightning_optim import NonFiniteGradientsError, OptimizerMixin
 from lightning_optim.cli import OptimCLI, find_checkpoint, main, presets
-from lightning_optim.optimizers.registry import OPTIMIZERS
+from lightning_optim.registry import OPTIMIZERS
 
 COMMAND = Path(sys.executable).with_name("lightning-optim")
 QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]

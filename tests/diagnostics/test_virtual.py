@@ -14,7 +14,7 @@ import lightning_optim as lo
 from lightning_optim.diagnostics import VirtualOptimizer
 from lightning_optim.diagnostics.virtual import gradients_of
 from lightning_optim.engine.two_rules import MatrixOptimizer
-from lightning_optim.optimizers.registry import OPTIMIZERS
+from lightning_optim.registry import OPTIMIZERS
 
 TORCH: dict[str, Any] = {
     "SGD": lambda ps: torch.optim.SGD(ps, lr=0.1, momentum=0.9),

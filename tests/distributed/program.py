@@ -29,7 +29,7 @@ from lightning_optim.diagnostics.virtual import VirtualOptimizer, gradients_of
 from lightning_optim.engine import gradients
 from lightning_optim.engine.optimizer import RuleOptimizer
 from lightning_optim.engine.two_rules import MatrixOptimizer
-from lightning_optim.optimizers.registry import OPTIMIZERS
+from lightning_optim.registry import OPTIMIZERS
 from tests.optimizers.rows import OURS, ROWS
 
 #: Shape, number of matrices, whether they are transposed. What shards awkwardly:

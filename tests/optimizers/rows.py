@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_optim.engine.optimizer import RuleOptimizer
 from lightning_optim.engine.two_rules import MatrixOptimizer
-from lightning_optim.optimizers.registry import OPTIMIZERS
+from lightning_optim.registry import OPTIMIZERS
 
 #: Optimizer -> configurations that take different paths through its rule; the defaults are always among them.
 ROWS: dict[str, list[dict[str, Any]]] = {

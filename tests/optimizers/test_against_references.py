@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_optim.engine.two_rules import ADAMW_DEFAULTS, MatrixOptimizer
-from lightning_optim.optimizers.registry import OPTIMIZERS
+from lightning_optim.engine.optimizer import RuleOptimizer
+from lightning_optim.engine.rule import RULES
+from lightning_optim.engine.two_rules import MatrixOptimizer
+from lightning_optim.registry import OPTIMIZERS
 
 from .references import REFERENCES
 
@@ -82,7 +84,7 @@ ORTHOGONAL = ("Muon", "NorMuon", "AdaMuon", "MuonVS", "MuonNSR", "NAMO", "NAMOD"
 
 
 def test_every_optimizer_has_a_reference() -> None:
-    ours = {name for name, info in OPTIMIZERS.items() if hasattr(info.cls, "rules")}
+    ours = {name for name, info in OPTIMIZERS.items() if issubclass(info.cls, RuleOptimizer)}
     assert ours == set(ARGUMENTS)
     assert ours | {"AdamW"} <= set(REFERENCES)
 
@@ -140,6 +142,6 @@ def test_float64_trajectory(name: str, backend: str, data: st.DataObject) -> Non
 def test_adamw_fallback(betas: tuple[float, float], eps: float, weight_decay: float, seed: int) -> None:
     params = [nn.Parameter(torch.ones(5, dtype=torch.float64))]
     arguments = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
-    assert set(arguments) | {"lr"} == set(ADAMW_DEFAULTS)
+    assert set(arguments) | {"lr"} == set(RULES["AdamW"].fields)
     cls: Any = OPTIMIZERS["Muon"].cls
     compare("AdamW", arguments, params, cls([{"params": params, "role": "fallback", **arguments}]), seed)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import lightning_optim as lo
 from lightning_optim.engine.hyperparameters import SMALLEST
-from lightning_optim.optimizers.registry import OPTIMIZERS
+from lightning_optim.registry import OPTIMIZERS
 
 from .rows import OURS, build, each_optimizer, gradients, network, run
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +15,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 
 import lightning_optim as lo
 from lightning_optim.engine import gradients as inspection
-from lightning_optim.engine.rule import ElementwiseRule
-from lightning_optim.optimizers.registry import OPTIMIZERS
+from lightning_optim.engine.rule import ElementwiseRule, hyperparameters_of, numbers_of
+from lightning_optim.registry import OPTIMIZERS
 
 from .rows import OURS, ROWS, build, each_configuration, each_optimizer, gradients, network, run
 
@@ -522,19 +523,19 @@ def test_scalars_may_be_tensors(name: str, arguments: dict[str, Any]) -> None:
     params = parameters()
     optimizer = build(name, params, **arguments)
     run(optimizer, params, range(1, 13))
-    rule = optimizer.rules[0]
-    assert isinstance(rule, ElementwiseRule)
+    rule = type(optimizer)
+    assert issubclass(rule, ElementwiseRule)
     group = optimizer.param_groups[0]
     p, (g, *_) = params[0], gradients(params, 13)
-    host = {"host": {key: float(optimizer.state[p][key]) for key in rule.host_state}} if rule.host_state else {}
-    scalars = rule.scalars(13, group, **host)
+    host = [{key: float(optimizer.state[p][key]) for key in rule.host_state}] if rule.host_state else []
+    scalars = numbers_of(rule, 13, hyperparameters_of(rule, group), *host)
     as_tensors = {k: torch.tensor(v, dtype=p.dtype) if type(v) is float else v for k, v in scalars.items()}
     state = {k: v for k, v in optimizer.state[p].items() if k != "step" and k not in rule.host_state}
     results = []
     for given in (scalars, as_tensors):
         tensors = {key: x.clone() for key, x in state.items()}
         q = p.detach().clone()
-        rule.update(q, g, **tensors, **given)
+        rule.update(g, SimpleNamespace(**tensors), SimpleNamespace(**given)).apply_(q, given["keep"])
         results.append([q, *tensors.values()])
     for x, y in zip(*results):
         # The scalars are rounded to float32 and multiplied in another order.

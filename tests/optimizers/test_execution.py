@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lightning_optim as lo
 from lightning_optim.engine import compile, elementwise, matrices
 from lightning_optim.engine.step import BACKENDS
-from lightning_optim.optimizers.registry import OPTIMIZERS
+from lightning_optim.registry import OPTIMIZERS
 
 from .rows import OURS, ROWS, build, each_configuration, each_optimizer, gradients, run
 

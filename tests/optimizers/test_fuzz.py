@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_optim.engine.rounding import ROUNDINGS
-from lightning_optim.optimizers.registry import OPTIMIZERS
+from lightning_optim.registry import OPTIMIZERS
 
 from . import references
 from .references import REFERENCES, Array, Reference, orthogonalize

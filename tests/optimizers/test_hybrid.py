@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import lightning_optim as lo
-from lightning_optim.engine.two_rules import FALLBACKS
-from lightning_optim.optimizers.registry import OPTIMIZERS
+from lightning_optim.engine.two_rules import fallbacks
+from lightning_optim.registry import OPTIMIZERS
 
 from .rows import build, gradients, run
 
@@ -23,7 +23,7 @@ def make(name: str, groups: Any, **arguments: Any) -> torch.optim.Optimizer:
     return OPTIMIZERS[name].cls(groups, **arguments)
 
 
-@pytest.mark.parametrize("fallback", FALLBACKS)
+@pytest.mark.parametrize("fallback", fallbacks())
 @each_matrix_optimizer
 def test_the_fallback_is_the_optimizer_of_that_name(name: str, fallback: str) -> None:
     """A fallback group moves exactly as under the fallback alone, with its own defaults."""

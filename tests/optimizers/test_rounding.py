@@ -31,10 +31,10 @@ from lightning_optim.engine.rounding import (
     residual_dtype,
     store_,
 )
-from lightning_optim.engine.rule import ElementwiseRule, MatrixRule, Move, like
+from lightning_optim.engine.rule import ElementwiseRule, MatrixRule, Move
 from lightning_optim.engine.state import Batch, Task
 from lightning_optim.engine.step import run_rules
-from lightning_optim.optimizers.registry import OPTIMIZERS
+from lightning_optim.registry import OPTIMIZERS
 
 from .rows import OURS, build, each_configuration, each_optimizer, gradients, network, run
 
@@ -280,18 +280,16 @@ def test_chunks_are_bit_for_bit_the_whole(name: str, rounding: str, dtype: torch
     assert_equal(everything(a, params), everything(b, copies))
 
 
-def _add(p: Tensor, g: Tensor, **_: Any) -> None:
-    p.add_(g)
+class Add(ElementwiseRule):
+    @staticmethod
+    def update(g: Tensor, s: Any, k: Any) -> Move:
+        return Move(g, k.step)
 
 
-ADD = ElementwiseRule("add", state=like(), scalars=lambda t, hp: {}, update=_add)
-
-
-def _move(g: Tensor, step: float, keep: float, **_: Any) -> Move:
-    return Move(g, step, keep)
-
-
-ADD_MATRICES = MatrixRule("add", state=like(), scalars=lambda t, hp, shape: {}, update=_move)
+class AddMatrices(MatrixRule):
+    @staticmethod
+    def update(g: Tensor, s: Any, k: Any, observe: Any) -> Move:
+        return Move(g, k.step)
 
 
 def added(
@@ -299,7 +297,7 @@ def added(
 ) -> list[Tensor]:
     """Parameters and residuals after two steps that add the gradient: no arithmetic that could be done otherwise."""
     generator = torch.Generator().manual_seed(9)
-    matrix = isinstance(rule, MatrixRule)
+    matrix = issubclass(rule, MatrixRule)
     shapes = (
         [(4, 6), (4, 6), (30, 4), (4, 2, 3, 3)]
         if matrix
@@ -311,7 +309,7 @@ def added(
     states: list[Any] = [{} for _ in params]
     for p, state in zip(params, states):
         prepare_residual(state, p, rounding)
-    scalars: dict[str, Any] = {"step": -1.0, "keep": 1.0} if matrix else {}
+    scalars = {"step": -1.0, "keep": 1.0, "l2": None}
     for t in (1, 2):
         for group in ({"blocks": 1, "transposed": False}, {"blocks": 2, "transposed": True}):
             tasks = []
@@ -330,12 +328,12 @@ def test_every_backend_stores_the_same_bits(
     backend: str, rounding: str, dtype: torch.dtype, verdict: bool | None
 ) -> None:
     finite = None if verdict is None else torch.tensor(verdict)
-    assert_equal(added(backend, rounding, dtype, ADD, finite), added("plain", rounding, dtype, ADD))
+    assert_equal(added(backend, rounding, dtype, Add, finite), added("plain", rounding, dtype, Add))
 
 
 @needs_gpu
 @pytest.mark.gpu
-@pytest.mark.parametrize("rule", [ADD, ADD_MATRICES])
+@pytest.mark.parametrize("rule", [Add, AddMatrices])
 @pytest.mark.parametrize("backend", ["plain", "chunked", "compiled"])
 @each_way
 def test_a_gpu_stores_the_same_bits(backend: str, rounding: str, dtype: torch.dtype, rule: Any) -> None:
@@ -347,8 +345,8 @@ def test_a_gpu_stores_the_same_bits(backend: str, rounding: str, dtype: torch.dt
 @each_way
 def test_stacks_store_the_same_bits(rounding: str, dtype: torch.dtype) -> None:
     """And the same as if the rule were element-wise: an element's random number is its own, transposed or not."""
-    of_matrices = added("chunked", rounding, dtype, ADD_MATRICES)
-    assert_equal(of_matrices, added("plain", rounding, dtype, ADD_MATRICES))
+    of_matrices = added("chunked", rounding, dtype, AddMatrices)
+    assert_equal(of_matrices, added("plain", rounding, dtype, AddMatrices))
     generator = torch.Generator().manual_seed(9)
     params = [torch.randn(s, generator=generator).to(dtype) for s in [(4, 6), (4, 6), (30, 4), (4, 2, 3, 3)]]
     states: list[Any] = [{} for _ in params]

@@ -30,7 +30,7 @@ from lightning_optim import build_optimizer, configure_optimizers
 from lightning_optim.callbacks import RNGState
 from lightning_optim.checkpoint_io import SafeCheckpointIO
 from lightning_optim.data.loading import BatchDataset, EpochSampler, ResumableLoader
-from lightning_optim.optimizers.registry import OPTIMIZERS
+from lightning_optim.registry import OPTIMIZERS
 from tests.optimizers.rows import OURS, ROWS
 
 STOP, END = 3, 8

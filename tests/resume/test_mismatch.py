@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_optim import Grouping, build_optimizer
 from lightning_optim.engine.checkpoint import CheckpointError
 from lightning_optim.engine.optimizer import RuleOptimizer
-from lightning_optim.optimizers.registry import OPTIMIZERS
+from lightning_optim.registry import OPTIMIZERS
 
 from ..optimizers.rows import build, each_optimizer, network, run
 

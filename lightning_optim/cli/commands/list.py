@@ -45,7 +45,7 @@ def _presets() -> list[dict[str, Any]]:
 
 
 def _optimizers() -> list[dict[str, Any]]:
-    from ...optimizers.registry import OPTIMIZERS  # here, because it imports torch
+    from ...registry import OPTIMIZERS  # here, because it imports torch
 
     return [
         {

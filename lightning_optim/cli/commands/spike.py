@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from ...diagnostics.spike_response import SpikeResult, scale_name, spike_response
 from ...engine.two_rules import MatrixOptimizer
-from ...optimizers.registry import OptimizerInfo, get
+from ...registry import OptimizerInfo, get
 from ..errors import explained
 
 DESCRIPTION = (

@@ -10,23 +10,9 @@ from typing import Any
 
 import torch
 
-from ..engine.optimizer import RuleOptimizer
-from ..engine.rule import Internal, gradient_to_variance
-from .adabelief import AdaBelief
-from .adamuon import AdaMuon
-from .anon import Anon
-from .deva import DeVA
-from .deva_vector import DeVAVector
-from .hvadam import HVAdam
-from .laprop import LaProp
-from .madam import LaMAdam, MAdam
-from .muon import Muon
-from .muon_vs import MuonNSR, MuonVS
-from .mvn_grad import MVNGrad
-from .namo import NAMO, NAMOD
-from .normuon import NorMuon
-from .pnm import PNM, AdaPNM
-from .soap import SOAP
+from .engine.optimizer import RuleOptimizer
+from .engine.rule import Internal, gradient_to_variance
+from .optimizers import ALGORITHMS
 
 
 @dataclass(frozen=True)
@@ -51,7 +37,7 @@ class OptimizerInfo:
     @property
     def kind(self) -> str:
         """``"element-wise"``, ``"matrix"`` or ``"group"``, by what one update has to see."""
-        return self.cls.rules[0].kind if issubclass(self.cls, RuleOptimizer) else "element-wise"
+        return self.cls.kind if issubclass(self.cls, RuleOptimizer) else "element-wise"
 
     @property
     def internals(self) -> Mapping[str, Internal]:
@@ -61,7 +47,7 @@ class OptimizerInfo:
         'number of refreshes of the scale so far'
         """
         if issubclass(self.cls, RuleOptimizer):
-            return self.cls.rules[0].internals
+            return self.cls.internals
         return _TORCH_INTERNALS if issubclass(self.cls, torch.optim.Adam) else {}
 
     @property
@@ -94,28 +80,11 @@ def internals_of(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> 
     return _TORCH_INTERNALS if isinstance(optimizer, torch.optim.Adam) else {}
 
 
+#: Every optimizer by name: this library's, then torch's that are offered beside them.
 OPTIMIZERS: dict[str, OptimizerInfo] = {
     info.name: info
     for info in (
-        OptimizerInfo(MVNGrad, "momentum on variance-normalised gradients", "arXiv 2602.10204"),
-        OptimizerInfo(DeVA, "decoupled variance adaptation, spectral form", "arXiv 2602.06880"),
-        OptimizerInfo(DeVAVector, "decoupled variance adaptation, vector form", "arXiv 2602.06880"),
-        OptimizerInfo(NAMO, "orthogonalised momentum with a norm-based adaptive scale", "arXiv 2602.17080"),
-        OptimizerInfo(NAMOD, "orthogonalised momentum with column-wise adaptive scales", "arXiv 2602.17080"),
-        OptimizerInfo(HVAdam, "Adam with a hidden vector", "arXiv 2511.20277"),
-        OptimizerInfo(Anon, "tunable adaptivity with incremental delay update", "arXiv 2605.02317"),
-        OptimizerInfo(AdaBelief, "variance around the momentum in place of the second moment", "arXiv 2010.07468"),
-        OptimizerInfo(LaProp, "momentum of normalised gradients", "arXiv 2002.04839"),
-        OptimizerInfo(PNM, "gradient descent with positive-negative momentum", "arXiv 2103.17182"),
-        OptimizerInfo(AdaPNM, "Adam with positive-negative momentum", "arXiv 2103.17182"),
-        OptimizerInfo(MAdam, "Adam with a second moment of maximum variance (MaxVA)", "arXiv 2006.11918"),
-        OptimizerInfo(LaMAdam, "LaProp with a second moment of maximum variance (MaxVA)", "arXiv 2006.11918"),
-        OptimizerInfo(Muon, "orthogonalised momentum", "Jordan et al. 2024; arXiv 2502.16982"),
-        OptimizerInfo(NorMuon, "orthogonalised momentum with normalised rows", "arXiv 2510.05491"),
-        OptimizerInfo(AdaMuon, "orthogonalised signs of momentum with second moments", "arXiv 2507.11005"),
-        OptimizerInfo(MuonVS, "orthogonalised momentum over the gradients' deviation", "arXiv 2601.14603"),
-        OptimizerInfo(MuonNSR, "orthogonalised momentum modulated by noise-to-signal ratios", "arXiv 2601.14603"),
-        OptimizerInfo(SOAP, "Adam in the eigenbasis of Shampoo's preconditioner", "arXiv 2409.11321"),
+        *(OptimizerInfo(cls, cls.about, cls.paper) for cls in ALGORITHMS.values()),
         OptimizerInfo(torch.optim.SGD, "stochastic gradient descent with momentum (torch.optim)", "ICML 2013"),
         OptimizerInfo(torch.optim.Adam, "adaptive moments (torch.optim)", "arXiv 1412.6980"),
         OptimizerInfo(torch.optim.AdamW, "Adam with decoupled weight decay (torch.optim)", "arXiv 1711.05101"),
@@ -148,3 +117,20 @@ def table() -> str:
     """The optimizers as a Markdown table, for the README."""
     rows = [f"| `{o.name}` | {o.kind} | {o.description} | {o.paper} |" for o in OPTIMIZERS.values()]
     return "\n".join(["| name | kind | what it is | paper |", "|---|---|---|---|", *rows])
+
+
+def stub() -> str:
+    """What ``optimizers/__init__.py`` exports, as type checkers and editors, which run nothing, have to be told it."""
+    modules: dict[str, list[str]] = {}
+    for name, cls in ALGORITHMS.items():
+        modules.setdefault(cls.__module__.rpartition(".")[2], []).append(name)
+    lines = ["# Made by `python docs/generate.py` from the files of this folder.", "from typing import Any", ""]
+    lines += [
+        "from ..engine.cuda_graphs import capture_step as capture_step",
+        "from ..engine.optimizer import NonFiniteGradientsError as NonFiniteGradientsError",
+    ]
+    for module, names in sorted(modules.items()):
+        lines += [f"from .{module} import {name} as {name}" for name in sorted(names)]
+    lines += ["", "ALGORITHMS: dict[str, Any]", "", "__all__ = ["]
+    exported = sorted([*ALGORITHMS, "NonFiniteGradientsError", "capture_step"])
+    return "\n".join([*lines, *(f'    "{name}",' for name in exported), "]"]) + "\n"

@@ -1,0 +1,100 @@
+"""From a declaration to a class that one can call: constructor, signature and documentation.
+
+What an algorithm declares, its fields and its docstring, is completed by what every optimizer has: the engine's own
+arguments, and the documentation of arguments that mean the same everywhere.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import textwrap
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .rule import Rule
+
+#: Documentation of arguments that mean the same in every optimizer. A docstring that has an entry of its own keeps it.
+SHARED_ARGUMENTS = {
+    "params": "Parameters, named parameters or parameter groups.",
+    "lr": r"Learning rate :math:`\eta`.",
+    "betas": r":math:`(\beta_1, \beta_2)`.",
+    "weight_decay": "Weight decay coefficient.",
+    "decoupled": "``True`` shrinks the parameters by ``1 - lr * weight_decay`` before the step; ``False`` adds "
+    "``weight_decay * p`` to the gradient, and so to every statistic.",
+    "orthogonalizer": 'A name in :data:`lightning_optim.polar.METHODS`, or ``"exact"``.',
+    "fallback": "Rule for everything that is not a hidden matrix: any element-wise or group optimizer by name, or "
+    '``"AdamW"``.',
+    "fallback_lr": "Its learning rate; this and the next three are the fallback's own defaults if ``None``.",
+    "fallback_betas": "Its betas.",
+    "fallback_eps": "Its eps.",
+    "fallback_weight_decay": "Its weight decay.",
+    "maximize": "Ascend instead of descend.",
+    "skip_nonfinite": "Skip and count steps whose gradients hold NaN or infinity.",
+    "max_consecutive_skips": "Steps skipped in a row after which ``step`` raises an error, or ``None``.",
+    "backend": "How the step is run; see :class:`~lightning_optim.engine.optimizer.RuleOptimizer`.",
+    "rounding": "How results are stored in bfloat16 and float16 parameters; see "
+    ":class:`~lightning_optim.engine.optimizer.RuleOptimizer`.",
+}
+_RAISES = {
+    "matrix": "ValueError: A hyperparameter is out of range, or a parameter does not fit its role.",
+    "others": "ValueError: A hyperparameter is out of range, or a parameter is complex.",
+}
+_WIDTH = 120
+
+
+def constructor(cls: type[Rule], params: Any) -> Callable[..., None]:
+    """``__init__`` with the declared fields, then the engine's arguments, as an explicit signature.
+
+    Args:
+        cls: The declaration.
+        params: Type of the first argument.
+    """
+    fields = [*cls.fields.values(), *cls.arguments.values()]
+    defaults = {f"_{field.name}": field.default for field in fields}
+    positional, named = ([f"{x.name}=_{x.name}" for x in fields if x.kw_only is kind] for kind in (False, True))
+    text = ", ".join(["self", "params", *positional, "*", *named])
+    given = ", ".join(f"{field.name!r}: {field.name}" for field in fields)
+    namespace: dict[str, Any] = dict(defaults)
+    exec(f"def __init__({text}):\n    self._construct(params, {{{given}}})", namespace)  # As dataclasses does.
+    function = namespace["__init__"]
+    function.__annotations__ = {"params": params, **{field.name: field.annotation for field in fields}, "return": None}
+    function.__qualname__ = f"{cls.__qualname__}.__init__"
+    function.__module__ = cls.__module__
+    return function
+
+
+def documentation(cls: type[Rule]) -> str | None:
+    """The docstring of a declaration, completed: every argument in the order of the signature, and errors."""
+    if cls.__doc__ is None:
+        return None  # python -OO
+    text = inspect.cleandoc(cls.__doc__)
+    sections = _sections(text)
+    own = _entries(sections.get("Args", ""))
+    names = ["params", *cls.fields, *cls.arguments]
+    entries = [own.get(name) or _entry(name, SHARED_ARGUMENTS.get(name, "")) for name in names]
+    sections["Args"] = "\n".join(entries)
+    sections.setdefault("Raises", _RAISES["matrix" if cls.kind == "matrix" else "others"])
+    order = [name for name in sections if name not in ("", "Args", "Raises", "Example")]
+    parts = [sections[""].rstrip()]
+    for name in ("Args", "Raises", *order, "Example"):
+        if name in sections:
+            parts.append(f"{name}:\n{textwrap.indent(sections[name].strip(chr(10)), '    ')}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _sections(text: str) -> dict[str, str]:
+    """The parts of a docstring by heading, each without its indentation; what comes first has no heading."""
+    pieces = re.split(r"^(Args|Raises|Attributes|Example):\n", text, flags=re.MULTILINE)
+    return {"": pieces[0]} | {name: textwrap.dedent(body) for name, body in zip(pieces[1::2], pieces[2::2])}
+
+
+def _entries(section: str) -> dict[str, str]:
+    """The entries of a section ``Args``, whole, by name."""
+    found = re.split(r"^(?=\w+:)", section, flags=re.MULTILINE)
+    return {entry.partition(":")[0]: entry.strip("\n") for entry in found if entry.strip()}
+
+
+def _entry(name: str, text: str) -> str:
+    return "\n".join(textwrap.wrap(f"{name}: {text}", _WIDTH - 8, subsequent_indent="    ", break_long_words=False))
