@@ -15,7 +15,7 @@ from typing import Literal
 
 from lightning_optim.engine.matrices import wave_limit
 from lightning_optim.polar import find
-from lightning_optim.processes import owners
+from lightning_optim.processes import assign_owners
 
 Strategy = Literal["DDP, each for itself", "DDP, shared by all", "DDP, shared in nodes", "FSDP2"]
 
@@ -86,7 +86,7 @@ def largest_share(costs: Sequence[float], shares: int) -> float:
     5.0
     """
     loads = [0.0] * shares
-    for cost, owner in zip(costs, owners(tuple(costs), (None,) * len(costs), shares)):
+    for cost, owner in zip(costs, assign_owners(tuple(costs), (None,) * len(costs), shares)):
         loads[owner] += cost
     return max(loads)
 

@@ -84,13 +84,13 @@ def _time(model: str, strategy: str, optimizer: str, steps: int) -> dict[str, An
     seconds = []
     for i in range(WARM_UP + steps):
         if i == WARM_UP:
-            processes.sent.clear()
+            processes.bytes_sent.clear()
         if dist.is_initialized():
             dist.barrier()
         start = time.perf_counter()
         built.step()
         seconds.append(time.perf_counter() - start)
-    sent = sum(processes.sent.values()) / steps
+    sent = sum(processes.bytes_sent.values()) / steps
     held = sum(x.nbytes for state in built.state.values() for x in map(_local, state.values()))
     most = torch.tensor([*seconds[WARM_UP:], sent, held], dtype=torch.float64)
     if dist.is_initialized():

@@ -9,17 +9,16 @@ from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_optim.diagnostics.change import sum_of_squares
 from lightning_optim.diagnostics.noise_scale import NoiseScale
-from lightning_optim.diagnostics.virtual import parameters_of
+from lightning_optim.diagnostics.parameter_change import sum_of_squares
+from lightning_optim.diagnostics.what_if import parameters_of
 from lightning_optim.optimizers import NonFiniteGradientsError
+from lightning_optim.processes import all_reduce_sum, strategies, world
 
 from .monitor import Monitor, Results, layers_of
 from .recorder import Step, StepRecorder, dense, label_of
@@ -232,7 +231,7 @@ class _SmallBatches:
             return {}
         small_sq = torch.stack([zero, *(x.to(zero) for x in self._squares)]).sum()
         if self._processes > 1:
-            dist.all_reduce(small_sq)
+            all_reduce_sum(small_sq, [world()])
         # Lightning divides the loss of each micro-batch by their number, of which the last step of an epoch may have
         # fewer.
         small_sq *= (self._micro_batches / loss_scale) ** 2 / (self._processes * parts)
@@ -246,7 +245,7 @@ class _SmallBatches:
 
 def _processes(trainer: pl.Trainer) -> int:
     """How many gradients are averaged."""
-    return trainer.world_size if isinstance(trainer.strategy, DDPStrategy) else 1
+    return trainer.world_size if strategies.averages_gradients(trainer.strategy) else 1
 
 
 def _loss_scale(trainer: pl.Trainer) -> float:

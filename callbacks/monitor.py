@@ -15,13 +15,12 @@ from typing import Any, ClassVar, NamedTuple
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_optim.checkpoint_io import make_safe
+from lightning_optim import processes
 from lightning_optim.routing import clean_name
 
 from .recorder import Step, StepRecorder, Watched
@@ -65,7 +64,6 @@ class Keyed(pl.Callback):
         return self._state_key or f"{self.settings_key} {id(self)}"
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        make_safe(trainer.strategy)
         before = takewhile(lambda callback: callback is not self, trainer.callbacks)  # type: ignore[attr-defined]
         equal = sum(isinstance(callback, Keyed) and callback.settings_key == self.settings_key for callback in before)
         self._state_key = f"{self.settings_key} {equal + 1}" if equal else self.settings_key
@@ -307,8 +305,8 @@ class ProbingMonitor(Monitor):
     #: Whether a run that cannot be probed goes on without probes, after a warning, instead of failing.
     probes_optional = False
     _left_out = False
-    #: All processes, for verdicts that are not mixed up with what a probe itself sends.
-    _everybody: Any = None
+    #: All ranks, for verdicts that are not mixed up with what a probe itself sends.
+    _verdicts: processes.Group | None = None
 
     @property
     def can_probe(self) -> bool:
@@ -343,28 +341,24 @@ class ProbingMonitor(Monitor):
         rank_zero_warn(f"{type(self).__name__} leaves probes out of this run: {failure}")
 
     def _failed_somewhere(self, failed: bool) -> bool:
-        if self._everybody is None:
-            return failed
-        verdict = torch.tensor(float(failed))
         try:
-            dist.all_reduce(verdict, dist.ReduceOp.MAX, group=self._everybody)
+            return processes.any_rank(failed, self._verdicts)
         except RuntimeError as error:
             here = "failed on this process" if failed else "ended on this process"
             raise RuntimeError(
                 f"{type(self).__name__}: a probe {here} and did not end on all others within {PATIENCE}. Leave "
                 "probe_every_n_steps out, or look at what the others say."
             ) from error
-        return bool(verdict)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._left_out = False
-        if self.can_probe and trainer.world_size > 1:
-            self._everybody = dist.new_group(backend="gloo", timeout=PATIENCE)
+        if self.can_probe:
+            self._verdicts = processes.new_cpu_group(PATIENCE)
         super().on_train_start(trainer, pl_module)
 
     def _detach(self, trainer: pl.Trainer) -> None:
         super()._detach(trainer)
-        self._everybody = None
+        self._verdicts = None
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:

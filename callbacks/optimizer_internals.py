@@ -16,10 +16,11 @@ from lightning_optim.diagnostics.orthogonality import full_precision
 from lightning_optim.engine.rounding import RESIDUAL
 from lightning_optim.engine.rule import Internal, as_attributes
 from lightning_optim.engine.state import accumulation_dtype
+from lightning_optim.processes import local
 from lightning_optim.registry import internals_of
 
 from .monitor import Monitor, Results
-from .recorder import Step, Watched, local
+from .recorder import Step, Watched
 
 
 class OptimizerInternals(Monitor):

@@ -13,9 +13,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from lightning_optim.diagnostics.change import Sums
 from lightning_optim.diagnostics.orthogonality import (
     factor_error,
     full_precision,
@@ -25,10 +23,12 @@ from lightning_optim.diagnostics.orthogonality import (
     polar_error,
     scaled_gram,
 )
+from lightning_optim.diagnostics.parameter_change import Sums
 from lightning_optim.engine.state import block_shape, to_blocks
+from lightning_optim.processes import ShardSums, local_slices, sharded_dims
 
 from .monitor import Monitor, Results, matches
-from .recorder import Shards, Step, Watched, cut_axes, position
+from .recorder import Step, Watched
 
 #: Equal matrices are measured together up to this many elements (64 MiB in float32).
 _MOST_AT_ONCE = 1 << 24
@@ -274,17 +274,15 @@ def _batched(statistics: Callable[[Tensor], Sums], stacks: Sequence[Tensor]) -> 
 _PART = "part/"
 
 
-def _part(w: Watched, u: Tensor, shards: Shards) -> Tensor:
-    """What a process adds for a parameter: Gram matrices if they are sums over processes, otherwise the matrices.
+def _part(w: Watched, u: Tensor, shards: ShardSums) -> Tensor:
+    """What a rank adds for a parameter: Gram matrices if they are sums over ranks, otherwise the matrices.
 
     Shape ``(blocks, r, r)`` or ``(blocks, m, n)``, in float64.
     """
     p = w.parameter
-    if isinstance(p, DTensor):
-        whole = u.new_zeros(p.shape)
-        whole[position(p)] = u
-        u = whole
-    x = _matrices(w, u) * shards.counts(p)
+    whole = u.new_zeros(p.shape)
+    whole[local_slices(p)] = u
+    x = _matrices(w, whole) * shards.counts(p)
     if not _has_gram(w):
         return x.double()
     peak = x.abs().amax((-2, -1), keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
@@ -295,12 +293,12 @@ def _part(w: Watched, u: Tensor, shards: Shards) -> Tensor:
 def _has_gram(w: Watched) -> bool:
     """Whether the smaller Gram matrix of each matrix is the sum of those of its shards.
 
-    Its sums run over the longer axis, which must be the only one that is cut.
+    Its sums run over the longer dimension, which must be the only one that is sharded.
     """
     p = w.parameter
-    cut = cut_axes(p)
-    if not cut or (cut == {0} and p.shape[0] == _blocks(w)):
+    sharded = {dim for dim, _ in sharded_dims(p)}
+    if not sharded or (sharded == {0} and p.shape[0] == _blocks(w)):
         return True
     m, *rest = block_shape(p.shape, _layout(w))
     n = math.prod(rest)
-    return cut == {0} and (n >= m if _layout(w)["transposed"] else m >= n)
+    return sharded == {0} and (n >= m if _layout(w)["transposed"] else m >= n)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,19 +20,15 @@ from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
-from torch.distributed.fsdp import ShardingStrategy
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim import Optimizer
 
-from lightning_optim.diagnostics.change import Change, sample, squares_of_gradients
+from lightning_optim.diagnostics.parameter_change import Change, sample, squares_of_gradients
 from lightning_optim.engine.optimizer import RuleOptimizer
 from lightning_optim.engine.two_rules import MatrixOptimizer
+from lightning_optim.processes import ShardSums, local, local_slices, sharded_dims, strategies
 from lightning_optim.routing import Route, clean_name, route, routing_table
 
 if TYPE_CHECKING:
@@ -75,7 +71,7 @@ class Step:
         index: Number of the step, from 1, steps that the loss scaler skipped included.
         watched: The parameters.
         loss_scale: What gradients are still multiplied by before the step; 1 where they are already unscaled.
-        shards: How the parameters are spread over processes.
+        shards: Adds up over ranks what each knows of its shards.
     """
 
     optimizer: Optimizer
@@ -83,7 +79,7 @@ class Step:
     index: int
     watched: Sequence[Watched]
     loss_scale: float
-    shards: Shards
+    shards: ShardSums
     _changes: dict[Tensor, Tensor] = field(default_factory=dict)
     _unclipped_sq: Tensor | None = None
     _change: Change | None = None
@@ -94,7 +90,7 @@ class Step:
         return [w.name for w in self.watched]
 
     def gradients(self) -> list[Tensor]:
-        """Local parts of the gradients as they are now: before the step unclipped, and times :attr:`loss_scale`."""
+        """Local shards of the gradients as they are now: before the step unclipped, and times :attr:`loss_scale`."""
         return [_gradient(w.parameter) for w in self.watched]
 
     @property
@@ -108,16 +104,15 @@ class Step:
         return self._unclipped_sq
 
     def sampled(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """At most 4,096 elements of each parameter's tensor, the same ones also if its first axis is cut up.
+        """At most 4,096 elements of each parameter's tensor, the same ones also if its first dimension is sharded.
 
-        Where parameters are cut up otherwise, that many of each process's part.
+        Where another dimension is sharded, that many of each local shard.
         """
-        return [
-            sample(x, start=position(p)[0].start * math.prod(p.shape[1:]), numel=p.numel())
-            if isinstance(p := w.parameter, DTensor) and cut_axes(p) == {0}
-            else sample(x)
-            for w, x in zip(self.watched, tensors)
-        ]
+        return [_sample(w.parameter, x) for w, x in zip(self.watched, tensors)]
+
+    def counted(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """See :meth:`.ShardSums.counted`."""
+        return self.shards.counted([w.parameter for w in self.watched], tensors)
 
     @property
     def change(self) -> Change:
@@ -134,22 +129,10 @@ class Step:
         return self._change
 
 
-def position(p: DTensor) -> tuple[slice, ...]:
-    """Where in a parameter the part is that this process holds."""
-    shape, start = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
-    return tuple(slice(i, i + n) for i, n in zip(start, shape))
-
-
-def cut_axes(p: Tensor) -> set[int]:
-    """The axes along which a parameter is cut up over processes."""
-    if not isinstance(p, DTensor):
-        return set()
-    return {placement.dim for placement in p.placements if not placement.is_replicate()}  # type: ignore[attr-defined]
-
-
-def local(x: Tensor) -> Tensor:
-    """The part of a tensor that this process holds."""
-    return x.to_local() if isinstance(x, DTensor) else x
+def _sample(p: Tensor, x: Tensor) -> Tensor:
+    if {dim for dim, _ in sharded_dims(p)} != {0}:
+        return sample(x)
+    return sample(x, start=local_slices(p)[0].start * math.prod(p.shape[1:]), numel=p.numel())
 
 
 def dense(x: Tensor) -> Tensor:
@@ -163,71 +146,14 @@ def _gradient(p: Tensor) -> Tensor:
     return dense(local(p.grad))
 
 
-# --- sharded training -------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Shards:
-    """How parameters are spread over processes, and how to add up what each process knows of its part.
-
-    Args:
-        groups: Process groups over which sums have to be added; none where each process has everything.
-        flat: Whether every process holds a part of every parameter, without saying so (FSDP1).
-    """
-
-    groups: tuple[Any, ...] = ()
-    flat: bool = False
-
-    @classmethod
-    def of(cls, strategy: Any, parameters: Iterable[Tensor]) -> Shards:
-        """Find out."""
-        if isinstance(strategy, FSDPStrategy):
-            whole = strategy.sharding_strategy is ShardingStrategy.NO_SHARD
-            return cls() if whole else cls((dist.group.WORLD,), flat=True)
-        groups = {group.group_name: group for p in parameters for group in _groups(p)}
-        return cls(tuple(groups.values()))
-
-    def counts(self, p: Tensor) -> bool:
-        """Whether this process is to count its part of a parameter: each element is counted once over all groups."""
-        sharded = {group.group_name for group in _groups(p)}
-        return self.flat or all(g.group_name in sharded or dist.get_rank(g) == 0 for g in self.groups)
-
-    def counted(self, watched: Sequence[Watched], tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Tensors in which vectors with one entry per parameter are zero where another process counts it."""
-        if not self.groups:
-            return list(tensors)
-        counts = [self.counts(w.parameter) for w in watched]
-        return [x * x.new_tensor(counts) if x.shape == (len(counts),) else x for x in tensors]
-
-    def add(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Sums over processes, in float64, by one reduction however many tensors there are."""
-        if not self.groups or not tensors:
-            return list(tensors)
-        device = tensors[0].device
-        flat = torch.cat([x.detach().reshape(-1).to(device, torch.float64) for x in tensors])
-        for group in self.groups:
-            dist.all_reduce(flat, group=group)
-        return _split(flat, tensors)
-
-
-def _groups(p: Tensor) -> list[Any]:
-    """The process groups that a parameter is cut up over."""
-    if not isinstance(p, DTensor):
-        return []
-    return [p.device_mesh.get_group(dim) for dim, placed in enumerate(p.placements) if not placed.is_replicate()]
-
-
 def _to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Copies on the CPU in float64, by one transfer however many tensors there are."""
     if not tensors:
         return []
     dtype = torch.float32 if tensors[0].device.type == "mps" else torch.float64
     flat = torch.cat([x.detach().reshape(-1).to(tensors[0].device, dtype) for x in tensors])
-    return _split(flat.cpu().double(), tensors)
-
-
-def _split(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    return [part.reshape(x.shape) for part, x in zip(flat.split([x.numel() for x in like]), like)]
+    parts = flat.cpu().double().split([x.numel() for x in tensors])
+    return [part.reshape(x.shape) for part, x in zip(parts, tensors)]
 
 
 # --- the recorder -----------------------------------------------------------------------------------------------
@@ -241,7 +167,7 @@ class StepRecorder:
     def __init__(self) -> None:
         self.monitors: list[Monitor] = []
         self._handles: WeakKeyDictionary[Optimizer, Any] = WeakKeyDictionary()
-        self._watched: WeakKeyDictionary[Optimizer, tuple[list[Watched], Shards]] = WeakKeyDictionary()
+        self._watched: WeakKeyDictionary[Optimizer, tuple[list[Watched], ShardSums]] = WeakKeyDictionary()
         self._open: _OpenStep | None = None
         self._values: list[tuple[Monitor, Mapping[str, float]]] = []
         self._layout_written = False
@@ -263,12 +189,12 @@ class StepRecorder:
         Raises:
             MisconfigurationException: The strategy hides parameters or gradients from callbacks.
         """
-        if isinstance(trainer.strategy, DeepSpeedStrategy):
+        if strategies.is_deepspeed(trainer.strategy):
             raise MisconfigurationException(
                 f"{type(monitor).__name__} does not work with {type(trainer.strategy).__name__}, which keeps gradients "
                 "and updates inside its engine; use DDP or FSDP2 (ModelParallelStrategy)."
             )
-        if isinstance(trainer.strategy, FSDPStrategy) and monitor.needs_matrices:
+        if strategies.is_fsdp1(trainer.strategy) and monitor.needs_matrices:
             raise MisconfigurationException(
                 f"{type(monitor).__name__} needs whole matrices, and FSDPStrategy (FSDP1) flattens them; use "
                 "ModelParallelStrategy (FSDP2)."
@@ -360,7 +286,7 @@ class StepRecorder:
     def _measure(self, opened: _OpenStep) -> None:
         asked = [(monitor, step, monitor.sums(step)) for monitor, step in opened.steps if step.watched]
         shards = opened.steps[0][1].shards
-        parts = [shards.counted(step.watched, list(sums.values())) for _, step, sums in asked]
+        parts = [step.counted(list(sums.values())) for _, step, sums in asked]
         added = iter(shards.add(list(chain.from_iterable(parts))))
         condensed = [
             (monitor, step, monitor.condense(step, {name: next(added) for name in sums}))
@@ -387,7 +313,7 @@ class StepRecorder:
 
     def _watch(
         self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Optimizer
-    ) -> tuple[list[Watched], Shards]:
+    ) -> tuple[list[Watched], ShardSums]:
         members = [(p, group) for group in optimizer.param_groups for p in group["params"]]
         if optimizer in self._watched:
             known, shards = self._watched[optimizer]
@@ -395,13 +321,13 @@ class StepRecorder:
             if len(known) == len(members) and all(same):
                 return known, shards
         names = {p: clean_name(name) for name, p in module.named_parameters()}
-        flat = isinstance(trainer.strategy, FSDPStrategy)
+        flat = strategies.is_fsdp1(trainer.strategy)
         routes = {} if flat else {clean_name(name): r for name, r in route(module).items()}
         watched = []
         for i, (p, group) in enumerate(members):
             name = names.get(p, f"parameter{i}")
             watched.append(Watched(name, p, _as_grouped(routes.get(name), optimizer, group), group))
-        self._watched[optimizer] = watched, Shards.of(trainer.strategy, (w.parameter for w in watched))
+        self._watched[optimizer] = watched, strategies.shard_sums(trainer.strategy, (w.parameter for w in watched))
         return self._watched[optimizer]
 
     # --- logging ------------------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-import torch.distributed as dist
+
+from lightning_optim.processes import all_gather_object, world
 
 
 class RNGState(pl.Callback):
@@ -32,10 +33,7 @@ class RNGState(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        states: list[Any] = [_state()] * trainer.world_size
-        if trainer.world_size > 1:
-            dist.all_gather_object(states, _state())
-        checkpoint["rng"] = {"states": states, "within_epoch": not trainer.is_last_batch}
+        checkpoint["rng"] = {"states": all_gather_object(_state(), world()), "within_epoch": not trainer.is_last_batch}
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

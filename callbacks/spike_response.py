@@ -17,10 +17,11 @@ from lightning_optim.diagnostics.spike_response import (
     spike_probe,
     spike_probe_sums,
 )
-from lightning_optim.diagnostics.virtual import gradients_of
+from lightning_optim.diagnostics.what_if import gradients_of
+from lightning_optim.processes import local
 
 from .monitor import ProbingMonitor, Results
-from .recorder import Step, local
+from .recorder import Step
 from .update_variance import clipping
 
 
@@ -175,7 +176,7 @@ class SpikeResponse(ProbingMonitor):
         # A probe of sharded parameters takes a reduction of its own: the sums that it adds to the one after the step
         # depend on the size of the spike, which is itself a sum over processes.
         numel = step.unclipped_sq.new_tensor([local(w.parameter).numel() for w in step.watched])
-        gradient_sq, numel = step.shards.add(step.shards.counted(step.watched, [step.unclipped_sq, numel]))
+        gradient_sq, numel = step.shards.add(step.counted([step.unclipped_sq, numel]))
         rms = (gradient_sq / numel.clamp(min=1)).sqrt()
         spike = {}
         for w, size in zip(step.watched, rms.tolist()):

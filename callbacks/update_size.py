@@ -8,7 +8,7 @@ from typing import ClassVar
 import lightning.pytorch as pl
 from torch import Tensor
 
-from lightning_optim.diagnostics.change import inner_products, sum_of_squares
+from lightning_optim.diagnostics.parameter_change import inner_products, sum_of_squares
 from lightning_optim.diagnostics.update_size import cosine, update_size
 
 from .monitor import Monitor, Results, layers_of

@@ -10,8 +10,6 @@ from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.compile import to_uncompiled
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -20,7 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_optim.diagnostics.change import sample
+from lightning_optim.diagnostics.parameter_change import sample
 from lightning_optim.diagnostics.update_variance import (
     conditional_sums,
     conditional_variance,
@@ -28,10 +26,11 @@ from lightning_optim.diagnostics.update_variance import (
     online_sums,
     running_moments,
 )
-from lightning_optim.diagnostics.virtual import VirtualOptimizer, fork_rng, gradients_of, parameters_of
+from lightning_optim.diagnostics.what_if import VirtualOptimizer, fork_rng, gradients_of, parameters_of
+from lightning_optim.processes import all_gather_equal, local, strategies, world
 
 from .monitor import ProbingMonitor, Results, layers_of
-from .recorder import Step, StepRecorder, local
+from .recorder import Step, StepRecorder
 
 
 class UpdateVariance(ProbingMonitor):
@@ -229,14 +228,6 @@ def _sampled(step: Step, update: Mapping[Tensor, Tensor]) -> list[Tensor]:
     return [x.clone() for x in step.sampled([local(update[w.parameter]) for w in step.watched])]
 
 
-def _gathered(updates: list[Tensor]) -> list[list[Tensor]]:
-    """The updates of all processes."""
-    flat = torch.cat(updates)
-    of_all = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
-    dist.all_gather(of_all, flat)
-    return [list(x.split([u.numel() for u in updates])) for x in of_all]
-
-
 # --- where mini-batches come from -------------------------------------------------------------------------------
 
 
@@ -305,7 +296,7 @@ class _Accumulation(_Source):
 class _Ranks(_Source):
     def __init__(self, monitor: UpdateVariance, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         super().__init__(monitor, trainer, module)
-        if not isinstance(trainer.strategy, DDPStrategy) or trainer.world_size < 2:
+        if not strategies.averages_gradients(trainer.strategy):
             raise MisconfigurationException(
                 "UpdateVariance(source='ranks') needs at least two processes with strategy='ddp', got "
                 f"{type(trainer.strategy).__name__} and {trainer.world_size}; use source='batches'."
@@ -325,7 +316,7 @@ class _Ranks(_Source):
     def collect(self, step: Step) -> list[list[Tensor]]:
         gradients = self._gradients
         self.close()
-        return _gathered(_sampled(step, self.update(gradients))) if step.watched else []
+        return all_gather_equal(_sampled(step, self.update(gradients)), world()) if step.watched else []
 
     def close(self) -> None:
         for handle in self._handles:

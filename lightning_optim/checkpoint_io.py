@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import pickle
 import platform
@@ -18,9 +17,9 @@ import torch
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
-from torch.distributed.checkpoint import filesystem, metadata
 
 from .engine.checkpoint import CheckpointError
+from .processes.checkpoints import check_shards
 
 __all__ = [
     "CheckpointError",
@@ -264,42 +263,14 @@ def look_at_checkpoint(path: Path) -> dict[str, Any]:
 
 def _check_shards(folder: Path) -> None:
     """Refuse shards that hold more than tensors and plain values, all of which torch would execute."""
-    with (folder / ".metadata").open("rb") as file:
-        try:
-            table = _TableOfShards(file).load()
-            for index, where in table.storage_data.items():
-                if isinstance(table.state_dict_metadata[index.fqn], metadata.BytesStorageMetadata):
-                    with (folder / where.relative_path).open("rb") as shard:
-                        shard.seek(where.offset)
-                        torch.load(io.BytesIO(shard.read(where.length)), "cpu", weights_only=True)
-        except Exception as error:  # What a file that somebody made up leads to is anything.
-            reason = str(error).partition("WeightsUnpickler error: ")[2].partition("\n")[0] or str(error)
-            raise CheckpointError(
-                f"{folder} is damaged or holds other things than tensors and plain values ({reason}), and was not "
-                f"loaded. {_OTHER}"
-            ) from error
-
-
-class _TableOfShards(pickle.Unpickler):
-    """Reads the table of contents that torch pickles beside shards, and nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        found = super().find_class(module, name) if (module, name) in _IN_TABLES or module == "torch" else None
-        if found is None or (module == "torch" and found is not torch.Size and not isinstance(found, torch.dtype)):
-            raise pickle.UnpicklingError(f"{module}.{name}")
-        return found
-
-
-_IN_TABLES = {
-    *(
-        (metadata.__name__, name)
-        for name, x in vars(metadata).items()
-        if getattr(x, "__module__", "") == metadata.__name__
-    ),
-    (filesystem.__name__, "_StorageInfo"),
-    ("torch.serialization", "_get_layout"),
-    *(("pathlib", name) for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")),
-}
+    try:
+        check_shards(folder)
+    except Exception as error:  # What a file that somebody made up leads to is anything.
+        reason = str(error).partition("WeightsUnpickler error: ")[2].partition("\n")[0] or str(error)
+        raise CheckpointError(
+            f"{folder} is damaged or holds other things than tensors and plain values ({reason}), and was not "
+            f"loaded. {_OTHER}"
+        ) from error
 
 
 def _load(path: str | Path, map_location: Any, mmap: bool = False) -> dict[str, Any]:

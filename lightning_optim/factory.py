@@ -15,18 +15,13 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
-from functools import cache
 from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
-from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.optim.optimizer import _default_to_fused_or_foreach
@@ -37,6 +32,7 @@ from .engine.checkpoint import matched
 from .engine.optimizer import RuleOptimizer
 from .engine.rule import GroupRule
 from .engine.two_rules import MatrixOptimizer
+from .processes import placements, strategies
 from .routing import Route, clean_name, route, routing_table
 
 __all__ = [
@@ -217,16 +213,16 @@ def build_optimizer(
         fused, _ = _default_to_fused_or_foreach(trainable, args.get("differentiable", False), use_fused=True)
         # Otherwise None, with which torch chooses between the other two.
         # torch's fused SGD does not know sharded parameters.
-        unknown = cls is SGD and any(isinstance(p, DTensor) for p in trainable)
+        unknown = cls is SGD and any(placements(p) is not None for p in trainable)
         args["fused"] = True if fused and not unknown and not _is_mixed_precision(module) else None
 
     def construct(groups: list[dict[str, Any]]) -> Optimizer:
         return _construct(f"optimizer {config.name}", cls, groups, args)
 
-    processes = _processes(module, cls)
+    process_groups = _process_groups(module, cls)
     built = construct(_groups(module, _grouping(grouping), issubclass(cls, MatrixOptimizer), construct))
     if isinstance(built, RuleOptimizer):
-        built.process_group, built.work_group, built.shard_group = processes
+        built.process_group, built.work_group, built.shard_group = process_groups
     else:  # The others check themselves what they load.
         built.register_load_state_dict_pre_hook(matched)
     if isinstance(built, MatrixOptimizer) and not any(group["role"] == "matrix" for group in built.param_groups):
@@ -238,42 +234,29 @@ def build_optimizer(
     return built
 
 
-def _processes(module: nn.Module, cls: type[Optimizer]) -> tuple[Any, Any, Any]:
-    """The processes that hold equal parameters and gradients, those of them on this node, and those with flat parts.
-
-    FSDP2's parameters say themselves which process has what.
+def _process_groups(module: nn.Module, cls: type[Optimizer]) -> strategies.OptimizerGroups:
+    """The process groups of the Trainer's strategy.
 
     Raises:
         ValueError: The optimizer has a matrix rule, and the strategy leaves no matrices; or it adds up over all
-            parameters, and nobody knows over which processes.
+            parameters, and the strategy does not say over which ranks.
     """
     trainer = _trainer(module)
-    strategy = None if trainer is None else trainer.strategy
-    flat = isinstance(strategy, DeepSpeedStrategy) or (
-        isinstance(strategy, FSDPStrategy) and strategy.sharding_strategy is not ShardingStrategy.NO_SHARD
-    )
-    if flat and issubclass(cls, MatrixOptimizer):
+    if trainer is None:
+        return strategies.OptimizerGroups()
+    strategy = trainer.strategy
+    if issubclass(cls, MatrixOptimizer) and strategies.flattens_parameters(strategy):
         raise ValueError(
-            f"{cls.__name__} needs whole matrices, and {type(strategy).__name__} cuts flattened parameters up: use "
+            f"{cls.__name__} needs whole matrices, and {type(strategy).__name__} shards flattened parameters: use "
             "ModelParallelStrategy (FSDP2), DDPStrategy, or an optimizer with an element-wise rule."
         )
-    if isinstance(strategy, DeepSpeedStrategy):
+    if strategies.is_deepspeed(strategy):
         _check_deepspeed(strategy, cls)
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
-        return None, None, None
-    if isinstance(strategy, DeepSpeedStrategy):
-        return None, None, dist.group.WORLD
-    if flat:
-        (wrapped, *_) = FullyShardedDataParallel.fsdp_modules(strategy.model)  # type: ignore[union-attr, arg-type]
-        return getattr(wrapped, "_inter_node_pg", None), None, wrapped.process_group  # hybrid: replicas of shards
-    # Where models are averaged now and then, gradients differ in between.
-    if isinstance(strategy, DDPStrategy) and strategy._model_averaging_period is None:
-        return dist.group.WORLD, _processes_of_node(dist.group.WORLD, trainer.num_devices), None  # type: ignore[union-attr]
-    return None, None, None
+    return strategies.optimizer_groups(strategy, trainer.num_devices)
 
 
-def _check_deepspeed(strategy: DeepSpeedStrategy, cls: type[Optimizer]) -> None:
-    """Without ZeRO every process may have all of the parameters, whose sums would be added up as those of parts."""
+def _check_deepspeed(strategy: Any, cls: type[Optimizer]) -> None:
+    """Without ZeRO every rank may have all parameters, whose sums would be added up as if they were parts."""
     if not issubclass(cls, GroupRule):
         return
     if ((strategy.config or {}).get("zero_optimization") or {}).get("stage", 0) == 0:
@@ -281,12 +264,6 @@ def _check_deepspeed(strategy: DeepSpeedStrategy, cls: type[Optimizer]) -> None:
             f"{cls.__name__} needs inner products over all parameters, and DeepSpeed's stage 0 does not say which "
             "process has what: use stage 1 or 2, or DDPStrategy."
         )
-
-
-@cache
-def _processes_of_node(everybody: Any, count: int) -> Any:
-    """From other nodes factors take longer to arrive than to compute."""
-    return everybody if count == dist.get_world_size(everybody) else dist.new_subgroups(count)[0]
 
 
 def optimizer_class(name: str) -> type[Optimizer]:

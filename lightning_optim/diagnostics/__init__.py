@@ -1,13 +1,13 @@
 """What optimizers do, measured: pure functions of tensors, which know nothing of Lightning or loggers."""
 
-from .change import Change
 from .noise_scale import NoiseScale
 from .orthogonality import factor_error, orthogonality, polar_error
+from .parameter_change import Change
 from .sign_collapse import sign_collapse
 from .spike_response import spike_response
 from .update_size import update_size
 from .update_variance import conditional_variance
-from .virtual import VirtualOptimizer
+from .what_if import VirtualOptimizer
 
 __all__ = [
     "Change",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_optim.polar import exact_polar
 
-from .change import Sums
+from .parameter_change import Sums
 
 #: Gram matrices up to this size are decomposed; of larger ones only the largest eigenvalue is sought. By timing on a
 #: CPU; GPUs decompose one matrix after another.

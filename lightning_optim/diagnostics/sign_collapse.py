@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .change import Change, Sums
+from .parameter_change import Change, Sums
 
 
 def sign_collapse_sums(change: Change) -> Sums:

@@ -9,11 +9,11 @@ from statistics import median
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from .change import Sums, sample, sum_of_squares
-from .virtual import VirtualOptimizer
+from ..processes import local
+from .parameter_change import Sums, sample, sum_of_squares
+from .what_if import VirtualOptimizer
 
 #: Updates have recovered where their RMS stays this close to what it was, as in NVIDIA's gradient-spike primer.
 TOLERANCE = 0.1
@@ -168,14 +168,14 @@ def spike_probe_sums(
     """
 
     def sampled(updates: Mapping[Tensor, Tensor]) -> list[Tensor]:
-        return [sample(_local(updates[p])).clone() for p in spike]
+        return [sample(local(updates[p])).clone() for p in spike]
 
     def follow(first: Mapping[Tensor, Tensor]) -> Iterable[list[Tensor]]:
         virtual = VirtualOptimizer(optimizer, prepare)
         for t in range(steps + 1):
             yield sampled(virtual.step(gradients if t else first))
 
-    numels = [_local(p).numel() for p in spike]
+    numels = [local(p).numel() for p in spike]
     calm = list(follow(gradients))
     of_all = calm[0][0].new_tensor([n / max(1, u.numel()) for n, u in zip(numels, calm[0])])
     sums = {f"calm_{t}": sum_of_squares(updates) * of_all for t, updates in enumerate(calm)}
@@ -186,10 +186,6 @@ def spike_probe_sums(
             extra = [x - y for x, y in zip(updates, calm[t])]
             sums[f"extra_{scale_name(scale)}_{t}"] = sum_of_squares(extra) * of_all
     return sums
-
-
-def _local(x: Tensor) -> Tensor:
-    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def scale_name(scale: float) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .change import Sums, inner_products, sum_of_squares
+from .parameter_change import Sums, inner_products, sum_of_squares
 
 
 def running_moments(

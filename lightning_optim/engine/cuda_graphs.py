@@ -100,7 +100,7 @@ class StepGraphs:
                 f"{', '.join(sorted({str(p.device) for p in params}))}; move the model before, or step without graphs."
             )
         groups = (optimizer.process_group, optimizer.shard_group)
-        if processes.peers(params) or any(map(processes.several, groups)):
+        if processes.mesh_groups(params) or any(map(processes.nontrivial, groups)):
             raise ValueError(f"{name}: steps of several processes, which communicate, cannot be captured.")
         if optimizer.rounding == "stochastic":
             raise ValueError(

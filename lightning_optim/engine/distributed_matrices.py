@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from .. import processes
-from ..processes import Group, Kind, Sharding
+from ..processes import Group, Sharding, TensorSpec
 from . import matrices
 from .elementwise import packs
 from .matrices import ParameterObserver, Report, Stack
@@ -62,7 +62,7 @@ def run(
     for batch in batches:
         whole = []
         for task in batch.tasks:
-            cut = processes.sharding(task.parameter)
+            cut = processes.sharding_of(task.parameter)
             if cut is None:
                 whole.append(task)
             else:
@@ -148,7 +148,7 @@ def _cost(m: int, n: int) -> float:
 def _waves(cuts: Sequence[_Cut], plain: bool) -> Iterator[list[_Cut]]:
     cuts = sorted(cuts, key=lambda c: -_cost(*c.matrix))
     sizes = [c.parameter.numel() for c in cuts]
-    return packs(cuts, sizes, 0 if plain else matrices.wave_limit(sizes, cuts[0].cut.processes))
+    return packs(cuts, sizes, 0 if plain else matrices.wave_limit(sizes, cuts[0].cut.ranks))
 
 
 # --- every process has everything ------------------------------------------------------------------------------------
@@ -166,7 +166,7 @@ def _jobs_here(batches: Sequence[Batch], context: _Context, replicas: Sequence[G
     (group,) = replicas
     ranks = processes.size(group)
     keys, costs = zip(*pieces)
-    owner = dict(zip(keys, processes.owners(costs, (None,) * len(costs), ranks)))
+    owner = dict(zip(keys, processes.assign_owners(costs, (None,) * len(costs), ranks)))
     solve = partial(_shared, owner=owner, group=group, report=context.report)
     return matrices.jobs(batches, context.plain, context.finite, context.report, solve, ranks)
 
@@ -183,7 +183,7 @@ def _shared(
         [((len(indices), *x.shape[1:]), x.dtype) for indices, (_, (x, _, _)) in zip(each, asked) if indices]
         for each in theirs
     ]
-    pending = processes.gather(matrices.orthogonalized(own), kinds, asked[0][1].matrices.device, group)
+    pending = processes.all_gather(matrices.orthogonalized(own), kinds, asked[0][1].matrices.device, group)
     yield
     factors = [torch.empty_like(request.matrices) for _, request in asked]
     for each, received in zip(theirs, pending.wait()):
@@ -204,11 +204,11 @@ def _keys(stack: Stack) -> list[Key]:
 
 
 def _jobs_in_rows(cuts: Sequence[_Cut], context: _Context) -> Iterator[Iterator[None]]:
-    ranks = cuts[0].cut.processes
+    ranks = cuts[0].cut.ranks
     keys = [(c.parameter, block) for c in cuts for block in range(c.blocks)]
     costs = tuple(_cost(*c.matrix) for c in cuts for _ in range(c.blocks))
     holders = tuple(_holder(c, block) for c in cuts for block in range(c.blocks))
-    owner = dict(zip(keys, processes.owners(costs, holders, ranks)))
+    owner = dict(zip(keys, processes.assign_owners(costs, holders, ranks)))
     for wave in _waves(cuts, context.plain):
         yield _in_rows(wave, owner, context)
 
@@ -216,7 +216,7 @@ def _jobs_in_rows(cuts: Sequence[_Cut], context: _Context) -> Iterator[Iterator[
 def _holder(c: _Cut, block: int) -> int | None:
     """The process that holds all rows of a matrix, if one does."""
     m, _ = c.matrix
-    return next((rank for rank in range(c.cut.processes) if c.rows(block, rank) == (0, m)), None)
+    return next((rank for rank in range(c.cut.ranks) if c.rows(block, rank) == (0, m)), None)
 
 
 def _in_rows(wave: Sequence[_Cut], owner: Mapping[Key, int], context: _Context) -> Iterator[None]:
@@ -299,7 +299,7 @@ def _gathered(
 ) -> Generator[None, None, list[Any]]:
     """Bring matrices together, each at its owner, who orthogonalises it, adds up its sums, and sends the rows back."""
     cut, device = wave[0].cut, asked[0][1].matrices.device
-    ranks, me = range(cut.processes), cut.rank
+    ranks, me = range(cut.ranks), cut.rank
     # Of each matrix that is asked for, what this process has of it and of its sums, and the method.
     parts: dict[Key, list[Tensor]] = {}
     methods: dict[Key, str] = {}
@@ -309,12 +309,12 @@ def _gathered(
     cuts = {(c.parameter, block): c for c in wave for block in range(c.blocks) if (c.parameter, block) in parts}
     of = [[key for key in cuts if owner[key] == rank] for rank in ranks]
 
-    def kinds(key: Key, rank: int) -> list[Kind]:
+    def kinds(key: Key, rank: int) -> list[TensorSpec]:
         start, stop = cuts[key].rows(key[1], rank)
         rows, *sums = parts[key]
         return [((stop - start, rows.shape[1]), rows.dtype), *((y.shape, y.dtype) for y in sums)]
 
-    there = processes.exchange(
+    there = processes.all_to_all(
         [[x for key in keys for x in parts[key]] for keys in of],
         [[kind for key in of[me] for kind in kinds(key, rank)] for rank in ranks],
         device,
@@ -332,10 +332,10 @@ def _gathered(
         one = solved[key]
         return [one.factor[start:stop], *one.totals] + [one.matrix, one.factor] * (told.get(key) == rank)
 
-    def back_kinds(key: Key) -> list[Kind]:
+    def back_kinds(key: Key) -> list[TensorSpec]:
         return kinds(key, me) + [(cuts[key].matrix, parts[key][0].dtype)] * 2 * (told.get(key) == me)
 
-    returning = processes.exchange(
+    returning = processes.all_to_all(
         [[x for key in of[me] for x in back(key, rank)] for rank in ranks],
         [[kind for key in keys for kind in back_kinds(key)] for keys in of],
         device,
@@ -385,12 +385,12 @@ def _jobs_carried(cuts: Sequence[_Cut], context: _Context) -> Iterator[Iterator[
 def _carried(wave: Sequence[_Cut], context: _Context) -> Iterator[None]:
     """Bring whole gradients to the owners of their parameters, who run the rule, and bring back how these move."""
     cut, device = wave[0].cut, wave[0].task.p.device
-    ranks = range(cut.processes)
+    ranks = range(cut.ranks)
     of = [[c for c in wave if c.task.owner == rank] for rank in ranks]
     mine = of[cut.rank]
-    there = processes.exchange(
+    there = processes.all_to_all(
         [[c.task.g for c in each] for each in of],
-        [[(c.cut.part(rank), c.task.g.dtype) for c in mine] for rank in ranks],
+        [[(c.cut.local_shape(rank), c.task.g.dtype) for c in mine] for rank in ranks],
         device,
         cut.group,
     )
@@ -398,14 +398,14 @@ def _carried(wave: Sequence[_Cut], context: _Context) -> Iterator[None]:
     batches: dict[int, Batch] = {}
     for c, *parts in zip(mine, *there.wait()):
         batch = batches.setdefault(id(c.batch), replace(c.batch, tasks=[]))
-        batch.tasks.append(replace(c.task, g=torch.cat(parts, c.cut.axis)))
+        batch.tasks.append(replace(c.task, g=torch.cat(parts, c.cut.dim)))
     moves: dict[Tensor, list[Tensor]] = {}
     move = partial(_pack_moves, moves)
     for job in matrices.jobs(batches.values(), context.plain, context.finite, context.report, move=move):
         for _ in job:
             pass
-    returning = processes.exchange(
-        [[c.cut.take(x, rank) for c in mine for x in moves[c.parameter]] for rank in ranks],
+    returning = processes.all_to_all(
+        [[c.cut.shard(x, rank) for c in mine for x in moves[c.parameter]] for rank in ranks],
         [[kind for c in each for kind in _move_kinds(c)] for each in of],
         device,
         cut.group,
@@ -432,7 +432,7 @@ def _pack_moves(moves: dict[Tensor, list[Tensor]], stack: Stack, move: Move, fin
         moves[task.parameter] = [from_blocks(x[each], task.g.shape, stack.group) for x in parts]
 
 
-def _move_kinds(c: _Cut) -> list[Kind]:
+def _move_kinds(c: _Cut) -> list[TensorSpec]:
     """What this rank gets of a move that was packed."""
     p = c.task.p
     return [(p.shape, compute_dtype(p.dtype))] * (2 if c.batch.rule.own_decay else 1)
@@ -445,6 +445,6 @@ def _move(c: _Cut, packed: Sequence[Tensor], finite: Tensor | None) -> None:
     move = Move(direction, k.get("step", 1.0), keep=keep[0] if keep else None)
     noise = None
     if task.noise is not None:
-        noise = c.cut.positions(c.cut.rank, p.device).add_(task.noise - processes.offset(c.parameter))
+        noise = c.cut.flat_indices(c.cut.rank, p.device).add_(task.noise - processes.flat_offset(c.parameter))
     finite = None if finite is None else finite.to(p.device)
     matrices.move_tensor_(p, move, k["keep"], task.state.get(RESIDUAL), noise, finite)

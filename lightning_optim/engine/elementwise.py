@@ -191,7 +191,7 @@ class _Grouped:
         """
         apart: dict[tuple[processes.Group, ...], list[Task]] = {}
         for task in self.batch.tasks:
-            apart.setdefault(processes.groups(task.parameter) or groups, []).append(task)
+            apart.setdefault(processes.shard_groups(task.parameter) or groups, []).append(task)
         sums = {}
         for key, tasks in apart.items():
             parts = [part for some in _alike(tasks) for part in self._call(self.rule.sums, some, {}, moves=False)]
@@ -236,7 +236,7 @@ def _run_groups(grouped: Sequence[_Grouped], groups: tuple[processes.Group, ...]
     for key in dict.fromkeys(key for each in sums for key in each):
         members = [i for i, each in enumerate(sums) if key in each]
         device = totals[members[0]].device
-        added = processes.total(torch.cat([sums[i][key].to(device) for i in members]), key)
+        added = processes.all_reduce_sum(torch.cat([sums[i][key].to(device) for i in members]), key)
         for i, part in zip(members, added.split([len(totals[i]) for i in members])):
             totals[i] += part.to(totals[i].device)
     for one, total in zip(grouped, totals):

@@ -73,7 +73,7 @@ def _peaks(grads: list[Tensor], groups: Sequence[Group], alike: bool) -> Tensor:
     if not groups:
         return stacked
     stacked = stacked.nan_to_num_(nan=math.inf, posinf=math.inf)
-    return processes.largest(stacked if alike else stacked.max(), groups).expand(len(grads))
+    return processes.all_reduce_max(stacked if alike else stacked.max(), groups).expand(len(grads))
 
 
 def _known_on_host(grads: list[Tensor]) -> bool:
@@ -89,5 +89,5 @@ def _largest(grads: list[Tensor], groups: Sequence[Group], backend: str) -> floa
     peak = largest(grads, backend)
     if groups:
         known = torch.tensor(peak, dtype=torch.float32).nan_to_num_(nan=math.inf, posinf=math.inf)
-        peak = float(processes.largest(known, groups))
+        peak = float(processes.all_reduce_max(known, groups))
     return peak

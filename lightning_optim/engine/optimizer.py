@@ -254,7 +254,7 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
             raise ValueError(f"{type(self).__name__}: a parameter is twice in one parameter group; list it once.")
         for p in group["params"]:
             residual_dtype(self.rounding, p.dtype)
-            processes.check(p)
+            processes.refuse_partial(p)
             if p.is_complex():
                 raise ValueError(
                     f"{type(self).__name__} does not take complex parameters (shape {tuple(p.shape)}); "
@@ -354,9 +354,9 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
         """
         params = [p for _, params in work for p in params]
         grads = [_gradient(p) for p in params]
-        parts, replicas = processes.several(self.shard_group), processes.several(self.process_group)
+        parts, replicas = processes.nontrivial(self.shard_group), processes.nontrivial(self.process_group)
         # Replicas have equal gradients; but a defect in one's must not part it from the others, who wait for it.
-        everybody = tuple(dict.fromkeys((*processes.peers(params), *parts, *replicas)))
+        everybody = tuple(dict.fromkeys((*processes.mesh_groups(params), *parts, *replicas)))
         finite, gains = inspect_gradients(grads, everybody, not parts, self.backend)
         if not self.skip_nonfinite:
             finite = True
@@ -367,7 +367,7 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
         positions = self._noisy_positions()
         ticks: list[Tick] = []
         batches = [self._batch(group, params, each, positions, ticks, given) for group, params in work]
-        workers = processes.several(self.work_group or self.process_group)
+        workers = processes.nontrivial(self.work_group or self.process_group)
         verdict = finite if isinstance(finite, Tensor) else None
         run_rules(batches, self.backend, verdict, self.observer, workers, parts)
         return finite, ticks
@@ -439,7 +439,7 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
             tick.indices.append(i)
             g, gain = next(each)
             gain = -gain if group["maximize"] else gain
-            noise = first_number(tick.t, noisy[p]) + processes.offset(p) if p in noisy else None
+            noise = first_number(tick.t, noisy[p]) + processes.flat_offset(p) if p in noisy else None
             held, held_state = processes.local(p), processes.local_state(p, state)
             owner = self._owners.get(p)
             tasks.append(Task(tick.t, held, g, gain, held_state, tick.scalars, p, noise=noise, owner=owner))
@@ -558,7 +558,7 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
                 for name, value in state.items():
                     dtype = value.dtype if name in keep else compute_dtype(p.dtype)
                     value = value.to(self.state[p][name].device, dtype, copy=True)
-                    self.state[p][name] = processes.placed(value, expected[name])
+                    self.state[p][name] = processes.sharded_like(value, expected[name])
 
     def _check_checkpoint(self, state_dict: Mapping[str, Any]) -> None:
         """Refuse hyperparameters out of range and state of other names, shapes or kinds than the rules'."""
@@ -603,7 +603,7 @@ def _gradient(p: Tensor) -> Tensor:
     """
     if p.grad is None:
         return torch.zeros_like(p)
-    g = processes.gradient(p)
+    g = processes.local_gradient(p)
     return g.to(compute_dtype(p.dtype)) if g.dtype == torch.float64 else g
 
 

@@ -38,7 +38,7 @@ class Resident:
     @property
     def cut(self) -> Sharding:
         """How the parameter is cut."""
-        cut = processes.sharding(self.parameter)
+        cut = processes.sharding_of(self.parameter)
         assert cut is not None
         return cut
 
@@ -47,7 +47,7 @@ class Resident:
         """How each tensor of its state is cut in checkpoints."""
         shapes = state_shapes(self.rule, self.parameter, self.group)
         cut = self.cut
-        return {name: cut if shape is LIKE_PARAMETER else cut.of(shape, 1) for name, shape in shapes.items()}
+        return {name: cut if shape is LIKE_PARAMETER else cut.with_shape(shape, 1) for name, shape in shapes.items()}
 
 
 def residents(groups: Iterable[tuple[type[Rule], Mapping[str, Any]]]) -> list[Resident]:
@@ -68,9 +68,9 @@ def owners(some: Sequence[Resident], known: Mapping[Tensor, int | None]) -> dict
     for r in some:
         apart[r.cut.group].append(r)
     for together in apart.values():
-        costs = tuple(float(sum(cut.elements for cut in r.state_cuts.values())) for r in together)
+        costs = tuple(float(sum(cut.numel for cut in r.state_cuts.values())) for r in together)
         holders = tuple(known.get(r.parameter) for r in together)
-        ranks = processes.owners(costs, holders, together[0].cut.processes)
+        ranks = processes.assign_owners(costs, holders, together[0].cut.ranks)
         found |= dict(zip((r.parameter for r in together), ranks))
     return found
 
@@ -78,15 +78,15 @@ def owners(some: Sequence[Resident], known: Mapping[Tensor, int | None]) -> dict
 def bring_home(some: Sequence[Resident], owner: Mapping[Tensor, int], states: Mapping[Tensor, State]) -> None:
     """Send state that is in parts, as it comes from checkpoints, to the owners of the parameters."""
     for wave, cut in _waves(_tensors(some, owner, states, in_parts=True)):
-        of = [[x for x in wave if x.owner == rank] for rank in range(cut.processes)]
-        arrived = processes.exchange(
+        of = [[x for x in wave if x.owner == rank] for rank in range(cut.ranks)]
+        arrived = processes.all_to_all(
             [[x.here for x in each] for each in of],
-            [[(x.cut.part(rank), x.here.dtype) for x in of[cut.rank]] for rank in range(cut.processes)],
+            [[(x.cut.local_shape(rank), x.here.dtype) for x in of[cut.rank]] for rank in range(cut.ranks)],
             wave[0].here.device,
             cut.group,
         ).wait()
         for x, *parts in zip(of[cut.rank], *arrived):
-            x.state[x.name] = torch.cat(parts, x.cut.axis)
+            x.state[x.name] = torch.cat(parts, x.cut.dim)
         for x in wave:
             if x.owner != cut.rank:
                 x.state[x.name] = x.here.new_empty(0)
@@ -98,16 +98,16 @@ def in_parts(
     """State as checkpoints have it, of those parameters whose state is with their owners, where it also stays."""
     found: dict[Tensor, State] = {}
     for wave, cut in _waves(_tensors(some, owner, states, in_parts=False)):
-        of = [[x for x in wave if x.owner == rank] for rank in range(cut.processes)]
-        arrived = processes.exchange(
-            [[x.cut.take(x.here, rank) for x in of[cut.rank]] for rank in range(cut.processes)],
-            [[(x.cut.part(cut.rank), x.here.dtype) for x in each] for each in of],
+        of = [[x for x in wave if x.owner == rank] for rank in range(cut.ranks)]
+        arrived = processes.all_to_all(
+            [[x.cut.shard(x.here, rank) for x in of[cut.rank]] for rank in range(cut.ranks)],
+            [[(x.cut.local_shape(cut.rank), x.here.dtype) for x in each] for each in of],
             wave[0].here.device,
             cut.group,
         ).wait()
         for x, part in zip(chain(*of), chain(*arrived)):
             # A copy has a storage of its own, as checkpoints need it.
-            found.setdefault(x.parameter, {**x.state})[x.name] = processes.joined(part.clone(), x.parameter, x.cut)
+            found.setdefault(x.parameter, {**x.state})[x.name] = processes.from_local(part.clone(), x.parameter, x.cut)
     return found
 
 
@@ -146,5 +146,5 @@ def _waves(tensors: Iterable[_StateTensor]) -> Iterator[tuple[list[_StateTensor]
     for x in tensors:
         apart[x.cut.group].append(x)
     for together in apart.values():
-        for wave in packs(together, [x.cut.elements for x in together], AT_ONCE):
+        for wave in packs(together, [x.cut.numel for x in together], AT_ONCE):
             yield wave, wave[0].cut

@@ -65,7 +65,7 @@ def prepare_residual(state: Any, p: Tensor, rounding: str) -> None:
     if dtype is None:
         state.pop(RESIDUAL, None)
     elif getattr(residual, "dtype", None) != dtype:
-        state[RESIDUAL] = processes.zeros(p, dtype)
+        state[RESIDUAL] = processes.zeros_like(p, dtype)
     elif residual.device != p.device:
         state[RESIDUAL] = residual.to(p.device)
 

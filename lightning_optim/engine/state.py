@@ -105,11 +105,11 @@ def new_state(rule: type[Rule], p: Tensor, group: Mapping[str, Any], owner: int 
         state[name] = torch.tensor(0.0, dtype=torch.float64, device="cpu")
     for name, shape in state_shapes(rule, p, group).items():
         if owner is not None:
-            state[name] = processes.zeros_with_owner(p, tuple(p.shape) if shape is None else shape, dtype, owner)
+            state[name] = processes.zeros_on_rank(p, tuple(p.shape) if shape is None else shape, dtype, owner)
         elif shape is LIKE_PARAMETER:
-            state[name] = processes.zeros(p, dtype)
+            state[name] = processes.zeros_like(p, dtype)
         else:
-            state[name] = processes.zeros_beside(p, shape, dtype, whole=stays_in_rows(rule, p, group))
+            state[name] = processes.zeros_of_shape(p, shape, dtype, replicated=stays_in_rows(rule, p, group))
     if issubclass(rule, GroupRule):
         for name, value in rule.group_state.items():
             state[name] = torch.tensor(value, dtype=accumulation_dtype(p.device), device=p.device)
@@ -144,7 +144,7 @@ def _convert(rule: type[Rule], p: Tensor, state: State, group: Mapping[str, Any]
     here = [processes.local(state[name]) for name in names if state[name].dtype != dtype]
     peaks = [x.abs().max().double() for x in here if x.numel()]
     peak = torch.stack([torch.zeros((), dtype=torch.float64, device=p.device), *peaks]).max()
-    if processes.largest(peak, processes.groups(p)) > limit:
+    if processes.all_reduce_max(peak, processes.shard_groups(p)) > limit:
         raise ValueError(
             f"A parameter of shape {tuple(p.shape)} was cast to {p.dtype}, for which its state is too large "
             f"(above {limit:.1e}): delete optimizer.state[parameter] to start it anew, or cast it back."
@@ -157,15 +157,15 @@ def _convert(rule: type[Rule], p: Tensor, state: State, group: Mapping[str, Any]
 
 def lives_with_owner(rule: type[Rule], p: Tensor, group: Mapping[str, Any]) -> bool:
     """Whether several processes hold parts of a parameter, and one of them has its state and runs the rule."""
-    return issubclass(rule, MatrixRule) and processes.sharding(p) is not None and not stays_in_rows(rule, p, group)
+    return issubclass(rule, MatrixRule) and processes.sharding_of(p) is not None and not stays_in_rows(rule, p, group)
 
 
 def stays_in_rows(rule: type[Rule], p: Tensor, group: Mapping[str, Any]) -> bool:
     """Whether processes that hold some rows each of a parameter's matrices run the rule on those."""
     if not issubclass(rule, MatrixRule) or not rule.by_rows or group["transposed"]:
         return False
-    cut = processes.sharding(p)
-    return cut is not None and cut.axis == 0
+    cut = processes.sharding_of(p)
+    return cut is not None and cut.dim == 0
 
 
 # --- matrices inside parameters ---------------------------------------------------------------------------------

@@ -120,7 +120,7 @@ class MatrixOptimizer(RuleOptimizer):
         rule, blocks = self.rule(group), group["blocks"]
         least = 2 if issubclass(rule, MatrixRule) and (rule.flatten or group["transposed"]) else 1
         for p in group["params"]:
-            processes.sharding(p)  # Raises where a matrix rule cannot run.
+            processes.sharding_of(p)  # Raises where a matrix rule cannot run.
             if p.ndim < least:
                 raise ValueError(
                     f"{rule.name} takes parameters of at least {least} axes, got shape {tuple(p.shape)}; "

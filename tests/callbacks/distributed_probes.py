@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_optim.callbacks import SpikeResponse, UpdateVariance, monitor
-from lightning_optim.diagnostics.virtual import VirtualOptimizer
+from lightning_optim.diagnostics.what_if import VirtualOptimizer
 
 DATA = torch.randn(400, 6, generator=torch.Generator().manual_seed(0))
 

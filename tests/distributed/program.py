@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
 from lightning_optim import NAMO, MVNGrad, processes
-from lightning_optim.diagnostics.virtual import VirtualOptimizer, gradients_of
+from lightning_optim.diagnostics.what_if import VirtualOptimizer, gradients_of
 from lightning_optim.engine import gradients
 from lightning_optim.engine.optimizer import RuleOptimizer
 from lightning_optim.engine.two_rules import MatrixOptimizer
@@ -236,32 +236,32 @@ def bytes_sent() -> dict[str, Any]:
     for name in ("Muon", "NAMO", "NAMOD", "SOAP", "DeVA", "MVNGrad", "HVAdam"):
         optimizer = build(name, parameters)
         optimizer.step()
-        before = processes.sent.copy()
+        before = processes.bytes_sent.copy()
         optimizer.step()
-        results[name] = processes.sent - before
+        results[name] = processes.bytes_sent - before
     for name in ("Muon", "NAMO"):
         columns = start(torch.float32, line(), {"columns": SHAPES["columns"]})
         optimizer = build(name, columns)
         set_gradients(columns, 1, line())
-        before = processes.sent.copy()
+        before = processes.bytes_sent.copy()
         optimizer.step()
-        results[f"{name}, columns"] = processes.sent - before
+        results[f"{name}, columns"] = processes.bytes_sent - before
     optimizer = build("SOAP", parameters)
     optimizer.step()
-    before = processes.sent.copy()
+    before = processes.bytes_sent.copy()
     saved = optimizer.state_dict()
-    results["SOAP's checkpoint"] = processes.sent - before
+    results["SOAP's checkpoint"] = processes.bytes_sent - before
     optimizer.load_state_dict(saved)
-    before = processes.sent.copy()
+    before = processes.bytes_sent.copy()
     optimizer.step()
-    results["SOAP after loading"] = processes.sent - before
+    results["SOAP after loading"] = processes.bytes_sent - before
     parameters = start(torch.float32, None, EVEN)
     optimizer = build("NAMO", parameters)
     optimizer.process_group = dist.group.WORLD
     set_gradients(parameters, 1)
-    before = processes.sent.copy()
+    before = processes.bytes_sent.copy()
     optimizer.step()
-    results["DDP"] = processes.sent - before
+    results["DDP"] = processes.bytes_sent - before
     return results
 
 
@@ -370,7 +370,7 @@ def lives_of_state() -> dict[str, Any]:
             "elements": {
                 key: [x.numel() for n, x in optimizer.state[p].items() if n != "step"]
                 for key, p in parameters.items()
-                if processes.sharding(p) is not None and (name != "NAMO" or key in ("transposed", "columns"))
+                if processes.sharding_of(p) is not None and (name != "NAMO" or key in ("transposed", "columns"))
             },
             "whole": {key: [x.numel() for n, x in alone.state[p].items() if n != "step"] for key, p in others.items()},
             "placed": {n: str(processes.placements(x)) for n, x in saved_state(optimizer)[parameters["up"]].items()},

@@ -246,6 +246,6 @@ def test_processes_that_were_joined_anew() -> None:
         try:
             mesh = init_device_mesh("cpu", (2,))
             p = DTensor.from_local(torch.ones(2, 3), mesh, [Shard(0)], run_check=False)
-            assert processes.groups(p) == (mesh.get_group(0),)
+            assert processes.shard_groups(p) == (mesh.get_group(0),)
         finally:
             dist.destroy_process_group()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_optim.diagnostics.change import inner_products, sum_of_squares
+from lightning_optim.diagnostics.parameter_change import inner_products, sum_of_squares
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -9,8 +9,9 @@ from itertools import chain
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+
+from ..processes import placements
 
 
 class VirtualOptimizer:
@@ -104,9 +105,9 @@ def _copies_of_shards(optimizer: Optimizer) -> dict[int, Tensor]:
     """Copies of sharded parameters and state by their ids, as ``copy.deepcopy`` wants them; it cannot make its own."""
     copies: dict[int, Tensor] = {}
     for p in parameters_of(optimizer):
-        if isinstance(p, DTensor):
+        if placements(p) is not None:
             copies[id(p)] = nn.Parameter(p.detach().clone(), p.requires_grad)
-        copies |= {id(x): x.clone() for x in optimizer.state.get(p, {}).values() if isinstance(x, DTensor)}
+        copies |= {id(x): x.clone() for x in optimizer.state.get(p, {}).values() if placements(x) is not None}
     return copies
 
 

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LinearLR
 
 import lightning_optim as lo
 from lightning_optim.diagnostics import VirtualOptimizer
-from lightning_optim.diagnostics.virtual import gradients_of
+from lightning_optim.diagnostics.what_if import gradients_of
 from lightning_optim.engine.two_rules import MatrixOptimizer
 from lightning_optim.registry import OPTIMIZERS
 

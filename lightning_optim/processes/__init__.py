@@ -1,0 +1,83 @@
+"""Parameters on many ranks: who holds which shard, and how tensors get from one rank to another.
+
+The only package that knows ``torch.distributed``, ``DTensor`` and the process groups of strategies. Optimizers and
+diagnostics work on local shards, which are plain tensors that can be updated in place.
+
+:mod:`.groups`, :mod:`.sharding`, :mod:`.collectives` and :mod:`.owners` know nothing of Lightning, and this package
+exports what is in them. :mod:`.strategies` and :mod:`.checkpoints` are about Lightning's strategies and files;
+:mod:`.private` holds what is used of private interfaces.
+"""
+
+from .collectives import (
+    Pending,
+    TensorSpec,
+    all_gather,
+    all_gather_equal,
+    all_gather_object,
+    all_reduce_max,
+    all_reduce_sum,
+    all_to_all,
+    any_rank,
+    bytes_sent,
+)
+from .groups import Group, new_cpu_group, node_group, nontrivial, rank, size, world
+from .owners import assign_owners
+from .sharding import (
+    Sharding,
+    ShardSums,
+    flat_offset,
+    from_local,
+    local,
+    local_gradient,
+    local_slices,
+    local_state,
+    mesh_groups,
+    placements,
+    refuse_partial,
+    shard_groups,
+    sharded_dims,
+    sharded_like,
+    sharding_of,
+    zeros_like,
+    zeros_of_shape,
+    zeros_on_rank,
+)
+
+__all__ = [
+    "Group",
+    "Pending",
+    "ShardSums",
+    "Sharding",
+    "TensorSpec",
+    "all_gather",
+    "all_gather_equal",
+    "all_gather_object",
+    "all_reduce_max",
+    "all_reduce_sum",
+    "all_to_all",
+    "any_rank",
+    "assign_owners",
+    "bytes_sent",
+    "flat_offset",
+    "from_local",
+    "local",
+    "local_gradient",
+    "local_slices",
+    "local_state",
+    "mesh_groups",
+    "new_cpu_group",
+    "node_group",
+    "nontrivial",
+    "placements",
+    "rank",
+    "refuse_partial",
+    "shard_groups",
+    "sharded_dims",
+    "sharded_like",
+    "sharding_of",
+    "size",
+    "world",
+    "zeros_like",
+    "zeros_of_shape",
+    "zeros_on_rank",
+]

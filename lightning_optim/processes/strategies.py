@@ -1,0 +1,93 @@
+"""What Lightning's strategies do with parameters and gradients.
+
+Strategies are told by the names of their classes, so that those of ``lightning`` and of ``pytorch_lightning`` are the
+same and neither is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+from torch import Tensor
+
+from . import private
+from .groups import Group, node_group, world
+from .sharding import ShardSums, shard_groups
+
+if dist.is_available():
+    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+
+
+class OptimizerGroups(NamedTuple):
+    """The process groups that an optimizer of this library is told of.
+
+    Args:
+        process_group: Ranks that hold equal parameters and gradients.
+        work_group: Those of them that share the work of orthogonalisation; ``None`` for all.
+        shard_group: Ranks that hold parts of flattened parameters.
+    """
+
+    process_group: Group | None = None
+    work_group: Group | None = None
+    shard_group: Group | None = None
+
+
+def optimizer_groups(strategy: Any, ranks_per_node: int) -> OptimizerGroups:
+    """The process groups of a strategy. The parameters of FSDP2 name theirs themselves. All ranks call it."""
+    everyone = world()
+    if everyone is None:
+        return OptimizerGroups()
+    if is_deepspeed(strategy):
+        return OptimizerGroups(shard_group=everyone)
+    if is_fsdp1(strategy) and shards_parameters(strategy):
+        (wrapped, *_) = FullyShardedDataParallel.fsdp_modules(strategy.model)
+        return OptimizerGroups(private.replica_group(wrapped), None, wrapped.process_group)
+    if averages_gradients(strategy) and not private.averages_models(strategy):
+        # Between nodes, factors take longer to arrive than to compute.
+        return OptimizerGroups(everyone, node_group(everyone, ranks_per_node))
+    return OptimizerGroups()
+
+
+def shard_sums(strategy: Any, params: Iterable[Tensor]) -> ShardSums:
+    """How sums over the local shards of a strategy's parameters are added up."""
+    if is_fsdp1(strategy):
+        return ShardSums((dist.group.WORLD,), flat=True) if shards_parameters(strategy) else ShardSums()
+    return ShardSums(tuple(dict.fromkeys(group for p in params for group in shard_groups(p))))
+
+
+def averages_gradients(strategy: Any) -> bool:
+    """Whether the gradients of several ranks, which hold equal parameters, are averaged (DDP)."""
+    return _is(strategy, "DDPStrategy") and world() is not None
+
+
+def flattens_parameters(strategy: Any) -> bool:
+    """Whether ranks train parts of flattened parameters, which are no matrices (FSDP1, DeepSpeed)."""
+    return is_deepspeed(strategy) or (is_fsdp1(strategy) and shards_parameters(strategy))
+
+
+def is_deepspeed(strategy: Any) -> bool:
+    """Whether a strategy is DeepSpeedStrategy, whose engine keeps gradients and updates to itself."""
+    return _is(strategy, "DeepSpeedStrategy")
+
+
+def is_fsdp1(strategy: Any) -> bool:
+    """Whether a strategy is FSDPStrategy, which flattens parameters."""
+    return _is(strategy, "FSDPStrategy")
+
+
+def shards_parameters(fsdp_strategy: Any) -> bool:
+    """Whether an FSDPStrategy gives each rank a part of the parameters."""
+    return fsdp_strategy.sharding_strategy is not ShardingStrategy.NO_SHARD
+
+
+def _is(strategy: Any, name: str) -> bool:
+    """Whether a strategy is of the class of Lightning of that name, or of a subclass.
+
+    >>> from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+    >>> _is(DDPStrategy(), "DDPStrategy"), _is(SingleDeviceStrategy("cpu"), "DDPStrategy"), _is(None, "DDPStrategy")
+    (True, False, False)
+    """
+    libraries = ("lightning", "pytorch_lightning")
+    return any(c.__name__ == name and c.__module__.partition(".")[0] in libraries for c in type(strategy).__mro__)
