@@ -12,7 +12,6 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
-from lightning_optim.checkpoint_io import make_safe
 from lightning_optim.engine.checkpoint import LABELS, SCHEDULED, STRUCTURE
 
 # How torch's optimizers compute, not what.
@@ -54,9 +53,6 @@ class Resume(pl.Callback):
         #: Hyperparameters whose new values were not taken at the last resumption.
         self.kept: list[str] = []
         self._built: list[_Built] = []
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        make_safe(trainer.strategy)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Optimizers and schedules are there; the checkpoint's state of them is loaded after this.

@@ -9,7 +9,8 @@ import re
 import shutil
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,17 +18,18 @@ import torch
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.trainer.states import TrainerFn
 
 from .engine.checkpoint import CheckpointError
-from .processes.checkpoints import check_shards
+from .processes import private, shard_files
 
 __all__ = [
+    "SAFE_STRATEGIES",
     "CheckpointError",
     "SafeCheckpointIO",
     "SafeFSDPStrategy",
     "SafeModelParallelStrategy",
     "look_at_checkpoint",
-    "make_safe",
     "read_checkpoint",
 ]
 
@@ -85,11 +87,15 @@ class SafeCheckpointIO(TorchCheckpointIO):
 
 
 class SafeModelParallelStrategy(ModelParallelStrategy):
-    """Lightning's ModelParallelStrategy (FSDP2), whose checkpoints are folders that are replaced as a whole.
+    """Lightning's ModelParallelStrategy (FSDP2) with checkpoints that are replaced as a whole and execute nothing.
 
     A folder is written beside its place and renamed. One that it replaces is put aside as ``NAME.replaced.ckpt`` for
-    the moment between two renamings, so that one of the two is whole whenever the process is killed. A checkpoint is
-    looked through before it is read (:func:`look_at_checkpoint`).
+    the moment between two renamings, so that one of the two is whole whenever the process is killed. Folders are read
+    by :class:`~lightning_optim.processes.shard_files.ShardReader`, which executes nothing that is in them.
+
+    Parameters that are frozen when a checkpoint is loaded, or were when it was written, get their state as it was
+    saved. Lightning's strategy drops the state of the former without a word, and ends with a missing key for the
+    latter.
 
     Args:
         args: Those of ModelParallelStrategy.
@@ -99,12 +105,22 @@ class SafeModelParallelStrategy(ModelParallelStrategy):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        folder = self._save_distributed_checkpoint
+        folder = private.saves_distributed(self)
         _save(self, super().save_checkpoint, checkpoint, filepath, storage_options, folder)
 
-    def load_checkpoint(self, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        _look(checkpoint_path)
-        return super().load_checkpoint(checkpoint_path, *args, **kwargs)
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        path = _path(self, checkpoint_path, weights_only)
+        assert self.model is not None
+        assert self.lightning_module is not None
+        if not path.is_dir():
+            saved = read_checkpoint(path, mmap=True).get("optimizer_states", ())
+            with shard_files.requiring_gradients(self.model, shard_files.parameters_with_state(saved, self.model)):
+                return super().load_checkpoint(path)
+        with _damaged(path):
+            reader = shard_files.ShardReader(path)
+            strict = self.lightning_module.strict_loading
+            shard_files.load_shards(reader, self.model, self.optimizers, strict, "state_dict")
+        return look_at_checkpoint(path)
 
 
 class SafeFSDPStrategy(FSDPStrategy):
@@ -114,29 +130,48 @@ class SafeFSDPStrategy(FSDPStrategy):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        folder = self._state_dict_type == "sharded"
-        _save(self, super().save_checkpoint, checkpoint, filepath, storage_options, folder)
+        _save(self, super().save_checkpoint, checkpoint, filepath, storage_options, private.saves_sharded(self))
 
-    def load_checkpoint(self, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        _look(checkpoint_path)
-        return super().load_checkpoint(checkpoint_path, *args, **kwargs)
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        path = _path(self, checkpoint_path, weights_only)
+        assert self.model is not None
+        assert self.lightning_module is not None
+        if not path.is_dir():
+            read_checkpoint(path, mmap=True)
+            return super().load_checkpoint(path)
+        with _damaged(path):
+            optimizers = self.optimizers if self.lightning_module.trainer.state.fn == TrainerFn.FITTING else ()
+            reader = shard_files.ShardReader(path)
+            shard_files.load_flat_shards(reader, self.model, optimizers, self.lightning_module.strict_loading)
+        return look_at_checkpoint(path)
 
 
-_SAFE: dict[type[Strategy], type[Strategy]] = {
+#: What the command line uses in place of Lightning's strategies.
+SAFE_STRATEGIES: dict[type[Strategy], type[Strategy]] = {
     ModelParallelStrategy: SafeModelParallelStrategy,
     FSDPStrategy: SafeFSDPStrategy,
 }
 
 
-def make_safe(strategy: Strategy) -> None:
-    """Let a strategy of Lightning's that writes folders of shards do so as :class:`SafeModelParallelStrategy`.
+def _path(strategy: Strategy, path: str | Path, weights_only: bool | None) -> Path:
+    """The path of a checkpoint that all ranks read."""
+    if weights_only is False:
+        raise ValueError(
+            f"weights_only=False: {type(strategy).__name__} executes nothing. Use Lightning's "
+            f"{type(strategy).__mro__[1].__name__} for a checkpoint that holds other objects, if you trust it."
+        )
+    return Path(strategy.broadcast(path))
 
-    The callbacks ``Resume`` and ``Diagnostics``, the models of this library, ``OptimizerMixin`` and the command line
-    call it, in ``setup``: no hook of Lightning's knows the path of a checkpoint before that is read, so it is the
-    strategy that has to look. Other strategies, subclasses of those included, are left as they are.
-    """
-    if type(strategy) in _SAFE:
-        strategy.__class__ = _SAFE[type(strategy)]
+
+@contextmanager
+def _damaged(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except shard_files.ShardError as error:
+        raise CheckpointError(
+            f"{path} is damaged or holds other things than tensors and plain values ({error}), and was not loaded. "
+            f"{_OTHER}"
+        ) from error
 
 
 def _save(
@@ -161,11 +196,6 @@ def _save(
     if strategy.is_global_zero:
         _replace_folder(part, path)
     strategy.barrier()
-
-
-def _look(path: str | Path) -> None:
-    if "://" not in str(path):
-        look_at_checkpoint(Path(path))
 
 
 def _replace_folder(part: Path, path: Path) -> None:
@@ -251,26 +281,15 @@ def look_at_checkpoint(path: Path) -> dict[str, Any]:
     """
     if not path.is_dir():
         return read_checkpoint(path, mmap=True)
-    # Shards are written first, then the table of them, then what Lightning adds.
-    last, others = path / "meta.pt", [path / ".metadata", *path.glob("*.distcp")]
+    last, others = path / "meta.pt", [path / shard_files.TABLE, *path.glob("*.distcp")]
     if not any(p.is_file() for p in (last, *others)):
         raise CheckpointError(f"{path} is a folder without a checkpoint's shards.")
-    if not last.is_file() or any(not p.is_file() or p.stat().st_mtime_ns > last.stat().st_mtime_ns for p in others):
+    # Shards are written first, then the table of them, then what Lightning adds.
+    if not all(p.is_file() for p in (last, others[0])):
         raise CheckpointError(f"{path} was not written to its end. {_OTHER}")
-    _check_shards(path)
+    with _damaged(path):
+        shard_files.ShardReader(path)
     return _load(last, "cpu")
-
-
-def _check_shards(folder: Path) -> None:
-    """Refuse shards that hold more than tensors and plain values, all of which torch would execute."""
-    try:
-        check_shards(folder)
-    except Exception as error:  # What a file that somebody made up leads to is anything.
-        reason = str(error).partition("WeightsUnpickler error: ")[2].partition("\n")[0] or str(error)
-        raise CheckpointError(
-            f"{folder} is damaged or holds other things than tensors and plain values ({reason}), and was not "
-            f"loaded. {_OTHER}"
-        ) from error
 
 
 def _load(path: str | Path, map_location: Any, mmap: bool = False) -> dict[str, Any]:

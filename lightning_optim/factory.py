@@ -27,7 +27,6 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.optim.optimizer import _default_to_fused_or_foreach
 
 from . import registry, schedules
-from .checkpoint_io import make_safe
 from .engine.checkpoint import matched
 from .engine.optimizer import RuleOptimizer
 from .engine.rule import GroupRule
@@ -586,8 +585,3 @@ class OptimizerMixin:
         """Called by Lightning when training starts."""
         assert isinstance(self, nn.Module)
         return configure_optimizers(self, self.optimizer, self.lr_scheduler, self.grouping)
-
-    def setup(self, stage: str) -> None:
-        """Called by Lightning before a checkpoint is read; see :func:`.checkpoint_io.make_safe`."""
-        super().setup(stage)  # type: ignore[misc]
-        make_safe(self.trainer.strategy)  # type: ignore[attr-defined]

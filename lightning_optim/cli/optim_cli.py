@@ -16,13 +16,14 @@ import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, ReduceLROnPlateau
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from .. import factory, schedules
 from ..callbacks import Resume
-from ..checkpoint_io import CheckpointError, SafeCheckpointIO, make_safe
+from ..checkpoint_io import SAFE_STRATEGIES, CheckpointError, SafeCheckpointIO
 from ..data import DataError
 from ..factory import Grouping, OptimizerConfig, OptimizerMixin, SchedulerConfig
 from ..registry import OPTIMIZERS
@@ -163,6 +164,7 @@ class OptimCLI(LightningCLI):
                     self.config[subcommand].model[prefix + option[1]] = before[prefix + option[1]]
 
     def instantiate_classes(self) -> None:
+        self._choose_safe_strategy()
         with explained():
             super().instantiate_classes()
         # RecordSettings logs them, and Lightning stops at names that model and data share.
@@ -174,10 +176,23 @@ class OptimCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         trainer = super().instantiate_trainer(**kwargs)
         strategy = trainer.strategy
-        make_safe(strategy)
         if type(strategy.checkpoint_io) is TorchCheckpointIO:  # and not one that the user has chosen
             strategy.checkpoint_io = SafeCheckpointIO()
         return trainer
+
+    def _choose_safe_strategy(self) -> None:
+        """Name this library's strategies in place of those of Lightning that read checkpoints unchecked."""
+        trainer = self._get(self.config, "trainer", default=Namespace())
+        strategy = trainer.get("strategy")
+        if isinstance(strategy, str) and strategy in StrategyRegistry:
+            known = StrategyRegistry[strategy]
+            cls, args = known["strategy"], Namespace(known["init_params"])
+        elif not isinstance(strategy, Namespace):
+            return
+        else:
+            cls, args = import_class(strategy.class_path), strategy.get("init_args", Namespace())
+        if safe := SAFE_STRATEGIES.get(cls):
+            trainer.strategy = Namespace(class_path=f"{safe.__module__}.{safe.__name__}", init_args=args)
 
     def _configure_late(self) -> None:
         model = self.model

@@ -4,8 +4,8 @@ The only package that knows ``torch.distributed``, ``DTensor`` and the process g
 diagnostics work on local shards, which are plain tensors that can be updated in place.
 
 :mod:`.groups`, :mod:`.sharding`, :mod:`.collectives` and :mod:`.owners` know nothing of Lightning, and this package
-exports what is in them. :mod:`.strategies` and :mod:`.checkpoints` are about Lightning's strategies and files;
-:mod:`.private` holds what is used of private interfaces.
+exports what is in them. :mod:`.strategies` says what Lightning's strategies do, :mod:`.shard_files` reads folders of
+shards, and :mod:`.private` holds what is used of private interfaces.
 """
 
 from .collectives import (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import platform
 import shutil
 import subprocess
@@ -24,19 +23,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.strategies import ModelParallelStrategy
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
-from lightning_optim import OptimizerMixin, checkpoint_io
-from lightning_optim.callbacks import Resume
+from lightning_optim import checkpoint_io
 from lightning_optim.checkpoint_io import (
     CheckpointError,
     SafeCheckpointIO,
-    SafeModelParallelStrategy,
     look_at_checkpoint,
-    make_safe,
     read_checkpoint,
 )
 from lightning_optim.cli import OptimCLI, find_checkpoint, main
@@ -194,95 +186,6 @@ def test_weights_only_false_is_refused(tmp_path: Path) -> None:
     written(tmp_path / "a.ckpt")
     with pytest.raises(ValueError, match="TorchCheckpointIO"):
         SafeCheckpointIO().load_checkpoint(tmp_path / "a.ckpt", weights_only=False)
-
-
-def test_a_folder_of_shards_is_complete_when_its_last_file_is_the_newest(tmp_path: Path) -> None:
-    folder = tmp_path / "run" / "checkpoints" / "last.ckpt"
-    folder.mkdir(parents=True)
-    with pytest.raises(CheckpointError, match="is a folder without a checkpoint"):
-        look_at_checkpoint(folder)
-    dcp.save({"weight": torch.ones(3)}, checkpoint_id=folder)
-    (folder / "__1_0.distcp").touch()
-    for time, name in enumerate(["__0_0.distcp", "__1_0.distcp", ".metadata"]):
-        os.utime(folder / name, (time, time))
-    with pytest.raises(CheckpointError, match="not written to its end"):
-        look_at_checkpoint(folder)
-    torch.save({"epoch": 3}, folder / "meta.pt")
-    os.utime(folder / "meta.pt", (3, 3))
-    assert look_at_checkpoint(folder)["epoch"] == 3
-    assert find_checkpoint("last", tmp_path) == folder
-    os.utime(folder / "__1_0.distcp", (4, 4))  # It is being overwritten.
-    with pytest.raises(CheckpointError, match="not written to its end"):
-        look_at_checkpoint(folder)
-
-
-@pytest.mark.parametrize("place", [None, "table", "shard"])
-def test_a_folder_of_shards_executes_nothing(place: str | None, tmp_path: Path) -> None:
-    marker, folder = tmp_path / "executed", tmp_path / "last.ckpt"
-    plain = {"weight": torch.ones(3, dtype=torch.bfloat16), "groups": [{"lr": 0.1, "name": "a"}], "step": 3}
-    dcp.save(plain | ({"extra": Bomb(marker)} if place == "shard" else {}), checkpoint_id=folder)
-    if place == "table":
-        (folder / ".metadata").write_bytes(pickle.dumps(Bomb(marker)))
-    torch.save({"epoch": 3}, folder / "meta.pt")
-    if place is None:
-        assert look_at_checkpoint(folder)["epoch"] == 3
-        return
-    with pytest.raises(CheckpointError, match="holds other things"):
-        look_at_checkpoint(folder)
-    assert not marker.exists()
-    with suppress(Exception, CheckpointException):
-        dcp.load(plain | {"extra": None}, checkpoint_id=folder)
-    assert marker.exists(), "torch executes it"
-
-
-class Sharded(BoringModel):
-    def configure_model(self) -> None:
-        if self.device_mesh is not None and not isinstance(self.layer.weight, DTensor):
-            fully_shard(self.layer, mesh=self.device_mesh["data_parallel"])
-
-
-class Mixed(OptimizerMixin, Sharded):
-    optimizer = "AdamW"
-
-
-def sharded_trainer(folder: Path, *callbacks: pl.Callback, steps: int = 1, strategy: Any = None) -> pl.Trainer:
-    strategy = strategy or ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1)
-    return pl.Trainer(
-        accelerator="cpu", devices=1, strategy=strategy, max_steps=steps, callbacks=list(callbacks),
-        default_root_dir=folder, enable_checkpointing=False, **QUIET,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("who", ["Resume", "OptimizerMixin", "strategy"])
-def test_a_folder_is_looked_through_before_torch_reads_it(who: str, tmp_path: Path) -> None:
-    """From Python, with nothing but one of these in the run; what is written is written as a whole."""
-    marker, folder = tmp_path / "executed", tmp_path / "checkpoints" / "a.ckpt"
-    callbacks = [Resume()] if who == "Resume" else []
-    strategy = SafeModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1) if who == "strategy" else None
-    model = Mixed if who == "OptimizerMixin" else Sharded
-
-    trainer = sharded_trainer(tmp_path, *callbacks, strategy=strategy)
-    trainer.fit(model())
-    assert type(trainer.strategy) is SafeModelParallelStrategy
-    trainer.save_checkpoint(folder)
-    trainer.save_checkpoint(folder)
-    assert [path.name for path in folder.parent.iterdir()] == ["a.ckpt"]
-    assert look_at_checkpoint(folder)["global_step"] == 1
-
-    strategy = SafeModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1) if who == "strategy" else None
-    again = sharded_trainer(tmp_path, *callbacks, steps=2, strategy=strategy)
-    again.fit(model(), ckpt_path=folder)
-    assert again.global_step == 2
-
-    (folder / ".metadata").write_bytes(pickle.dumps(Bomb(marker)))
-    os.utime(folder / "meta.pt")
-    for call in ("fit", "validate"):
-        trainer = sharded_trainer(tmp_path, *callbacks, steps=2)
-        if who == "strategy":
-            make_safe(trainer.strategy)
-        with pytest.raises(CheckpointError, match="holds other things"):
-            getattr(trainer, call)(model(), ckpt_path=folder)
-        assert not marker.exists()
 
 
 def whole_folder(path: Path, epoch: int) -> None:
