@@ -132,5 +132,6 @@ def stub() -> str:
     for module, names in sorted(modules.items()):
         lines += [f"from .{module} import {name} as {name}" for name in sorted(names)]
     lines += ["", "ALGORITHMS: dict[str, Any]", "", "__all__ = ["]
-    exported = sorted([*ALGORITHMS, "NonFiniteGradientsError", "capture_step"])
+    exported = [*ALGORITHMS, "NonFiniteGradientsError", "capture_step"]
+    exported.sort(key=lambda name: (not name.isupper(), name.islower(), name))  # As linters sort `__all__`.
     return "\n".join([*lines, *(f'    "{name}",' for name in exported), "]"]) + "\n"
