@@ -8,19 +8,16 @@ line inside an existing LightningModule, :class:`OptimizerMixin` is that line as
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
-from typing import Any, Literal, TypeAlias, TypeVar, get_args
+from typing import Any, Literal, TypeAlias, TypeVar
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -29,10 +26,15 @@ from torch.optim.optimizer import _default_to_fused_or_foreach
 from . import registry, schedules
 from .engine.checkpoint import matched
 from .engine.optimizer import RuleOptimizer
+from .engine.plain import plain
 from .engine.rule import GroupRule
 from .engine.two_rules import MatrixOptimizer
+from .group_rates import rates_by_group, scale_rates, watch_rates
+from .grouping import Grouping, ParameterSettings, parameter_groups, suggestion
+from .own_optimizers import FollowingSchedule, OwnOptimizer, own_optimizers
 from .processes import placements, strategies
 from .routing import Route, clean_name, route, routing_table
+from .trainer import is_lightning, run_length, trainer_of, unfreezes_later, validation_interval, why_unknown
 
 __all__ = [
     "Grouping",
@@ -41,6 +43,7 @@ __all__ = [
     "SchedulerConfig",
     "build_optimizer",
     "configure_optimizers",
+    "replace_optimizers",
 ]
 
 
@@ -69,56 +72,29 @@ class SchedulerConfig:
     """Arguments of the schedule, without `optimizer`. A missing `total_steps` comes from the Trainer."""
 
     interval: Literal["step", "epoch"] | None = None
-    """When the schedule advances. Default: every step, and ReduceLROnPlateau every epoch."""
+    """When the schedule advances; by default every step, and every epoch for ReduceLROnPlateau."""
 
     monitor: str | None = None
     """The logged metric that ReduceLROnPlateau watches."""
 
+    frequency: int | None = None
+    """The schedule advances every so many steps (batches of an epoch) or epochs. Default: 1; for ReduceLROnPlateau as
+    often as the Trainer validates."""
+
+    strict: bool | None = None
+    """Whether it is an error that the monitored metric is not there when the schedule advances. Default: it is."""
+
+    log_name: str | None = None
+    """What Lightning's ``LearningRateMonitor`` calls the learning rate; ``name`` in a mapping with a ``class_path``."""
+
+    reduce_on_plateau: bool | None = None
+    """Whether the schedule is given the monitored metric. Default: only ReduceLROnPlateau is."""
+
     def __post_init__(self) -> None:
         if self.interval not in (None, "step", "epoch"):
             raise ValueError(f"lr_scheduler.interval must be 'step' or 'epoch', got {self.interval!r}")
-
-
-#: Kinds of parameter in :func:`lightning_optim.routing.route` that can go without weight decay.
-Kind: TypeAlias = Literal["norm", "bias", "vector", "embedding", "positional", "token", "head"]
-
-
-@dataclass
-class Grouping:
-    """Which parameters get other hyperparameters than the rest.
-
-    Patterns are shell-style and match whole parameter names, such as `model.blocks.0.*` or `*.bias`. Where
-    several patterns of one setting match a name, the first wins. A pattern that applies to nothing is an
-    error.
-    """
-
-    no_decay: list[Kind] = field(default_factory=lambda: ["norm", "bias", "vector", "embedding", "positional", "token"])
-    """Kinds of parameter, as in the routing table, without weight decay. `embedding` includes tied ones."""
-
-    lr_multipliers: dict[str, float] = field(default_factory=dict)
-    """For each pattern, a factor of the learning rate."""
-
-    overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """For each pattern, hyperparameters in place of the optimizer's: `{"*.scale": {"weight_decay": 0.0}}`."""
-
-    layer_decay: float | None = None
-    """Factor of the learning rate from each layer of a timm model to the layer below it, in (0, 1]."""
-
-    matrix: list[str] = field(default_factory=list)
-    """Patterns of parameters that an optimizer with a matrix rule must treat as hidden matrices."""
-
-    fallback: list[str] = field(default_factory=list)
-    """Patterns of parameters that an optimizer with a matrix rule must leave to its fallback rule."""
-
-    def __post_init__(self) -> None:
-        for kind in self.no_decay:
-            if kind not in get_args(Kind):
-                raise ValueError(f"grouping.no_decay: {kind!r} is not one of {', '.join(get_args(Kind))}")
-        for pattern, factor in self.lr_multipliers.items():
-            if not 0.0 <= factor < math.inf:
-                raise ValueError(f"grouping.lr_multipliers[{pattern!r}] must be a number >= 0, got {factor}")
-        if self.layer_decay is not None and not 0.0 < self.layer_decay <= 1.0:
-            raise ValueError(f"grouping.layer_decay must be in (0, 1], got {self.layer_decay}")
+        if self.frequency is not None and not (isinstance(self.frequency, int) and self.frequency >= 1):
+            raise ValueError(f"lr_scheduler.frequency must be a whole number >= 1, got {self.frequency!r}")
 
 
 OptimizerLike: TypeAlias = OptimizerConfig | str | Mapping[str, Any]
@@ -128,32 +104,50 @@ GroupingLike: TypeAlias = Grouping | Mapping[str, Any]
 _Config = TypeVar("_Config", OptimizerConfig, SchedulerConfig)
 
 
-def _config(cls: type[_Config], flag: str, value: _Config | str | Mapping[str, Any]) -> _Config:
-    """A configuration from itself, a name, its fields, or LightningCLI's ``{class_path, init_args}``."""
-    if isinstance(value, str):
-        return cls(name=value)
-    if not isinstance(value, Mapping):
-        return value
-    given = _given(cls, flag, value, {"class_path": "name", "init_args": "args"})
-    if "name" not in given:
-        raise ValueError(f"{flag}={dict(value)} names no class: add 'name' or 'class_path'.")
-    return cls(**given)
+def config_of(cls: type[_Config], flag: str, value: Any, args: Mapping[str, Any] | None = None) -> _Config:
+    """A configuration from itself, a name, its fields, or LightningCLI's ``{class_path, init_args}``.
+
+    Args:
+        cls: Class of the configuration.
+        flag: What messages call it.
+        value: What was given.
+        args: Further arguments of the optimizer or the schedule.
+    """
+    config = cls(name=value) if isinstance(value, str) else value
+    if not isinstance(config, cls):
+        given = plain(value)
+        if not isinstance(given, dict):
+            raise ValueError(
+                f"{flag} must be a name such as {'NAMO' if cls is OptimizerConfig else 'WarmupCosine'!r}, a dictionary "
+                f"with 'name' and 'args', or {cls.__name__}, got {value!r}."
+            )
+        given = _given(cls, flag, given, {"class_path": "name", "init_args": "args"})
+        if "name" not in given:
+            raise ValueError(f"{flag}={dict(value)} names no class: add 'name' or 'class_path'.")
+        config = cls(**given)
+    more = plain(args or {})
+    for name in more.keys() & config.args.keys():
+        raise ValueError(f"{flag} {config.name}: {name} is given twice, as {config.args[name]!r} and {more[name]!r}.")
+    return replace(config, args=plain(config.args) | more)
 
 
 def _grouping(value: GroupingLike | None) -> Grouping:
     """A grouping from itself or its fields."""
-    if isinstance(value, Mapping):
-        return Grouping(**_given(Grouping, "grouping", value, {}))
-    return value or Grouping()
+    if value is None:
+        return Grouping()
+    settings = vars(value) if isinstance(value, Grouping) else _given(Grouping, "grouping", plain(value), {})
+    return Grouping(**plain(settings))
 
 
 def _given(cls: type[Any], flag: str, value: Mapping[str, Any], synonyms: Mapping[str, str]) -> dict[str, Any]:
     """The fields of a configuration that a mapping sets."""
-    settings = {synonyms.get(key, key): setting for key, setting in value.items()}
     known = {f.name for f in fields(cls)}
+    if "class_path" in value and "log_name" in known:
+        synonyms = {**synonyms, "name": "log_name"}  # as in Lightning's own dictionary
+    settings = {synonyms.get(key, key): setting for key, setting in value.items()}
     for key in settings:
         if key not in known:
-            raise ValueError(f"{flag} has no setting {key!r}. {_hint(key, known | synonyms.keys())}")
+            raise ValueError(f"{flag} has no setting {key!r}. {suggestion(key, known | synonyms.keys())}")
     return {key: setting for key, setting in settings.items() if setting is not None}  # An empty line of YAML is None.
 
 
@@ -161,7 +155,12 @@ def _given(cls: type[Any], flag: str, value: Mapping[str, Any], synonyms: Mappin
 
 
 def build_optimizer(
-    module: nn.Module, optimizer: OptimizerLike = "MVNGrad", grouping: GroupingLike | None = None
+    module: nn.Module,
+    optimizer: OptimizerLike = "MVNGrad",
+    grouping: GroupingLike | None = None,
+    *,
+    trainer: Any | None = None,
+    **args: Any,
 ) -> Optimizer:
     """Build an optimizer for the trainable parameters of a module.
 
@@ -172,8 +171,12 @@ def build_optimizer(
     Lightning refuses to clip the gradients of fused optimizers. HVAdam takes its inner products over one group:
     ``Grouping(no_decay=[])`` keeps all parameters in one when there is weight decay.
 
-    The optimizer is told how the Trainer's strategy spreads parameters over processes: under DDP those of a node share
-    the work of orthogonalisation.
+    The optimizer is told which ranks hold equal parameters under the Trainer's strategy: under DDP those of a node
+    share the work of orthogonalisation.
+
+    Where groups have several learning rates and something outside sets one for all of them, such as a loop that writes
+    ``group["lr"]``, a warning says so once. During the search of Lightning's learning-rate finder and after it, groups
+    keep their ratios.
 
     Args:
         module: The module to train, usually a LightningModule.
@@ -182,7 +185,10 @@ def build_optimizer(
             dotted path may name any torch optimizer.
         grouping: Hyperparameters by kind, name and layer of the parameters, a :class:`Grouping` or a mapping of its
             fields. By default norms, biases, other vectors, embeddings, positional parameters and tokens get no
-            weight decay.
+            weight decay, nor do parameters that are marked so.
+        trainer: The Trainer that trains the module. Default: that of the LightningModule, or for a part of one the
+            Trainer that is calling ``configure_optimizers``.
+        args: Arguments of the optimizer, as in ``build_optimizer(module, "NAMO", lr=0.01)``.
 
     Returns:
         The optimizer.
@@ -194,53 +200,96 @@ def build_optimizer(
 
     Example:
         >>> net = nn.Sequential(nn.Linear(8, 32), nn.LayerNorm(32), nn.Linear(32, 32), nn.Linear(32, 4))
-        >>> muon = OptimizerConfig("Muon", {"lr": 0.02, "fallback_lr": 0.001})
-        >>> for group in build_optimizer(net, muon, Grouping(lr_multipliers={"3.*": 0.5})).param_groups:
+        >>> muon = build_optimizer(net, "Muon", Grouping(lr_multipliers={"3.*": 0.5}), lr=0.02, fallback_lr=0.001)
+        >>> for group in muon.param_groups:
         ...     print(group["name"], group["lr"], group["weight_decay"], group["param_names"])
         matrix 0.02 0.0 ['0.weight', '2.weight']
         fallback/no_decay 0.001 0.0 ['0.bias', '1.weight', '1.bias', '2.bias']
         fallback/3.* 0.0005 0.01 ['3.weight']
         fallback/3.*/no_decay 0.0005 0.0 ['3.bias']
     """
-    config = _config(OptimizerConfig, "optimizer", optimizer)
+    config = config_of(OptimizerConfig, "optimizer", optimizer, args)
+    return _build(module, config, _grouping(grouping), trainer or trainer_of(module))
+
+
+def _build(
+    module: nn.Module,
+    config: OptimizerConfig,
+    grouping: Grouping,
+    trainer: Any | None,
+    own: Mapping[Any, ParameterSettings] | None = None,
+) -> Optimizer:
+    """Build an optimizer for the trainable parameters, or those of the module's own optimizer."""
     cls = optimizer_class(config.name)
-    trainable: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
-    if not trainable:
+    routes = route(module, grouping.matrix, grouping.fallback, None if own is None else set(own))
+    if not routes:
         raise ValueError(f"{type(module).__name__} has no trainable parameter: it is empty or frozen.")
     args = dict(config.args)
     if cls in (SGD, Adam, AdamW) and args.get("fused") is None and args.get("foreach") is None:
-        fused, _ = _default_to_fused_or_foreach(trainable, args.get("differentiable", False), use_fused=True)
+        trained: list[Tensor] = [p for name, p in module.named_parameters() if name in routes]
+        fused, _ = _default_to_fused_or_foreach(trained, args.get("differentiable", False), use_fused=True)
         # Otherwise None, with which torch chooses between the other two.
         # torch's fused SGD does not know sharded parameters.
-        unknown = cls is SGD and any(placements(p) is not None for p in trainable)
-        args["fused"] = True if fused and not unknown and not _is_mixed_precision(module) else None
+        unknown = cls is SGD and any(placements(p) is not None for p in trained)
+        args["fused"] = True if fused and not unknown and not _is_mixed_precision(trainer) else None
 
     def construct(groups: list[dict[str, Any]]) -> Optimizer:
         return _construct(f"optimizer {config.name}", cls, groups, args)
 
-    process_groups = _process_groups(module, cls)
-    built = construct(_groups(module, _grouping(grouping), issubclass(cls, MatrixOptimizer), construct))
+    process_groups = _process_groups(trainer, cls)
+    groups = parameter_groups(module, routes, grouping, issubclass(cls, MatrixOptimizer), construct, own)
+    if not issubclass(cls, RuleOptimizer) and unfreezes_later(trainer):
+        # The callback adds parameters without names, which torch refuses beside parameters with names.
+        groups = [group | {"params": [p for _, p in group["params"]]} for group in groups]
+    built = construct(groups)
     if isinstance(built, RuleOptimizer):
         built.process_group, built.work_group, built.shard_group = process_groups
     else:  # The others check themselves what they load.
         built.register_load_state_dict_pre_hook(matched)
-    if isinstance(built, MatrixOptimizer) and not any(group["role"] == "matrix" for group in built.param_groups):
-        rank_zero_warn(
-            f"{cls.__name__} gets no matrix of {type(module).__name__}: its fallback rule, "
-            f"{built.param_groups[0]['rule']}, trains all parameters. grouping.matrix names those that are to count as "
-            "hidden matrices; routing_table(route(module).values()) of lightning_optim.routing says what each is."
-        )
+    if isinstance(built, MatrixOptimizer):
+        _say_what_rules_get(built, module, list(routes.values()), grouping)
+        if trainer is not None and "lr" in args and args.get("fallback_lr") is None:
+            rates = {group["role"]: f"{group['lr']:g}" for group in reversed(built.param_groups)}
+            if len(rates) == 2:
+                rank_zero_info(
+                    f"{cls.__name__}: lr={args['lr']:g} is the learning rate of matrices. The fallback rule has its "
+                    f"own, {rates['fallback']}; fallback_lr sets it."
+                )
+    watch_rates(built, trainer)
     return built
 
 
-def _process_groups(module: nn.Module, cls: type[Optimizer]) -> strategies.OptimizerGroups:
+def _say_what_rules_get(built: MatrixOptimizer, module: nn.Module, routes: list[Route], grouping: Grouping) -> None:
+    """Warn of an optimizer with a matrix rule that gets no matrix, or may not get those that hold the parameters."""
+    rules = {group["role"]: group["rule"] for group in built.param_groups}
+    unknown = [r for r in routes if r.role == "fallback" and r.kind == "other" and not _matches(r, grouping.fallback)]
+    share = sum(math.prod(r.shape) for r in unknown) / sum(math.prod(r.shape) for r in routes)
+    if share > 0.05:
+        names = ", ".join(clean_name(r.name) for r in unknown[:3]) + (" ..." if len(unknown) > 3 else "")
+        rank_zero_warn(
+            f"{type(built).__name__} leaves {share:.0%} of the parameters of {type(module).__name__} to its fallback "
+            f"rule, {rules['fallback']}, because their modules do not say whether they are matrices: {len(unknown)} "
+            f"tensors of kind 'other' ({names}). grouping.matrix names those that are, grouping.fallback the others."
+        )
+    elif "matrix" not in rules:
+        rank_zero_warn(
+            f"{type(built).__name__} gets no matrix of {type(module).__name__}: its fallback rule, "
+            f"{rules['fallback']}, trains all parameters. grouping.matrix names those that are to count as "
+            "hidden matrices; routing_table(route(module).values()) of lightning_optim.routing says what each is."
+        )
+
+
+def _matches(r: Route, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns for name in (r.name, clean_name(r.name)))
+
+
+def _process_groups(trainer: Any | None, cls: type[Optimizer]) -> strategies.OptimizerGroups:
     """The process groups of the Trainer's strategy.
 
     Raises:
         ValueError: The optimizer has a matrix rule, and the strategy leaves no matrices; or it adds up over all
             parameters, and the strategy does not say over which ranks.
     """
-    trainer = _trainer(module)
     if trainer is None:
         return strategies.OptimizerGroups()
     strategy = trainer.strategy
@@ -277,127 +326,11 @@ def optimizer_class(name: str) -> type[Optimizer]:
     return _import("optimizer", name, Optimizer) if "." in name else registry.get(name).cls
 
 
-def _is_mixed_precision(module: nn.Module) -> bool:
-    trainer = _trainer(module)
+def _is_mixed_precision(trainer: Any | None) -> bool:
     return trainer is not None and hasattr(trainer.precision_plugin, "scaler")
 
 
-def _groups(
-    module: nn.Module,
-    grouping: Grouping,
-    routed: bool,
-    construct: Callable[[list[dict[str, Any]]], Optimizer],
-) -> list[dict[str, Any]]:
-    """Parameter groups, in the order in which the module holds the first parameter of each.
-
-    Args:
-        routed: Whether the optimizer has a matrix rule and a fallback rule.
-        construct: Makes the optimizer from groups.
-    """
-    routes = route(module, grouping.matrix, grouping.fallback)
-    multipliers = _first_match("lr_multipliers", grouping.lr_multipliers, routes)
-    overrides = _first_match("overrides", grouping.overrides, routes)
-    layer_decay = grouping.layer_decay or 1.0
-    depths = _layers_below_the_top(module) if grouping.layer_decay else {}
-    parameters = dict(module.named_parameters())
-
-    def role_of(r: Route) -> str:
-        return r.role if routed else "params"
-
-    def structure(r: Route) -> dict[str, Any]:
-        return {"role": r.role, "blocks": r.blocks, "transposed": r.transposed} if routed else {}
-
-    def named(r: Route) -> tuple[str, nn.Parameter]:
-        return clean_name(r.name), parameters[r.name]
-
-    # An optimizer for one parameter of each role tells the hyperparameters that each role starts from.
-    samples: dict[str, dict[str, Any]] = {}
-    for r in routes.values():
-        samples.setdefault(role_of(r), {"params": [named(r)], **structure(r)})
-    defaults = dict(zip(samples, construct(list(samples.values())).param_groups))
-
-    groups: dict[str, dict[str, Any]] = {}
-    for r in routes.values():
-        base = defaults[role_of(r)]
-        settings: dict[str, Any] = {}
-        factor = 1.0
-        labels = [role_of(r)]
-        if routed and r.blocks > 1:
-            labels.append(f"blocks{r.blocks}")
-        if routed and r.transposed:
-            labels.append("transposed")
-        if depth := depths.get(r.name):
-            labels.append(f"layer-{depth}")
-            factor *= layer_decay**depth
-        if pattern := multipliers.get(r.name):
-            labels.append(pattern)
-            factor *= grouping.lr_multipliers[pattern]
-        if pattern := overrides.get(r.name):
-            labels.append(pattern)
-            _check_override(pattern, grouping.overrides[pattern], r, base)
-            settings |= grouping.overrides[pattern]
-        exempt = r.kind.removeprefix("tied ") in grouping.no_decay
-        if exempt and base.get("weight_decay") and "weight_decay" not in settings:
-            labels.append("no_decay")
-            settings["weight_decay"] = 0.0
-        if factor != 1.0:
-            settings["lr"] = settings.get("lr", base["lr"]) * factor
-        name = "/".join(dict.fromkeys(labels))
-        group = groups.setdefault(name, {"params": [], "name": name, **structure(r), **settings})
-        group["params"].append(named(r))
-    return list(groups.values())
-
-
-def _check_override(pattern: str, override: Iterable[str], r: Route, base: Mapping[str, Any]) -> None:
-    known = base.keys() - {"params", "param_names", "name", "rule", "role", "blocks", "transposed"}
-    for key in override:
-        if key not in known:
-            raise ValueError(
-                f"grouping.overrides[{pattern!r}]: {clean_name(r.name)!r} has no hyperparameter {key!r}. "
-                + _hint(key, known)
-            )
-
-
-def _first_match(flag: str, patterns: Iterable[str], names: Iterable[str]) -> dict[str, str]:
-    """The first pattern that matches each name, where one does."""
-    matches = {}
-    for name in names:
-        spellings = (name, clean_name(name))
-        pattern = next((p for p in patterns if any(fnmatchcase(s, p) for s in spellings)), None)
-        if pattern is not None:
-            matches[name] = pattern
-    for pattern in patterns:
-        if pattern not in matches.values():
-            raise ValueError(
-                f"grouping.{flag}: the pattern {pattern!r} gets no trainable parameter (first match wins). "
-                f"{_hint(pattern, map(clean_name, names))}"
-            )
-    return matches
-
-
-def _layers_below_the_top(module: nn.Module) -> dict[str, int]:
-    """For each parameter of a timm model, how many of the model's layers lie above it."""
-    from timm.models import group_parameters  # here, because it imports every model of timm
-
-    depths: dict[str, int] = {}
-    for prefix, model in module.named_modules():
-        # By type: a compiled model passes on the attributes of the model in it but renames its parameters.
-        if hasattr(type(model), "group_matcher"):
-            layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
-            for name, layer in layers.items():
-                depths.setdefault(f"{prefix}.{name}".removeprefix("."), max(layers.values()) - layer)
-    if not depths:
-        raise ValueError(
-            f"grouping.layer_decay needs a timm model, and {type(module).__name__} has none: leave it out or "
-            "set grouping.lr_multipliers by name."
-        )
-    return depths
-
-
 # --- the schedule -------------------------------------------------------------------------------------------
-
-# What fast_dev_run runs are the first steps of a run of unknown length.
-_FAST_DEV_RUN_LENGTH = 1_000_000
 
 
 def configure_optimizers(
@@ -406,25 +339,31 @@ def configure_optimizers(
     scheduler: SchedulerLike | None = None,
     grouping: GroupingLike | None = None,
     total_steps: int | None = None,
+    *,
+    trainer: Any | None = None,
+    **args: Any,
 ) -> dict[str, Any]:
     """Build an optimizer and a learning-rate schedule, in the form that Lightning wants.
 
     With an optimizer that has a matrix rule, the routing table goes to TensorBoard as the text
-    ``optimizer/routing``.
+    ``optimizer/routing``. Where groups have several learning rates, one ``max_lr``, ``base_lr``, ``min_lr`` or
+    ``swa_lr`` in the arguments of a torch schedule is that of the optimizer, and each group has its share of it.
 
     Args:
-        module: The LightningModule to train.
+        module: The LightningModule to train, or a part of it.
         optimizer: As for :func:`build_optimizer`.
-        scheduler: A name, a :class:`SchedulerConfig`, or a mapping with the keys ``name`` and ``args``, or
-            ``class_path`` and ``init_args``. Bare names are those of :mod:`lightning_optim.schedules` and of
+        scheduler: A name, a :class:`SchedulerConfig`, or a mapping with its fields, or with ``class_path`` and
+            ``init_args``. Bare names are those of :mod:`lightning_optim.schedules` and of
             :mod:`torch.optim.lr_scheduler`; a dotted path may name any torch scheduler. Default: none.
         grouping: As for :func:`build_optimizer`.
         total_steps: Length of the run in steps of the schedule, for schedules that take a ``total_steps`` and
             are given none. Default: the Trainer's estimate.
+        trainer: As for :func:`build_optimizer`.
+        args: Arguments of the optimizer, as in ``configure_optimizers(self, "NAMO", lr=0.01)``.
 
     Returns:
-        ``{"optimizer": ..., "lr_scheduler": {"scheduler": ..., "interval": ...}}``, the latter with a
-        ``"monitor"`` if it is ReduceLROnPlateau and not at all if there is none.
+        ``{"optimizer": ..., "lr_scheduler": {"scheduler": ..., "interval": ...}}``, the latter with further keys as
+        Lightning defines them, and not at all if there is no schedule.
 
     Raises:
         ValueError: As for :func:`build_optimizer`; or the schedule needs the length of the run, which is not
@@ -432,32 +371,65 @@ def configure_optimizers(
 
     Example:
         >>> schedule = {"name": "WarmupCosine", "args": {"warmup": 0.1}}
-        >>> configured = configure_optimizers(nn.Linear(4, 2), "AdamW", schedule, total_steps=100)
+        >>> configured = configure_optimizers(nn.Linear(4, 2), "AdamW", schedule, total_steps=100, lr=3e-4)
         >>> configured["lr_scheduler"]["interval"], configured["lr_scheduler"]["scheduler"].warmup
         ('step', 10)
     """
-    built = build_optimizer(module, optimizer, grouping)
+    trainer = trainer or trainer_of(module)
+    built = build_optimizer(module, optimizer, grouping, trainer=trainer, **args)
+    return _with_schedule(built, module, scheduler, grouping, total_steps, trainer)
+
+
+def _with_schedule(
+    built: Optimizer,
+    module: nn.Module,
+    scheduler: SchedulerLike | None,
+    grouping: GroupingLike | None,
+    total_steps: int | None,
+    trainer: Any | None,
+) -> dict[str, Any]:
     if isinstance(built, MatrixOptimizer):
-        _log_routing(module, _grouping(grouping))
+        _log_routing(module, _grouping(grouping), trainer)
     if scheduler is None:
         return {"optimizer": built}
-    config = _config(SchedulerConfig, "lr_scheduler", scheduler)
+    config = config_of(SchedulerConfig, "lr_scheduler", scheduler)
+    return {"optimizer": built, "lr_scheduler": _schedule(built, module, config, total_steps, trainer)}
+
+
+def _schedule(
+    built: Optimizer, module: nn.Module, config: SchedulerConfig, total_steps: int | None, trainer: Any | None
+) -> dict[str, Any]:
+    """A schedule as Lightning's dictionary."""
     cls = scheduler_class(config.name)
-    on_plateau = issubclass(cls, ReduceLROnPlateau)
-    interval = config.interval or ("epoch" if on_plateau else "step")
     args = dict(config.args)
-    takes_length = "total_steps" in inspect.signature(cls).parameters
-    if takes_length and args.get("total_steps") is None and args.get("steps_per_epoch") is None:
-        args["total_steps"] = total_steps or _run_length(module, interval)
-    entry: dict[str, Any] = {
-        "scheduler": _construct(f"lr_scheduler {config.name}", cls, built, args),
-        "interval": interval,
-    }
+    entry: dict[str, Any] = {"strict": config.strict, "name": config.log_name}
+    entry = {key: value for key, value in entry.items() if value is not None}
+    on_plateau = issubclass(cls, ReduceLROnPlateau) if config.reduce_on_plateau is None else config.reduce_on_plateau
+    interval = entry["interval"] = config.interval or ("epoch" if on_plateau else "step")
+    if monitor := config.monitor or (args.get("monitor") if on_plateau else None):
+        entry["monitor"] = monitor
     if on_plateau:
-        entry["monitor"] = config.monitor or args.get("monitor")
-        if entry["monitor"] is None:
+        entry["reduce_on_plateau"] = True
+        if monitor is None:
             raise ValueError(f"lr_scheduler {config.name} needs lr_scheduler.monitor, a metric that is logged.")
-    return {"optimizer": built, "lr_scheduler": entry}
+    frequency = config.frequency or (validation_interval(trainer, interval) if on_plateau and trainer else 1)
+    if frequency != 1:
+        entry["frequency"] = frequency
+
+    takes_length = "total_steps" in inspect.signature(cls).parameters
+    unknown = ""
+    if takes_length and args.get("total_steps") is None and args.get("steps_per_epoch") is None:
+        length = run_length(trainer, interval) if trainer and not total_steps else None
+        args["total_steps"] = total_steps or (None if length is None else max(length // frequency, 1))
+        unknown = "" if args["total_steps"] else why_unknown(trainer, module)
+    args = rates_by_group(cls, args, built)
+    try:
+        entry["scheduler"] = _construct(f"lr_scheduler {config.name}", cls, built, args)
+    except ValueError as error:
+        if not unknown:
+            raise
+        raise ValueError(f"{error}. {unknown}") from error
+    return entry
 
 
 def scheduler_class(name: str) -> type[LRScheduler]:
@@ -474,47 +446,149 @@ def scheduler_class(name: str) -> type[LRScheduler]:
     known = {n: getattr(torch.optim.lr_scheduler, n) for n in torch.optim.lr_scheduler.__all__}
     known |= {n: getattr(schedules, n) for n in schedules.__all__}
     if name not in known:
-        raise ValueError(f"There is no learning-rate schedule {name!r}. {_hint(name, known)}")
+        raise ValueError(f"There is no learning-rate schedule {name!r}. {suggestion(name, known)}")
     return known[name]
 
 
-def _run_length(module: nn.Module, interval: str) -> int | None:
-    """The number of steps or epochs that the module's Trainer will make, if it knows."""
-    trainer = _trainer(module)
-    if trainer is None:
-        return None
-    if trainer.fast_dev_run:  # type: ignore[attr-defined]
-        return _FAST_DEV_RUN_LENGTH
-    length = _number_of_steps(trainer) if interval == "step" else trainer.max_epochs
-    # -1 and inf stand for training without end.
-    return int(length) if length is not None and 0 < length < math.inf else None
-
-
-def _number_of_steps(trainer: pl.Trainer) -> int | float:
-    """The Trainer's estimate, for which it builds the training data loaders."""
-    loop = trainer.fit_loop
-    were_built = loop._combined_loader is not None
-    length = trainer.estimated_stepping_batches
-    if trainer.ckpt_path and not were_built:
-        # It gives loaders their place in the epoch from the checkpoint when it builds them, which is to come.
-        loop._combined_loader = None
-    return length
-
-
-def _trainer(module: nn.Module) -> pl.Trainer | None:
-    try:
-        trainer = module.trainer
-    except (AttributeError, RuntimeError):  # not a LightningModule, or without a Trainer
-        return None
-    return trainer if isinstance(trainer, pl.Trainer) else None
-
-
-def _log_routing(module: nn.Module, grouping: Grouping) -> None:
-    trainer = _trainer(module)
+def _log_routing(module: nn.Module, grouping: Grouping, trainer: Any | None) -> None:
     for logger in trainer.loggers if trainer else []:
-        if isinstance(logger, TensorBoardLogger):
+        if is_lightning(logger, "TensorBoardLogger"):
             table = routing_table(route(module, grouping.matrix, grouping.fallback).values())
             logger.experiment.add_text("optimizer/routing", table)
+
+
+# --- in place of a module's own -----------------------------------------------------------------------------
+
+
+def replace_optimizers(
+    module: nn.Module,
+    configure: Callable[[], Any],
+    optimizer: OptimizerLike,
+    scheduler: SchedulerLike | None = None,
+    grouping: GroupingLike | None = None,
+    *,
+    lr: float | None = None,
+    said_by: str = "OptimizerSwap",
+) -> Any:
+    """Build an optimizer in place of each that a module's own ``configure_optimizers`` returns.
+
+    Kept are which parameters each optimizer trains, the ratios of learning rates and weight decays of its groups, and
+    the course of its schedules. The learning rate itself belongs to the module's own rule and is not kept. A line says
+    which one is used, and a warning what is lost.
+
+    Args:
+        module: The LightningModule.
+        configure: Its own ``configure_optimizers``.
+        optimizer: As for :func:`build_optimizer`.
+        scheduler: As for :func:`configure_optimizers`, in place of the module's own schedules. Default: those.
+        grouping: As for :func:`build_optimizer`. Default: the weight decays of the module's own groups, or where it
+            does not choose any :class:`Grouping`'s.
+        lr: Learning rate that replaces the optimizer's; groups keep their ratios.
+        said_by: What messages begin with.
+
+    Returns:
+        Optimizers and schedules in the form that Lightning wants.
+
+    Raises:
+        ValueError: As for :func:`configure_optimizers`.
+
+    Example:
+        >>> net = nn.ModuleDict({"body": nn.Linear(8, 8), "head": nn.Linear(8, 2)})
+        >>> own = lambda: torch.optim.AdamW([{"params": net.body.parameters(), "lr": 1e-5},
+        ...                                  {"params": net.head.parameters()}], lr=1e-4)
+        >>> (optimizer,), _ = replace_optimizers(net, own, {"name": "NAMO", "args": {"lr": 0.02}})
+        >>> for group in optimizer.param_groups:
+        ...     print(group["name"], group["lr"])
+        matrix/group-0 0.002
+        fallback/group-0/no_decay 0.0001
+        fallback/group-1 0.001
+        fallback/group-1/no_decay 0.001
+    """
+    trainer = trainer_of(module)
+    config = config_of(OptimizerConfig, "optimizer", optimizer)
+    try:
+        owns = own_optimizers(configure())
+    except Exception as error:
+        rank_zero_warn(
+            f"{said_by}: the configure_optimizers of {type(module).__name__} fails ({type(error).__name__}: {error}), "
+            f"so {config.name} trains all trainable parameters, and no schedule of the module is kept."
+        )
+        owns = []
+    if not owns:
+        built = _build(module, config, _grouping(grouping), trainer)
+        if lr is not None:
+            scale_rates(built, lr)
+        return _with_schedule(built, module, scheduler, grouping, None, trainer)
+    made = [_replace(module, own, config, scheduler, grouping, trainer, lr, said_by) for own in owns]
+    return [built for built, _ in made], [entry for _, entries in made for entry in entries]
+
+
+def _replace(
+    module: nn.Module,
+    own: OwnOptimizer,
+    config: OptimizerConfig,
+    scheduler: SchedulerLike | None,
+    grouping: GroupingLike | None,
+    trainer: Any | None,
+    lr: float | None,
+    said_by: str,
+) -> tuple[Optimizer, list[dict[str, Any]]]:
+    """An optimizer in place of one of a module's own, and its schedules."""
+    settings = own.settings()
+    inside = set(module.parameters())
+    outside = [p for p in settings if p not in inside]
+    if len(outside) == len(settings):
+        rank_zero_warn(
+            f"{said_by} leaves an {type(own.optimizer).__name__} as it is: its {len(outside)} tensors are not "
+            f"parameters of {type(module).__name__}."
+        )
+        return own.optimizer, own.schedules
+    if grouping is None and any(said.decay_factor is not None for said in settings.values()):
+        grouping = Grouping(no_decay=[])
+    if own.optimizer.defaults.get("maximize"):
+        config = replace(config, args={"maximize": True} | config.args)
+    built = _build(module, config, _grouping(grouping), trainer, {p: settings[p] for p in settings if p in inside})
+    if outside:
+        named = [(f"outside.{i}", p) for i, p in enumerate(outside)]
+        role = {"role": "fallback"} if isinstance(built, MatrixOptimizer) else {}
+        built.add_param_group({"params": named, "name": "outside", **role})
+        group = built.param_groups[-1]
+        group["lr"] *= settings[outside[0]].lr_factor
+    if lr is not None:
+        scale_rates(built, lr)
+
+    rates = [f"{group['name']} {group['lr']:g}" for group in built.param_groups]
+    trained, trainable = len(settings), sum(p.requires_grad for p in module.parameters())
+    kept = [type(entry["scheduler"]).__name__ for entry in own.schedules] if scheduler is None else []
+    rank_zero_info(
+        f"{said_by}: {type(built).__name__} replaces {type(own.optimizer).__name__} for {trained} of {trainable} "
+        f"parameter tensors, with the learning rates {', '.join(rates)}"
+        + (f" and the course of {', '.join(kept)}" if kept else "")
+        + (
+            f". The own learning rate, {max(own.rates()):g}, belongs to another rule and is not used; lr=... sets one."
+            if lr is None
+            else f". lr={lr:g} is what the learning-rate finder has found."
+        )
+    )
+    if lost := own.lost():
+        rank_zero_warn(
+            f"{said_by}: {type(built).__name__} does not keep {', '.join(lost)} of the module's own optimizer."
+        )
+    if isinstance(built, MatrixOptimizer):
+        _log_routing(module, _grouping(grouping), trainer)
+    if scheduler is not None:
+        schedule = config_of(SchedulerConfig, "lr_scheduler", scheduler)
+        return built, [_schedule(built, module, schedule, None, trainer)]
+    number = {p: i for i, group in enumerate(own.optimizer.param_groups) for p in group["params"]}
+    sources = [number[group["params"][0]] for group in built.param_groups]
+    automatic = getattr(module, "automatic_optimization", True)
+    entries = []
+    for entry in own.schedules:
+        entry = entry | {"scheduler": FollowingSchedule(built, entry["scheduler"], own, sources)}
+        if automatic and isinstance(entry["scheduler"].followed, ReduceLROnPlateau):
+            entry.setdefault("reduce_on_plateau", True)
+        entries.append(entry)
+    return built, entries
 
 
 # --- names and arguments ------------------------------------------------------------------------------------
@@ -530,7 +604,7 @@ def _import(flag: str, path: str, base: type[_T]) -> type[_T]:
         raise ValueError(f"{flag} {path}: cannot import {module_name} ({error}).") from error
     if not hasattr(module, name):
         known = [n for n, x in vars(module).items() if isinstance(x, type) and issubclass(x, base)]
-        hint = f" {_hint(name, known)}" if known else ""
+        hint = f" {suggestion(name, known)}" if known else ""
         raise ValueError(f"{flag} {path}: {module_name} has no {name}.{hint}")
     cls = getattr(module, name)
     if not (isinstance(cls, type) and issubclass(cls, base)):
@@ -545,17 +619,11 @@ def _construct(what: str, cls: Callable[..., _T], first: Any, args: Mapping[str,
         known = list(parameters)[1:]
         for name in args:
             if name not in known:
-                raise ValueError(f"{what} has no argument {name!r}. {_hint(name, known)}")
+                raise ValueError(f"{what} has no argument {name!r}. {suggestion(name, known)}")
     try:
         return cls(first, **args)
     except TypeError as error:
         raise ValueError(f"{what}: {error}.") from error
-
-
-def _hint(name: str, known: Iterable[str]) -> str:
-    known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"Did you mean {', '.join(near)}?" if near else f"Known: {', '.join(known[:20])}."
 
 
 # --- for LightningModules -----------------------------------------------------------------------------------
@@ -567,6 +635,7 @@ class OptimizerMixin:
     They can be set on the class or on an instance until training starts.
 
     Example:
+        >>> import lightning.pytorch as pl
         >>> class Classifier(OptimizerMixin, pl.LightningModule):
         ...     optimizer = "NAMO"
         ...     lr_scheduler = {"name": "WarmupCosine", "args": {"warmup": 0.05}}
@@ -581,7 +650,15 @@ class OptimizerMixin:
     grouping: Grouping | None = None
     """Hyperparameters by kind, name and layer of the parameters."""
 
+    lr: float | None = None
+    """Learning rate that replaces the one in `optimizer`; groups keep their ratios. Lightning's learning-rate finder
+    sets it."""
+
     def configure_optimizers(self) -> Any:
         """Called by Lightning when training starts."""
         assert isinstance(self, nn.Module)
-        return configure_optimizers(self, self.optimizer, self.lr_scheduler, self.grouping)
+        trainer = trainer_of(self)
+        built = build_optimizer(self, self.optimizer, self.grouping, trainer=trainer)
+        if self.lr is not None:
+            scale_rates(built, self.lr)
+        return _with_schedule(built, self, self.lr_scheduler, self.grouping, None, trainer)

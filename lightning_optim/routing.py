@@ -9,13 +9,13 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrizations import _WeightNorm
@@ -53,7 +53,12 @@ class Route:
     """Whether it is stored (in, out, ...), as in transposed convolutions; false for the fallback rule."""
 
 
-def route(module: nn.Module, matrix: Sequence[str] = (), fallback: Sequence[str] = ()) -> dict[str, Route]:
+def route(
+    module: nn.Module,
+    matrix: Sequence[str] = (),
+    fallback: Sequence[str] = (),
+    parameters: Collection[Tensor] | None = None,
+) -> dict[str, Route]:
     """Decide for each trainable parameter of a module whether the matrix rule or the fallback rule owns it.
 
     Each parameter appears once, under its first name. What it is depends on the module that uses it; shared by
@@ -110,9 +115,10 @@ def route(module: nn.Module, matrix: Sequence[str] = (), fallback: Sequence[str]
             removes: parameters that the matrix rule must own. One with three axes that no module of the table uses
             is taken for a stack (experts, out, in), one block per expert.
         fallback: The same for parameters that the fallback rule must own.
+        parameters: A set of the parameters to decide on. Default: the trainable ones.
 
     Returns:
-        One route per trainable parameter, by name, in the order of ``module.named_parameters()``.
+        One route per parameter, by name, in the order of ``module.named_parameters()``.
 
     Raises:
         ValueError: A pattern matches no parameter; a parameter matches patterns of both lists; a parameter with fewer
@@ -141,7 +147,7 @@ def route(module: nn.Module, matrix: Sequence[str] = (), fallback: Sequence[str]
 
     routes = {}
     for p, places in uses.items():
-        if not p.requires_grad:
+        if p not in parameters if parameters is not None else not p.requires_grad:
             continue
         if is_lazy(p):
             raise ValueError(

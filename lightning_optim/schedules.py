@@ -56,8 +56,8 @@ class _WarmupDecay(LRScheduler):
         # Lightning's estimate is inf for an endless run and -1 for endless data.
         if self.total_steps is None or not 0 < self.total_steps < math.inf:
             raise ValueError(
-                f"{type(self).__name__} needs the length of the run, but total_steps is {self.total_steps}: "
-                "set the Trainer's max_steps, or max_epochs if the training data has a length"
+                f"{type(self).__name__} needs the length of the run, but total_steps is {self.total_steps}: give it "
+                "total_steps=N (--lr_scheduler.total_steps N on a command line)"
             )
         return self.total_steps
 
@@ -87,6 +87,8 @@ class _WarmupDecay(LRScheduler):
         return self.min_lr_ratio + (1.0 - self.min_lr_ratio) * shape
 
     def get_lr(self) -> list[float | Tensor]:
+        for group in self.optimizer.param_groups[len(self.base_lrs) :]:  # added since, relative to the present rates
+            self.base_lrs.append(group["lr"] / max(self.factor(self.last_epoch - 1), 1e-12))
         factor = self.factor(self.last_epoch)
         return [base_lr * factor for base_lr in self.base_lrs]
 

@@ -593,7 +593,7 @@ def test_a_backbone_is_unfrozen_by_lightnings_callback(optimizer):
     [
         ("WarmupCosin", "WarmupCosin.*Did you mean WarmupCosine"),
         ({"name": "WarmupCosine", "args": {"warmpu": 3}}, "has no argument 'warmpu'. Did you mean warmup"),
-        ("WarmupCosine", "needs the length of the run.*max_steps"),
+        ("WarmupCosine", r"needs the length of the run.*Sequential has no Trainer.*pass total_steps"),
         ({"name": "WarmupCosine", "interval": "steps"}, "interval must be 'step' or 'epoch', got 'steps'"),
         ("StepLR", "lr_scheduler StepLR: .*step_size"),
         ("ReduceLROnPlateau", r"needs lr_scheduler\.monitor"),

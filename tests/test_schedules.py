@@ -195,9 +195,9 @@ def test_command_line_tells_steps_from_fractions(text, warmup):
 @pytest.mark.parametrize(
     ("schedule", "arguments", "message"),
     [
-        (WarmupCosine, {}, r"WarmupCosine needs the length of the run.*max_steps, or max_epochs"),
-        (WarmupLinear, {"total_steps": math.inf}, r"total_steps is inf.*max_steps"),
-        (WarmupStableDecay, {"total_steps": -1}, r"total_steps is -1.*max_steps"),
+        (WarmupCosine, {}, r"WarmupCosine needs the length of the run, but total_steps is None: give it total_steps=N"),
+        (WarmupLinear, {"total_steps": math.inf}, r"total_steps is inf: give it total_steps"),
+        (WarmupStableDecay, {"total_steps": -1}, r"total_steps is -1: give it total_steps"),
         (WarmupConstant, {"warmup": 0.1}, r"WarmupConstant needs the length of the run"),
         (WarmupConstant, {"total_steps": 10, "warmup": -1}, r"warmup must not be negative, got -1"),
         (WarmupConstant, {"total_steps": 10, "warmup": 11}, r"warm-up \(11 steps\).*10 steps of the run"),

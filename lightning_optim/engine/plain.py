@@ -1,0 +1,50 @@
+"""Plain values in place of those of configuration libraries."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from numbers import Integral, Real
+from typing import Any
+
+from torch import Tensor
+
+_INTEGER = re.compile(r"[+-]?\d+")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+
+
+def plain(x: Any) -> Any:
+    """The same value made of Python's own numbers, strings, lists, tuples and dictionaries.
+
+    Configuration libraries hand over lists, mappings and numbers of types of their own (OmegaConf and Hydra,
+    ml_collections, NumPy, ruamel.yaml, ...), which a checkpoint must not hold. YAML 1.1 reads ``1e-3`` as a string, so
+    a string that is written as a number becomes one. Sequences that are no lists become tuples. Tensors and all other
+    objects stay as they are.
+
+    >>> import numpy
+    >>> plain({"lr": "1e-3", "betas": numpy.array([0.5, 0.75]), "nesterov": numpy.True_, "fallback": "AdamW"})
+    {'lr': 0.001, 'betas': (0.5, 0.75), 'nesterov': True, 'fallback': 'AdamW'}
+    """
+    if x is None or isinstance(x, (bool, Tensor, type)):
+        return x
+    if isinstance(x, Enum):
+        return plain(x.value)
+    if isinstance(x, str):
+        if _INTEGER.fullmatch(x):
+            return int(x)
+        return float(x) if _NUMBER.fullmatch(x) else str(x)  # a str and none of its subclasses
+    if isinstance(x, Integral):
+        return int(x)
+    if isinstance(x, Real):
+        return float(x)
+    if hasattr(x, "dtype") and hasattr(x, "tolist"):  # NumPy's scalars and arrays
+        values = x.tolist()
+        return tuple(map(plain, values)) if isinstance(values, list) else plain(values)
+    if isinstance(x, Mapping) or (hasattr(x, "keys") and hasattr(x, "__getitem__")):
+        return {key: plain(x[key]) for key in x.keys()}  # noqa: SIM118 (ml_collections' have keys only)
+    if isinstance(x, list):
+        return [plain(value) for value in x]
+    if isinstance(x, Sequence) and not isinstance(x, (bytes, bytearray, range)):
+        return tuple(map(plain, x))
+    return x
