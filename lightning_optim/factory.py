@@ -34,7 +34,15 @@ from .grouping import Grouping, ParameterSettings, parameter_groups, suggestion
 from .own_optimizers import FollowingSchedule, OwnOptimizer, own_optimizers
 from .processes import placements, strategies
 from .routing import Route, clean_name, route, routing_table
-from .trainer import is_lightning, run_length, trainer_of, unfreezes_later, validation_interval, why_unknown
+from .trainer import (
+    is_default_hook,
+    is_lightning,
+    run_length,
+    trainer_of,
+    unfreezes_later,
+    validation_interval,
+    why_unknown,
+)
 
 __all__ = [
     "Grouping",
@@ -496,8 +504,8 @@ def replace_optimizers(
         >>> net = nn.ModuleDict({"body": nn.Linear(8, 8), "head": nn.Linear(8, 2)})
         >>> own = lambda: torch.optim.AdamW([{"params": net.body.parameters(), "lr": 1e-5},
         ...                                  {"params": net.head.parameters()}], lr=1e-4)
-        >>> (optimizer,), _ = replace_optimizers(net, own, {"name": "NAMO", "args": {"lr": 0.02}})
-        >>> for group in optimizer.param_groups:
+        >>> replaced = replace_optimizers(net, own, {"name": "NAMO", "args": {"lr": 0.02}})
+        >>> for group in replaced["optimizer"].param_groups:
         ...     print(group["name"], group["lr"])
         matrix/group-0 0.002
         fallback/group-0/no_decay 0.0001
@@ -507,7 +515,7 @@ def replace_optimizers(
     trainer = trainer_of(module)
     config = config_of(OptimizerConfig, "optimizer", optimizer)
     try:
-        owns = own_optimizers(configure())
+        owns = [] if is_default_hook(configure) else own_optimizers(configure())
     except Exception as error:
         rank_zero_warn(
             f"{said_by}: the configure_optimizers of {type(module).__name__} fails ({type(error).__name__}: {error}), "
@@ -520,7 +528,11 @@ def replace_optimizers(
             scale_rates(built, lr)
         return _with_schedule(built, module, scheduler, grouping, None, trainer)
     made = [_replace(module, own, config, scheduler, grouping, trainer, lr, said_by) for own in owns]
-    return [built for built, _ in made], [entry for _, entries in made for entry in entries]
+    optimizers = [built for built, _ in made]
+    entries = [entry for _, schedules in made for entry in schedules]
+    if len(optimizers) == 1 and len(entries) < 2:
+        return {"optimizer": optimizers[0], **({"lr_scheduler": entries[0]} if entries else {})}
+    return optimizers, entries
 
 
 def _replace(

@@ -49,6 +49,18 @@ def trainer_of(module: nn.Module) -> Any | None:
     return None
 
 
+def is_default_hook(hook: Any) -> bool:
+    """Whether a method is LightningModule's own, which no subclass has overridden.
+
+    >>> import lightning.pytorch as pl
+    >>> is_default_hook(pl.LightningModule().configure_optimizers)
+    True
+    """
+    function = getattr(hook, "__func__", hook)
+    name, package = getattr(function, "__qualname__", ""), getattr(function, "__module__", None) or ""
+    return name.startswith("LightningModule.") and package.partition(".")[0] in _PACKAGES
+
+
 def run_length(trainer: Any, interval: Literal["step", "epoch"]) -> int | None:
     """How many optimizer steps or epochs the Trainer will make, if it knows."""
     if trainer.fast_dev_run:

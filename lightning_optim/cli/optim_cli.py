@@ -53,7 +53,9 @@ class OptimCLI(LightningCLI):
     - ``--lr_scheduler NAME`` is any of :mod:`lightning_optim.schedules` or of torch, advanced every step unless
       ``--lr_scheduler_interval epoch`` is given.
     - ``--grouping.*`` are the fields of :class:`lightning_optim.Grouping`.
-    - Without ``--optimizer``, the model's own ``configure_optimizers`` is used.
+    - Without ``--optimizer``, the model's own ``configure_optimizers`` is used. With it, the model's own still says
+      which parameters are trained, how the learning rates of its groups compare, and, without ``--lr_scheduler``, what
+      course they take; see :class:`~lightning_optim.callbacks.OptimizerSwap`.
     - ``-c`` also takes the name of a preset: ``-c namo``.
     - Wrong input ends in one message with exit status 2.
     - ``--resume.override`` names the hyperparameters that a resumed run takes from the command line, and a warning
@@ -211,7 +213,10 @@ class OptimCLI(LightningCLI):
             model.grouping = grouping if grouping != Grouping() else model.grouping
             configure = model.configure_optimizers
         elif optimizer is not None:
-            configure = partial(factory.configure_optimizers, model, optimizer, scheduler, grouping)
+            own, chosen = model.configure_optimizers, grouping if grouping != Grouping() else None
+            configure = partial(
+                factory.replace_optimizers, model, own, optimizer, scheduler, chosen, said_by="--optimizer"
+            )
         elif scheduler is not None or grouping != Grouping():
             raise UsageError(
                 f"{type(model).__name__} builds its own optimizer, to which --lr_scheduler and --grouping do not "
