@@ -1,9 +1,9 @@
 """The command line ``lightning-optim``, and :class:`OptimCLI`, its part for other projects.
 
-``entry`` finds the command, ``train`` holds the commands of LightningCLI with this library's models and data, and
-``commands`` the others, one file each. ``optim_cli`` is LightningCLI with optimizers that are built late, ``parser``
-reads its arguments, ``presets`` finds configuration files, ``checkpoints`` finds checkpoints, ``record`` saves the
-settings of a run, and ``errors`` says what is wrong with an argument.
+``entry`` finds the command and ``invocation`` completes its arguments. ``train`` holds the commands of LightningCLI
+with this library's models and data, and ``commands`` the others, one file each. ``optim_cli`` is LightningCLI with
+optimizers that are built late, ``parser`` reads its arguments, ``presets`` finds configuration files, ``checkpoints``
+finds checkpoints, ``record`` saves the settings of a run, and ``errors`` says what is wrong with an argument.
 
 Names are imported when they are used: Lightning takes seconds to import, and most commands do not need it.
 """
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from .entry import main
 from .errors import UsageError
+from .invocation import Invocation
 from .presets import find_config, presets
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from .optim_cli import OptimCLI
     from .parser import OptimArgumentParser, PresetOrFile
     from .record import RecordSettings
-    from .train import CommandLine, Invocation
+    from .train import CommandLine
 
 __all__ = [
     "CommandLine",
@@ -40,7 +41,6 @@ __all__ = [
 
 _LATE = {
     "CommandLine": "train",
-    "Invocation": "train",
     "OptimArgumentParser": "parser",
     "OptimCLI": "optim_cli",
     "PresetOrFile": "parser",

@@ -7,18 +7,13 @@ import importlib
 import pkgutil
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
 from typing import Protocol, cast
 
 from . import commands
-from .errors import Parser, UsageError, exit_with
-
-#: The commands of LightningCLI.
-TRAINER_COMMANDS = {
-    "fit": "Train a model.",
-    "validate": "Evaluate a model on the validation data.",
-    "test": "Evaluate a model on the test data.",
-    "predict": "Make predictions with a model.",
-}
+from .errors import Parser, UsageError, exit_with, nearest
+from .invocation import TRAINER_COMMANDS, Invocation
 
 
 class Command(Protocol):
@@ -54,15 +49,68 @@ def main(args: Sequence[str] | None = None) -> None:
         args: Its arguments. Default: those of the process.
     """
     args = list(sys.argv[1:] if args is None else args)
-    if not args or args[0] not in command_names():
-        from . import train
-
-        train.main(args)
-        return
-    command = load_command(args[0])
-    parser = Parser(f"lightning-optim {args[0]}", description=command.DESCRIPTION)
-    command.add_arguments(parser)
+    name = args[0] if args else "--help"
     try:
-        command.run(parser.parse_args(args[1:]))
+        if name in ("-h", "--help"):
+            print(overview())
+        elif name == "--version":
+            print(*(f"{package} {version(package)}" for package in ("lightning-optim", "torch", "lightning")))
+        elif name in command_names():
+            _run(name, args[1:])
+        elif name in TRAINER_COMMANDS or name.startswith("-"):
+            _train(args)
+        else:
+            raise UsageError(f"There is no command {name!r}. {nearest(name, [*TRAINER_COMMANDS, *command_names()])}")
     except UsageError as error:
         exit_with(str(error))
+
+
+def _run(name: str, args: list[str]) -> None:
+    command = load_command(name)
+    parser = Parser(f"lightning-optim {name}", description=command.DESCRIPTION)
+    command.add_arguments(parser)
+    command.run(parser.parse_args(args))
+
+
+def _train(args: list[str]) -> None:
+    # So that `--model mine.Model` finds mine.py here, as it would with `python -m`.
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    invocation = Invocation.of(args)
+    from . import train  # here, because it imports Lightning
+
+    train.run(invocation)
+
+
+_EXAMPLES = """examples:
+  lightning-optim fit                                                digits with MVNGrad, no network needed
+  lightning-optim fit --optimizer NAMO --optimizer.lr 0.012          another optimizer
+  lightning-optim fit -c stdlib-text -c namo                         presets of a task and of an optimizer
+  lightning-optim fit --ckpt_path last                               go on with the newest run
+  lightning-optim test --ckpt_path best                              test the best checkpoint of that run
+  lightning-optim list [--json]                                      all optimizers
+  lightning-optim list NAMO                                          equations and arguments of an optimizer
+  lightning-optim list --presets                                     all presets
+  lightning-optim diagnostics runs [--out FIG.png]                   what the diagnostics of runs say
+  lightning-optim spike --optimizers MVNGrad AdamW --out spike.png   what a gradient spike does to optimizers"""
+
+
+def overview() -> str:
+    """What ``lightning-optim --help`` shows."""
+    about = TRAINER_COMMANDS | {name: load_command(name).DESCRIPTION.partition(". ")[0] for name in command_names()}
+    width = max(map(len, about)) + 2
+    return "\n".join(
+        [
+            "usage: lightning-optim COMMAND ...",
+            "",
+            "Train and evaluate models with the optimizers of recent papers.",
+            "",
+            "commands (add --help to see their options):",
+            *(f"  {name:<{width}}{text.rstrip('.')}" for name, text in about.items()),
+            "",
+            "  -h, --help  show this",
+            "  --version   show the versions of lightning-optim, torch and lightning",
+            "",
+            _EXAMPLES,
+        ]
+    )

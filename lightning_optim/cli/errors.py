@@ -9,7 +9,7 @@ import inspect
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 
@@ -29,7 +29,7 @@ def explained(what: str = "", by: tuple[str, ...] = ("lightning_optim", "lightni
         cause: BaseException | None = error
         while cause and _raised_in(cause) == "jsonargparse":  # which instantiates classes and follows links
             cause = cause.__cause__
-        if isinstance(cause, (ValueError, _data_error())) and _raised_in(cause) in by:
+        if cause is not None and _is_about_a_setting(cause) and _raised_in(cause) in by:
             message = what + str(cause)
             if found := re.search(r"'([^']+)' is not one of ([^.]+)", message):
                 message += f" {nearest(found[1], found[2].split(', '), '')}"
@@ -37,10 +37,9 @@ def explained(what: str = "", by: tuple[str, ...] = ("lightning_optim", "lightni
         raise
 
 
-def _data_error() -> type[Exception]:
-    from ..data import DataError  # here, because it imports torchvision
-
-    return DataError
+def _is_about_a_setting(error: BaseException) -> bool:
+    data = sys.modules.get("lightning_optim.data")  # not imported for this, which takes seconds
+    return isinstance(error, ValueError) or (data is not None and isinstance(error, data.DataError))
 
 
 def _raised_in(error: BaseException) -> str:
@@ -87,7 +86,8 @@ def explain(message: str, parser: argparse.ArgumentParser) -> str:
         return f"{option}{of}: {reason.strip()}"
     value = given[-1]
     if key in (classes := _classes()) and "Expected a dot import path string" in reason:
-        return f"{option} {value}: there is no such class. {nearest(value, _subclasses(classes[key]))}"
+        names = [cls.__name__ for cls in _subclasses(classes[key])]
+        return f"{option} {value}: there is no such class. {nearest(value, names)}"
     types = [_type_name(t) for t in re.findall(r"Expected an? (.*?)(?:\. Got value.*)?$", reason, re.MULTILINE)]
     near = nearest(value, re.findall(r"'([^']+)'", " ".join(types)), "")
     return f"{option}{of}: expected {' or '.join(dict.fromkeys(types))}, got {value!r}. {near}"
@@ -96,21 +96,32 @@ def explain(message: str, parser: argparse.ArgumentParser) -> str:
 def _classes() -> dict[str, type]:
     import lightning.pytorch as pl
     from lightning.pytorch.loggers import Logger
+    from torch.optim import Optimizer
 
     return {
         "model": pl.LightningModule,
         "data": pl.LightningDataModule,
         "trainer.callbacks": pl.Callback,
         "trainer.logger": Logger,
+        "optimizer": Optimizer,
     }
 
 
-def _subclasses(cls: type) -> list[str]:
-    names: list[str] = []
+def _arguments_of_any(key: str) -> set[str]:
+    """The arguments of the classes that an option takes."""
+    names: set[str] = set()
+    for cls in _subclasses(_classes()[key]):
+        with suppress(ValueError, TypeError):  # Some classes have no signature.
+            names |= inspect.signature(cls).parameters.keys()
+    return names
+
+
+def _subclasses(cls: type) -> list[type]:
+    found: list[type] = []
     subclass: type
     for subclass in cls.__subclasses__():
-        names += [subclass.__name__, *_subclasses(subclass)]
-    return names
+        found += [subclass, *_subclasses(subclass)]
+    return found
 
 
 def _type_name(text: str) -> str:
@@ -125,6 +136,10 @@ def _arguments(path: str) -> list[str]:
 def _unknown_option(option: str, parser: argparse.ArgumentParser) -> str:
     known = [name for action in parser._actions for name in action.option_strings]
     known = [name for name in known if name.startswith("--") and not name.endswith((".help", "+"))]
+    if "lightning.pytorch" in sys.modules:  # and so a parser of Lightning's
+        inner = [f"--{key}.{name}" for key in _classes() if f"--{key}" in known for name in _arguments_of_any(key)]
+        if ends := [name for name in {*known, *inner} if name.endswith(f".{option.removeprefix('--')}")]:
+            return f"There is no option {option}. Did you mean {' or '.join(sorted(ends))}?"
     return f"There is no option {option}. {nearest(option, known, 'Add --help to see all.')}"
 
 

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from jsonargparse import DefaultHelpFormatter
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -20,13 +16,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from .. import factory
 from ..callbacks import Diagnostics, RescueCheckpoint, RNGState
 from ..models import LanguageModel, VisionClassifier
-from .checkpoints import find_checkpoint
-from .errors import UsageError, exit_with
+from .errors import UsageError
+from .invocation import DEFAULT_ROOT, Invocation
 from .optim_cli import OptimCLI
-from .presets import class_path, find_config, given, load_config
-
-_DEFAULT_TASK = "digits"
-_DEFAULT_ROOT = "runs"
+from .presets import class_path, load_config
 
 # What these models take from the data.
 _LINKS = {
@@ -35,79 +28,11 @@ _LINKS = {
 }
 
 
-def main(args: list[str]) -> None:
-    """The commands of LightningCLI.
-
-    Args:
-        args: The command and its arguments.
-    """
-    # So that `--model mine.Model` finds mine.py here, as it would with `python -m`.
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
+def run(invocation: Invocation) -> None:
+    """Run a command of LightningCLI."""
     # The data of the presets is made faster in the training process than it is sent to it from another one.
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    try:
-        invocation = Invocation.of(args)
-    except UsageError as error:
-        exit_with(str(error))
     CommandLine(invocation)
-
-
-@dataclass(frozen=True)
-class Invocation:
-    """What a command line asks for, as far as it has to be known before it is parsed.
-
-    Args:
-        args: The complete arguments.
-        model: Name of the model's class.
-        task: Name of the folder of the runs.
-        run: Folder of the run that goes on, if one does.
-        settings: Configuration file of that run.
-    """
-
-    args: list[str]
-    model: str | None = None
-    task: str = _DEFAULT_TASK
-    run: Path | None = None
-    settings: str | None = None
-
-    @classmethod
-    def of(cls, args: list[str]) -> Invocation:
-        """Complete arguments.
-
-        A checkpoint ``last`` or ``best`` becomes its path. Where no model is named, the settings are those of the run
-        that the checkpoint is from, or of the preset ``digits``.
-        """
-        if not args or args[0] not in LightningCLI.subcommands() or {"-h", "--help"} & set(args):
-            return cls(args)
-        subcommand, *args = args
-        model, task, root = None, "", _DEFAULT_ROOT
-        for _, option, value in given(args, "-c", "--config", "--model"):
-            if option == "--model":
-                model = task = value.rpartition(".")[2]
-                continue
-            config = load_config(find_config(value))
-            if path := class_path(config.get("model")):
-                model, task = path.rpartition(".")[2], Path(value).stem
-            root = (config.get("trainer") or {}).get("default_root_dir") or root
-        for _, _, value in given(args, "--trainer.default_root_dir"):
-            root = value
-        run, settings = None, None
-        for _, _, value in list(given(args, "--ckpt_path")):
-            checkpoint = find_checkpoint(value, Path(root) / task)
-            args += ["--ckpt_path", str(checkpoint)]
-            if checkpoint.parent.name == "checkpoints":
-                run = checkpoint.parent.parent
-        if run is not None:
-            task = run.parent.name
-            if (run / "config.yaml").is_file():
-                settings = str(run / "config.yaml")
-        if model is None:
-            base = settings or find_config(_DEFAULT_TASK)
-            args = ["-c", base, *args]
-            path = class_path(load_config(base).get("model")) or ""
-            model, task = path.rpartition(".")[2], task or _DEFAULT_TASK
-        return cls([subcommand, *args], model, task, run, settings)
 
 
 class CommandLine(OptimCLI):
@@ -118,7 +43,7 @@ class CommandLine(OptimCLI):
         super().__init__(
             args=invocation.args,
             seed_everything_default=1,
-            trainer_defaults={"default_root_dir": _DEFAULT_ROOT, "callbacks": [RNGState(), RescueCheckpoint()]},
+            trainer_defaults={"default_root_dir": DEFAULT_ROOT, "callbacks": [RNGState(), RescueCheckpoint()]},
             parser_kwargs=_help(),
         )
 
@@ -181,33 +106,7 @@ def _take(name: str, data: pl.LightningDataModule) -> Any:
     return getattr(data, name)
 
 
-_EXAMPLES = """examples:
-  lightning-optim fit                                                digits with MVNGrad, no network needed
-  lightning-optim fit --optimizer NAMO --optimizer.lr 0.012          another optimizer
-  lightning-optim fit -c stdlib-text -c namo                         presets of a task and of an optimizer
-  lightning-optim fit --ckpt_path last                               go on with the run that was begun last
-  lightning-optim test --ckpt_path best                              test the best checkpoint of that run
-  lightning-optim fit --optimizer.help NAMO                          the arguments of an optimizer
-  lightning-optim list [--json]                                      all optimizers
-  lightning-optim list --presets                                     all presets
-  lightning-optim diagnostics runs [--out FIG.png]                   what the diagnostics of runs say
-  lightning-optim spike --optimizers MVNGrad AdamW --out spike.png   what a gradient spike does to optimizers
-"""
-
-
 def _help() -> dict[str, Any]:
-    usage = (
-        "lightning-optim {} [-c PRESET|FILE]... [--optimizer NAME] [--optimizer.ARGUMENT VALUE]... [--OPTION VALUE]..."
-    )
-    return {
-        "prog": "lightning-optim",
-        "usage": "lightning-optim {fit,validate,test,predict,list,diagnostics,spike} ...",
-        "description": "Train and evaluate models with the optimizers of recent papers.",
-        "epilog": _EXAMPLES,
-        "formatter_class": _HelpFormatter,
-    } | {name: {"usage": usage.format(name)} for name in LightningCLI.subcommands()}
-
-
-class _HelpFormatter(DefaultHelpFormatter):
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        return text if text == _EXAMPLES else super()._fill_text(text, width, indent)
+    options = "[-c PRESET|FILE]... [--optimizer NAME] [--optimizer.ARGUMENT VALUE]... [--OPTION VALUE]..."
+    usage = {name: {"usage": f"lightning-optim {name} {options}"} for name in LightningCLI.subcommands()}
+    return {"prog": "lightning-optim"} | usage

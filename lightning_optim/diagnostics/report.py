@@ -242,14 +242,11 @@ def plot(runs: Sequence[Run]) -> Any:
         A ``matplotlib.figure.Figure``.
 
     Raises:
-        ModuleNotFoundError: matplotlib is not installed.
         ValueError: There is nothing to plot.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.lines import Line2D
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("A figure needs matplotlib: pip install 'lightning-optim[plots]'.") from error
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
     panels = {"loss": [r"train/loss.*", r"train_loss.*", r"loss$"]} | charts()
     shown: dict[str, list[str]] = {}
     for title, patterns in panels.items():

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import builtins
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -43,19 +41,3 @@ def test_mistakes_are_explained(args: list[str], message: str, capsys: pytest.Ca
         main(["spike", *args])
     assert error.value.code == 2
     assert message in capsys.readouterr().err
-
-
-def test_without_matplotlib_the_plot_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    real = builtins.__import__
-
-    def no_matplotlib(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", no_matplotlib)
-    with pytest.raises(SystemExit):
-        main(["spike", "--out", "x.png"])
-    assert "pip install 'lightning-optim[plots]'" in capsys.readouterr().err

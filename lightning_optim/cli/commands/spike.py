@@ -58,8 +58,6 @@ def run(options: argparse.Namespace) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     infos = [get(name) for name in options.optimizers]
-    if options.out:
-        _figure_class()
     for path in (options.out, options.json):
         if path and not path.parent.is_dir():
             raise ValueError(f"There is no folder {path.parent} to save {path.name} in.")
@@ -120,17 +118,11 @@ def _row(name: str, scale: float, result: SpikeResult) -> dict[str, Any]:
     }
 
 
-def _figure_class() -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("--out needs matplotlib: pip install 'lightning-optim[plots]'") from None
-    return Figure
-
-
 def _plot(results: Sequence[Result], path: Path) -> None:
+    from matplotlib.figure import Figure
+
     scales = list(dict.fromkeys(scale for _, scale, _ in results))
-    figure = _figure_class()(figsize=(4.5 * len(scales), 4), layout="constrained")
+    figure = Figure(figsize=(4.5 * len(scales), 4), layout="constrained")
     for axes, scale in zip(figure.subplots(1, len(scales), squeeze=False, sharey=True)[0], scales):
         for i, (name, r) in enumerate((name, r) for name, x, r in results if x == scale):
             axes.plot(range(-r.spike_at, len(r.rms) - r.spike_at), r.rms / r.baseline, label=name, color=f"C{i}")
