@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import pkgutil
 import sys
 from collections.abc import Sequence
@@ -63,6 +64,8 @@ def main(args: Sequence[str] | None = None) -> None:
             raise UsageError(f"There is no command {name!r}. {nearest(name, [*TRAINER_COMMANDS, *command_names()])}")
     except UsageError as error:
         exit_with(str(error))
+    except BrokenPipeError:  # as from `lightning-optim list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(name: str, args: list[str]) -> None:

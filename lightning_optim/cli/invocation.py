@@ -123,6 +123,6 @@ def check_options(args: Iterable[str]) -> None:
 
 
 def _is_of_an_optimizer(argument: str) -> bool:
-    from ..optimizers.registry import OPTIMIZERS  # here, because it imports torch
+    from ..registry import OPTIMIZERS  # here, because it imports torch
 
     return any(argument in info.defaults for info in OPTIMIZERS.values())

@@ -12,7 +12,7 @@ import pytest
 from lightning_optim.cli import CommandLine, Invocation, main
 from lightning_optim.cli.entry import command_names
 from lightning_optim.cli.invocation import OPTIONS, TRAINER_COMMANDS
-from lightning_optim.optimizers.registry import OPTIMIZERS
+from lightning_optim.registry import OPTIMIZERS
 
 SLOW_TO_IMPORT = ("lightning", "pytorch_lightning", "torchvision", "timm", "torchmetrics", "sklearn")
 

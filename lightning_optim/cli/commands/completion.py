@@ -67,7 +67,7 @@ def _choices() -> dict[str, list[str]]:
     from ...data import TextData, VisionData
     from ...factory import Grouping
     from ...models import LanguageModel, VisionClassifier
-    from ...optimizers.registry import OPTIMIZERS
+    from ...registry import OPTIMIZERS
     from ..presets import presets
 
     classes: dict[str, list[Any]] = {
