@@ -151,7 +151,7 @@ class WarmupCosine(_WarmupDecay):
 
     Raises:
         ValueError: An argument is out of range, the warm-up is longer than the run, or ``total_steps`` is not
-        known.
+            known.
 
     Example:
         >>> import torch
@@ -192,7 +192,7 @@ class WarmupLinear(_WarmupDecay):
 
     Raises:
         ValueError: An argument is out of range, the warm-up is longer than the run, or ``total_steps`` is not
-        known.
+            known.
 
     Example:
         >>> import torch

@@ -150,7 +150,7 @@ class VisionData(BatchDataModule):
 
     @cached_property
     def recipe(self) -> Recipe:
-        """What is known of the set: by its name, or read from your own files."""
+        """What is known of the data set, by its name or from your own files."""
         if self.dataset == "npz":
             return _npz_recipe(*_read_npz(self.root))
         if self.dataset == "imagefolder":

@@ -1,0 +1,41 @@
+"""Puts the type and the default of each argument, from the signature, in front of what the docstring says of it."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Any
+
+from sphinx.application import Sphinx
+
+ARGUMENT = re.compile(r"    (\w+): (.*)")
+
+
+def process_docstring(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
+    if not callable(thing):
+        return
+    try:
+        parameters = inspect.signature(thing).parameters
+    except (TypeError, ValueError):
+        return
+    in_arguments = False
+    for i, line in enumerate(lines):
+        if line and not line.startswith(" "):
+            in_arguments = line == "Args:"
+        elif in_arguments and (match := ARGUMENT.match(line)) and match[1] in parameters:
+            lines[i] = f"    {match[1]}: {declaration(parameters[match[1]])}{match[2]}"
+
+
+def declaration(parameter: inspect.Parameter) -> str:
+    """The end of ``name: type = default``."""
+    empty = inspect.Parameter.empty
+    kind = parameter.annotation
+    words = "" if kind is empty else kind if isinstance(kind, str) else inspect.formatannotation(kind)
+    if parameter.default is not empty:
+        words += f" = {parameter.default!r}"
+    return f"``{words.strip()}`` -- " if words and "<" not in words else ""
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    app.connect("autodoc-process-docstring", process_docstring, priority=400)  # before Google's sections are read
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
