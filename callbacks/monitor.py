@@ -100,7 +100,7 @@ class Monitor(Keyed):
 
     #: First part of the tags.
     family: ClassVar[str]
-    #: Charts for TensorBoard's custom scalars: ``{title: (kind, [regular expressions of tags])}``.
+    #: Charts for TensorBoard's custom scalars by title, each with its kind and regular expressions of tags.
     charts: ClassVar[Mapping[str, tuple[str, list[str]]]] = {}
     #: Whether it measures hidden matrices only, which FSDP1 does not keep.
     needs_matrices: ClassVar[bool] = False

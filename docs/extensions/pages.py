@@ -55,7 +55,7 @@ def public_names() -> dict[str, list[str]]:
 
 def page_of_module(path: str, names: Iterable[str]) -> str:
     module = importlib.import_module(path)
-    optimizers = {info.cls for info in OPTIMIZERS.values()}
+    optimizers = registered()
     blocks = [title(path), f".. module:: {path}", inspect.getdoc(module) or ""]
     for name in names:
         thing = getattr(module, name)
@@ -68,7 +68,18 @@ def page_of_module(path: str, names: Iterable[str]) -> str:
             blocks.append(f".. autofunction:: {path}.{name}")
         else:
             blocks.append(f".. data:: {name}\n\n" + indent(comment_above(name), "   "))
+    bases = bases_of(getattr(module, name) for name in names)
+    if bases:
+        blocks += [title("Base classes", "-"), *(f".. autoclass:: {base.__module__}.{base.__name__}" for base in bases)]
     return "\n\n".join(blocks) + "\n"
+
+
+def bases_of(things: Iterable[Any]) -> list[type]:
+    """This library's classes that public ones are made of and that no module exports."""
+    public = {id(getattr(module, name)) for module in public_modules().values() for name in module.__all__}
+    classes = [thing for thing in things if inspect.isclass(thing) and thing not in registered()]
+    bases = dict.fromkeys(base for cls in classes for base in cls.__mro__ if is_ours(base))
+    return [base for base in bases if id(base) not in public and not base.__name__.startswith("_")]
 
 
 def comment_above(name: str) -> str:
@@ -81,6 +92,10 @@ def comment_above(name: str) -> str:
 
 
 # --- Optimizers -----------------------------------------------------------------------------------------------
+
+
+def registered() -> set[type]:
+    return {info.cls for info in OPTIMIZERS.values()}
 
 
 def is_ours(cls: type) -> bool:
@@ -112,14 +127,10 @@ def page_of_optimizers() -> str:
 
 def page_of_shared() -> str:
     """The base classes of the optimizers: what every one of them promises and takes."""
-    registered = {info.cls for info in OPTIMIZERS.values()}
-    bases = dict.fromkeys(
-        base for cls in registered for base in reversed(cls.__mro__) if is_ours(base) and base not in registered
-    )
+    bases = {base for cls in registered() for base in cls.__mro__ if is_ours(base)} - registered()
+    in_order = sorted(bases, key=lambda base: (len(base.__mro__), base.__name__))
     blocks = [title("What all optimizers share")]
-    blocks += [
-        f".. autoclass:: {base.__module__}.{base.__name__}" for base in sorted(bases, key=lambda b: len(b.__mro__))
-    ]
+    blocks += [f".. autoclass:: {base.__module__}.{base.__name__}" for base in in_order]
     return "\n\n".join(blocks) + "\n"
 
 

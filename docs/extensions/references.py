@@ -16,13 +16,19 @@ from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 
 import lightning_optim
+import lightning_optim.callbacks
+import lightning_optim.models
 
+# `callbacks` and `models` lie elsewhere in the repository, and an editable install does not list them.
+PACKAGES = (lightning_optim, lightning_optim.callbacks, lightning_optim.models)
 MODULES = [
-    "lightning_optim",
-    # Folders of the repository that are installed inside the package.
-    "lightning_optim.callbacks",
-    "lightning_optim.models",
-    *(m.name for m in pkgutil.walk_packages(lightning_optim.__path__, "lightning_optim.") if "__main__" not in m.name),
+    *(package.__name__ for package in PACKAGES),
+    *(
+        module.name
+        for package in PACKAGES
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+        if not module.name.endswith("__main__")
+    ),
 ]
 
 
