@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -48,21 +50,64 @@ def test_ci_runs_the_readmes_test_command() -> None:
     assert "README.md" in (ROOT / ".ci" / "run").read_text()
 
 
-@pytest.mark.slow
-def test_a_wheel_works_from_any_folder_and_adds_one_name(tmp_path: Path) -> None:
-    pytest.importorskip("pip", reason="building a wheel needs pip")
-    wheels, target, elsewhere = tmp_path / "wheels", tmp_path / "target", tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", wheels, ROOT], check=True)
-    (wheel,) = wheels.iterdir()
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the wheel and the source distribution, made from a copy of the repository and without network."""
+    copy, out = tmp_path_factory.mktemp("repository"), tmp_path_factory.mktemp("dist")
+    for path in ROOT.iterdir():
+        if path.name in ("lightning_optim", "callbacks", "models", "configs", "tests", "docs", "benchmarks"):
+            leave_out = shutil.ignore_patterns("__pycache__", "_build", "reference")
+            shutil.copytree(path, copy / path.name, ignore=leave_out)
+        elif path.is_file():
+            shutil.copy(path, copy)
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", out, copy]
+    result = subprocess.run(build, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return out
+
+
+def test_distributions_are_complete_and_pass_pypis_checks(distributions: Path) -> None:
+    (wheel,), (source,) = distributions.glob("*.whl"), distributions.glob("*.tar.gz")
+    assert source.name == f"lightning_optim-{lightning_optim.__version__}.tar.gz"
+    check = [sys.executable, "-m", "twine", "--no-color", "check", "--strict", wheel, source]
+    result = subprocess.run(check, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"lightning_optim"}
+    assert "lightning_optim/py.typed" in names
+    # Every module and preset is in the wheel, wherever in the repository it lies.
+    for folder, inside in (("lightning_optim", ""), ("callbacks", "callbacks/"), ("models", "models/")):
+        for path in (ROOT / folder).rglob("*.py"):
+            assert f"lightning_optim/{inside}{path.relative_to(ROOT / folder)}" in names
     for path in (ROOT / "configs").rglob("*.yaml"):
         assert f"lightning_optim/configs/{path.relative_to(ROOT / 'configs')}" in names
-    assert "lightning_optim/py.typed" in names
-    subprocess.run([*pip, "install", "--no-deps", "--target", target, wheel], check=True)
-    # -P and the folder keep the checkout out of sight; the wheel comes before an editable install.
+    with tarfile.open(source) as archive:
+        sources = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"tests/test_packaging.py", "docs/index.md", "conftest.py", "CHANGELOG.md", "SECURITY.md"} <= sources
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    version = lightning_optim.__version__
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    headings = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert headings[0] == version
+
+
+def test_badges_are_true() -> None:
+    project = (ROOT / "pyproject.toml").read_text()
+    badges = re.findall(r"^\[?!\[([^\]]*)\]", (ROOT / "README.md").read_text().split("```")[0], re.M)
+    (python,) = re.findall(r'^requires-python = ">=(.+)"', project, re.M)
+    (license,) = re.findall(r'^license = "(.+)"', project, re.M)
+    assert badges == [f"Python {python} or newer", f"License: {license}"]
+
+
+@pytest.mark.slow
+def test_a_wheel_works_from_any_folder(distributions: Path, tmp_path: Path) -> None:
+    (wheel,) = distributions.glob("*.whl")
+    target, elsewhere = tmp_path / "target", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    zipfile.ZipFile(wheel).extractall(target)
+    # The folder keeps the checkout out of sight; the wheel comes before an editable install.
     run = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(target)!r}); " + _SMOKE]
     result = subprocess.run(run, cwd=elsewhere, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
