@@ -31,7 +31,9 @@ class RecordSettings(SaveConfigCallback):
         self.final_name, self.config_filename = self.config_filename, f".{self.config_filename}.part"
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        recorded = (Path(trainer.log_dir or "") / self.final_name).is_file()
+        # A broadcast, which all ranks have to take part in; `save_config` runs on the first rank alone.
+        self._folder = Path(trainer.log_dir or "")
+        recorded = (self._folder / self.final_name).is_file()
         if stage == "fit" and not trainer.strategy.broadcast(recorded):
             super().setup(trainer, pl_module, stage)
 
@@ -41,8 +43,7 @@ class RecordSettings(SaveConfigCallback):
             super().setup(trainer, pl_module, "fit")
 
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        folder = Path(trainer.log_dir or "")
-        (folder / self.config_filename).replace(folder / self.final_name)
+        (self._folder / self.config_filename).replace(self._folder / self.final_name)
         config = yaml.safe_load(self.parser.dump(self.config, skip_link_targets=False))
         settings: dict[str, Any] = {"seed": config.get("seed_everything")}
         for key in ("optimizer", "lr_scheduler", "grouping", "model", "data"):

@@ -88,6 +88,7 @@ class CommandLine(OptimCLI):
 
     def after_fit(self) -> None:
         trainer: Any = self.trainer
+        folder = trainer.log_dir  # a broadcast, which all ranks have to take part in
         if trainer.fast_dev_run or not trainer.is_global_zero:
             return
         best = ""
@@ -95,7 +96,7 @@ class CommandLine(OptimCLI):
         if isinstance(checkpoint, ModelCheckpoint) and checkpoint.best_model_score is not None:
             best = f" (best {checkpoint.monitor}: {checkpoint.best_model_score:.4f})"
         print(
-            f"Logs and checkpoints{best}: {trainer.log_dir}   To look at them: "
+            f"Logs and checkpoints{best}: {folder}   To look at them: "
             f"tensorboard --logdir {trainer.default_root_dir}"
         )
 
