@@ -31,6 +31,7 @@ def declaration(parameter: inspect.Parameter) -> str:
     empty = inspect.Parameter.empty
     kind = parameter.annotation
     words = "" if kind is empty else kind if isinstance(kind, str) else inspect.formatannotation(kind)
+    words = re.sub(r"\b(?:\w+\.)+(?=[A-Z])", "", words)  # Iterable instead of collections.abc.Iterable
     if parameter.default is not empty:
         words += f" = {parameter.default!r}"
     return f"``{words.strip()}`` -- " if words and "<" not in words else ""

@@ -21,7 +21,7 @@ from references import MODULES
 from sphinx.application import Sphinx
 from sphinx.pycode import ModuleAnalyzer
 
-from lightning_optim.optimizers.registry import OPTIMIZERS, OptimizerInfo
+from lightning_optim.registry import OPTIMIZERS, OptimizerInfo
 
 ROOT = Path(__file__).parents[2]
 #: Packages without pages of their own. The classes in `optimizers` have theirs, as names of `lightning_optim`.

@@ -96,8 +96,7 @@ class CommandLine(OptimCLI):
         if isinstance(checkpoint, ModelCheckpoint) and checkpoint.best_model_score is not None:
             best = f" (best {checkpoint.monitor}: {checkpoint.best_model_score:.4f})"
         print(
-            f"Logs and checkpoints{best}: {folder}   To look at them: "
-            f"tensorboard --logdir {trainer.default_root_dir}"
+            f"Logs and checkpoints{best}: {folder}   To look at them: tensorboard --logdir {trainer.default_root_dir}"
         )
 
 

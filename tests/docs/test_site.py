@@ -19,7 +19,7 @@ import lightning_optim.diagnostics
 import lightning_optim.models
 import lightning_optim.polar
 import lightning_optim.schedules
-from lightning_optim.optimizers.registry import OPTIMIZERS
+from lightning_optim.registry import OPTIMIZERS
 
 for package in ("sphinx", "furo", "myst_parser", "sphinx_copybutton", "latex2mathml"):
     pytest.importorskip(package, reason="the extra `docs` is not installed")
