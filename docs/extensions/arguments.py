@@ -9,9 +9,13 @@ from typing import Any
 from sphinx.application import Sphinx
 
 ARGUMENT = re.compile(r"    (\w+): (.*)")
+#: Stands for a colon in the docstring of a field, where Napoleon would take what comes before it for a type.
+COLON = "\ue000"
 
 
 def process_docstring(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
+    if what in ("attribute", "data", "property"):
+        lines[:] = [line.replace(":", COLON) for line in lines]
     if not callable(thing):
         return
     try:
@@ -37,6 +41,11 @@ def declaration(parameter: inspect.Parameter) -> str:
     return f"``{words.strip()}`` -- " if words and "<" not in words else ""
 
 
+def restore_colons(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
+    lines[:] = [line.replace(COLON, ":") for line in lines]
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
-    app.connect("autodoc-process-docstring", process_docstring, priority=400)  # before Google's sections are read
+    app.connect("autodoc-process-docstring", process_docstring, priority=400)  # before Napoleon reads Google's sections
+    app.connect("autodoc-process-docstring", restore_colons, priority=600)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
