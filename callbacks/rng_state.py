@@ -16,8 +16,9 @@ class RNGState(pl.Callback):
     """Continues the random numbers of Python, NumPy and torch where the checkpoint was written.
 
     Without it, a resumed run starts its dropout and mixup from the seed again, and differs from a run that was
-    never interrupted. Each process of a distributed run has its own state in the checkpoint; one that is resumed
-    with more processes seeds the additional ones afresh.
+    never interrupted. torch's numbers are those of the CPU and of the accelerator that the process uses (CUDA, MPS,
+    XPU, ...). Each rank of a distributed run has its own state in the checkpoint; one that is resumed on more ranks
+    seeds the additional ones afresh.
 
     A data loader that shuffles with torch's global generator, as torch's own does, is continued exactly from
     checkpoints written at the end of an epoch. Within an epoch the loader itself has to be resumable, as those of
@@ -63,9 +64,21 @@ def _state() -> dict[str, Any]:
         "python": random.getstate(),
         "numpy": numpy,
         "torch": torch.get_rng_state(),
-        # Of the device of this process only: to ask the others would claim memory on them.
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+        "accelerator": {kind: device.get_rng_state() for kind, device in _accelerator()},
     }
+
+
+def _accelerator() -> list[tuple[str, Any]]:
+    """Name and module of the accelerator (``"cuda"``, ``"mps"``, ``"xpu"``, ...), if this process uses one.
+
+    The generator is that of the current device only. To ask an accelerator that is not in use would claim memory on it.
+    """
+    kind = torch.accelerator.current_accelerator(check_available=True)
+    if kind is None:
+        return []
+    device = torch.get_device_module(kind)
+    in_use = getattr(device, "is_initialized", device.is_available)()
+    return [(kind.type, device)] if in_use and hasattr(device, "get_rng_state") else []
 
 
 def _set_state(state: dict[str, Any]) -> None:
@@ -74,5 +87,7 @@ def _set_state(state: dict[str, Any]) -> None:
     key = generator["key"].numpy().astype(np.uint32)
     np.random.set_state(state["numpy"] | {"state": generator | {"key": key}})  # noqa: NPY002
     torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    saved = state.get("accelerator", {"cuda": state.get("cuda")})  # Version 0.1.0 knew CUDA only.
+    for kind, device in _accelerator():
+        if saved.get(kind) is not None:
+            device.set_rng_state(saved[kind])

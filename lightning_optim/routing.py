@@ -21,6 +21,8 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.parametrize import ParametrizationList
 
+from .names import clean_name
+
 __all__ = ["Route", "clean_name", "route", "routing_table"]
 
 
@@ -199,18 +201,6 @@ def routing_table(routes: Iterable[Route]) -> str:
 
     summary = f"Tensors (parameters): {count('matrix')}, {count('fallback')}."
     return "\n".join([summary, "", *lines])
-
-
-_WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-
-
-def clean_name(name: str) -> str:
-    """The name of a parameter without what torch.compile, FSDP, activation checkpointing and DDP put into it.
-
-    >>> clean_name("module._orig_mod.blocks.0._checkpoint_wrapped_module.fc.weight")
-    'blocks.0.fc.weight'
-    """
-    return _WRAPPERS.sub("", name).removeprefix("module.")
 
 
 # --- what a parameter is --------------------------------------------------------------------------------------

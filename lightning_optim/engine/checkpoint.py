@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import processes
+from ..names import clean_name
 
 Groups = Sequence[Mapping[str, Any]]
 
@@ -34,7 +35,8 @@ class CheckpointError(ValueError):
 def matched(optimizer: Optimizer, state_dict: Any) -> dict[str, Any]:
     """A checkpoint's parameter groups and parameters in the order in which an optimizer holds them.
 
-    Parameters are found by name where both sides have names, otherwise by position.
+    Parameters are found by name where both sides have names, whatever the module is or was wrapped in
+    (:func:`.clean_name`), otherwise by position.
 
     Args:
         optimizer: Any torch optimizer.
@@ -62,19 +64,28 @@ def matched(optimizer: Optimizer, state_dict: Any) -> dict[str, Any]:
     """
     _check_form(state_dict)
     name = type(optimizer).__name__
-    here, saved = optimizer.param_groups, state_dict["param_groups"]
+    here, saved = _with_clean_names(optimizer.param_groups), _with_clean_names(state_dict["param_groups"])
     _check_author(name, here, saved)
     named = all("param_names" in group for group in (*here, *saved))
     origins = (_by_name if named else _by_position)(name, here, saved)
     groups = []
-    for group, i in zip(here, origins):
+    for group, built, i in zip(here, optimizer.param_groups, origins):
         hyperparameters = {key: value for key, value in group.items() if key not in (*LABELS, "initial_lr")}
         merged = hyperparameters | dict(saved[i])
         if named:
             keys = dict(zip(saved[i]["param_names"], saved[i]["params"]))
-            merged |= {"params": [keys[n] for n in group["param_names"]], "param_names": list(group["param_names"])}
+            merged |= {"params": [keys[n] for n in group["param_names"]], "param_names": list(built["param_names"])}
         groups.append(merged)
     return {**state_dict, "param_groups": groups}
+
+
+def _with_clean_names(groups: Groups) -> Groups:
+    """The groups with names that no wrapper has changed, unless two parameters would then have the same."""
+    if not all("param_names" in group for group in groups):
+        return groups
+    cleaned = [{**group, "param_names": [clean_name(name) for name in group["param_names"]]} for group in groups]
+    names = [name for group in cleaned for name in group["param_names"]]
+    return cleaned if len({*names}) == len(names) else groups
 
 
 def check_state(saved: Mapping[str, Mapping[str, Any]], expected: Mapping[str, Mapping[str, Tensor]]) -> None:

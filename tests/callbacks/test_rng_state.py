@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_optim.callbacks import RNGState
+from lightning_optim.callbacks import RNGState, rng_state
 from lightning_optim.data import VisionData
 from lightning_optim.models import VisionClassifier
 
@@ -94,6 +94,60 @@ def test_a_run_goes_on_within_an_epoch(tmp_path: Path) -> None:
     data = VisionData("digits", batch_size=16)
     resumed = fit(classifier(), tmp_path / "again", datamodule=data, ckpt_path=checkpoint, **options)
     assert same(straight, resumed)
+
+
+class Device:
+    """Stands for ``torch.mps`` and the like."""
+
+    def __init__(self, used: bool | None) -> None:
+        self.state = torch.tensor([1, 2, 3], dtype=torch.uint8)
+        if used is not None:
+            self.is_initialized = lambda: used
+
+    def is_available(self) -> bool:
+        return True
+
+    def get_rng_state(self) -> Tensor:
+        return self.state.clone()
+
+    def set_rng_state(self, state: Tensor) -> None:
+        self.state = state
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps", "xpu", "mtia"])
+@pytest.mark.parametrize("used", [True, False, None])
+def test_any_accelerator(kind: str, used: bool | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``None``: it does not say whether it is in use, as ``torch.mps``."""
+    device = Device(used)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device(kind))
+    monkeypatch.setattr(torch, "get_device_module", lambda device_kind: device)
+    torch.save(rng_state._state(), tmp_path / "state")
+    saved = torch.load(tmp_path / "state", weights_only=True)
+    device.state = torch.zeros(3, dtype=torch.uint8)
+    rng_state._set_state(saved)
+    assert device.state.tolist() == ([0, 0, 0] if used is False else [1, 2, 3])
+
+
+def test_checkpoints_of_version_0_1_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device(True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda"))
+    monkeypatch.setattr(torch, "get_device_module", lambda kind: device)
+    state = rng_state._state()
+    del state["accelerator"]
+    rng_state._set_state(state | {"cuda": torch.tensor([7], dtype=torch.uint8)})
+    assert device.state.tolist() == [7]
+    rng_state._set_state(state | {"cuda": None})
+    assert device.state.tolist() == [7]
+
+
+def test_another_accelerator_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = rng_state._state() | {"accelerator": {"cuda": torch.tensor([7], dtype=torch.uint8)}}
+    rng_state._set_state(state)  # This machine may have none.
+    device = Device(True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("xpu"))
+    monkeypatch.setattr(torch, "get_device_module", lambda kind: device)
+    rng_state._set_state(state)
+    assert device.state.tolist() == [1, 2, 3]
 
 
 @pytest.mark.slow
