@@ -34,6 +34,7 @@ from .grouping import Grouping, ParameterSettings, parameter_groups, suggestion
 from .own_optimizers import FollowingSchedule, OwnOptimizer, own_optimizers
 from .processes import placements, strategies
 from .routing import Route, clean_name, route, routing_table
+from .safe_classes import safe_in_checkpoints
 from .trainer import (
     is_default_hook,
     is_lightning,
@@ -58,6 +59,7 @@ __all__ = [
 # --- settings -----------------------------------------------------------------------------------------------
 
 
+@safe_in_checkpoints()
 @dataclass
 class OptimizerConfig:
     """Which optimizer, with which arguments."""
@@ -69,6 +71,7 @@ class OptimizerConfig:
     """Arguments of the optimizer, without `params`."""
 
 
+@safe_in_checkpoints()
 @dataclass
 class SchedulerConfig:
     """Which learning-rate schedule, with which arguments."""
@@ -234,7 +237,7 @@ def _build(
         raise ValueError(f"{type(module).__name__} has no trainable parameter: it is empty or frozen.")
     args = dict(config.args)
     if cls in (SGD, Adam, AdamW) and args.get("fused") is None and args.get("foreach") is None:
-        trained: list[Tensor] = [p for name, p in module.named_parameters() if name in routes]
+        trained: list[Tensor] = [p for name, p in nn.Module.named_parameters(module) if name in routes]
         fused, _ = _default_to_fused_or_foreach(trained, args.get("differentiable", False), use_fused=True)
         # Otherwise None, with which torch chooses between the other two.
         # torch's fused SGD does not know sharded parameters.

@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .routing import Route, clean_name
+from .safe_classes import safe_in_checkpoints
 
 __all__ = ["Grouping", "Kind", "ParameterSettings", "parameter_groups", "suggestion"]
 
@@ -20,6 +21,7 @@ __all__ = ["Grouping", "Kind", "ParameterSettings", "parameter_groups", "suggest
 Kind: TypeAlias = Literal["norm", "bias", "vector", "embedding", "positional", "token", "head", "marked"]
 
 
+@safe_in_checkpoints("lightning_optim.factory.Grouping")
 @dataclass
 class Grouping:
     """Which parameters get other hyperparameters than the rest.
@@ -99,7 +101,8 @@ def parameter_groups(
     overrides = _first_match("overrides", grouping.overrides, routes)
     layer_decay = grouping.layer_decay or 1.0
     depths = _layers_below_the_top(module) if grouping.layer_decay else {}
-    parameters = dict(module.named_parameters())
+    # As the module tree names them: CheckpointWrapper overrides the method and cleans names itself.
+    parameters = dict(nn.Module.named_parameters(module))
     marked = _marked(module) if "marked" in grouping.no_decay else set()
 
     def role_of(r: Route) -> str:

@@ -9,7 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_optim.safe_classes import safe_in_checkpoints
 
+
+@safe_in_checkpoints()
 @dataclass(frozen=True)
 class GPTConfig:
     """Dimensions of a :class:`GPT`."""
@@ -35,6 +38,7 @@ class GPTConfig:
             raise ValueError(f"heads={self.heads} must divide width={self.width}")
 
 
+@safe_in_checkpoints()
 @dataclass(frozen=True)
 class LSTMConfig:
     """Dimensions of an :class:`LSTM`."""

@@ -1,8 +1,4 @@
-"""What Lightning's strategies do with parameters and gradients.
-
-Strategies are told by the names of their classes, so that those of ``lightning`` and of ``pytorch_lightning`` are the
-same and neither is imported.
-"""
+"""What Lightning's strategies do with parameters and gradients."""
 
 from __future__ import annotations
 
@@ -12,6 +8,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 from torch import Tensor
 
+from ..trainer import is_lightning
 from . import private
 from .groups import Group, node_group, world
 from .sharding import ShardSums, shard_groups
@@ -59,7 +56,7 @@ def shard_sums(strategy: Any, params: Iterable[Tensor]) -> ShardSums:
 
 def averages_gradients(strategy: Any) -> bool:
     """Whether the gradients of several ranks, which hold equal parameters, are averaged (DDP)."""
-    return _is(strategy, "DDPStrategy") and world() is not None
+    return is_lightning(strategy, "DDPStrategy") and world() is not None
 
 
 def flattens_parameters(strategy: Any) -> bool:
@@ -69,25 +66,14 @@ def flattens_parameters(strategy: Any) -> bool:
 
 def is_deepspeed(strategy: Any) -> bool:
     """Whether a strategy is DeepSpeedStrategy, whose engine keeps gradients and updates to itself."""
-    return _is(strategy, "DeepSpeedStrategy")
+    return is_lightning(strategy, "DeepSpeedStrategy")
 
 
 def is_fsdp1(strategy: Any) -> bool:
     """Whether a strategy is FSDPStrategy, which flattens parameters."""
-    return _is(strategy, "FSDPStrategy")
+    return is_lightning(strategy, "FSDPStrategy")
 
 
 def shards_parameters(fsdp_strategy: Any) -> bool:
     """Whether an FSDPStrategy gives each rank a part of the parameters."""
     return fsdp_strategy.sharding_strategy is not ShardingStrategy.NO_SHARD
-
-
-def _is(strategy: Any, name: str) -> bool:
-    """Whether a strategy is of the class of Lightning of that name, or of a subclass.
-
-    >>> from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-    >>> _is(DDPStrategy(), "DDPStrategy"), _is(SingleDeviceStrategy("cpu"), "DDPStrategy"), _is(None, "DDPStrategy")
-    (True, False, False)
-    """
-    libraries = ("lightning", "pytorch_lightning")
-    return any(c.__name__ == name and c.__module__.partition(".")[0] in libraries for c in type(strategy).__mro__)
