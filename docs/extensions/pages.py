@@ -70,7 +70,7 @@ def page_of_module(path: str, names: Iterable[str]) -> str:
             blocks.append(f".. data:: {name}\n\n" + indent(comment_above(name), "   "))
     bases = bases_of(getattr(module, name) for name in names)
     if bases:
-        blocks += [title("Base classes", "-"), *(f".. autoclass:: {base.__module__}.{base.__name__}" for base in bases)]
+        blocks += [title("Base classes", "-"), *map(class_entry, bases)]
     return "\n\n".join(blocks) + "\n"
 
 
@@ -80,6 +80,10 @@ def bases_of(things: Iterable[Any]) -> list[type]:
     classes = [thing for thing in things if inspect.isclass(thing) and thing not in registered()]
     bases = dict.fromkeys(base for cls in classes for base in cls.__mro__ if is_ours(base))
     return [base for base in bases if id(base) not in public and not base.__name__.startswith("_")]
+
+
+def class_entry(cls: type) -> str:
+    return f".. autoclass:: {cls.__module__}.{cls.__name__}"
 
 
 def comment_above(name: str) -> str:
@@ -129,8 +133,10 @@ def page_of_shared() -> str:
     """The base classes of the optimizers: what every one of them promises and takes."""
     bases = {base for cls in registered() for base in cls.__mro__ if is_ours(base)} - registered()
     in_order = sorted(bases, key=lambda base: (len(base.__mro__), base.__name__))
-    blocks = [title("What all optimizers share")]
-    blocks += [f".. autoclass:: {base.__module__}.{base.__name__}" for base in in_order]
+    blocks = [title("What all optimizers share"), title("As optimizers", "-")]
+    blocks += [class_entry(base) for base in in_order if issubclass(base, torch.optim.Optimizer)]
+    blocks += [title("As declarations", "-"), "What a new algorithm declares; :doc:`/contributing` says how."]
+    blocks += [class_entry(base) for base in in_order if not issubclass(base, torch.optim.Optimizer)]
     return "\n\n".join(blocks) + "\n"
 
 
