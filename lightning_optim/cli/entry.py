@@ -14,7 +14,7 @@ from typing import Protocol, cast
 
 from . import commands
 from .errors import Parser, UsageError, exit_with, nearest
-from .invocation import TRAINER_COMMANDS, Invocation
+from .invocation import TRAINER_COMMANDS, Invocation, help_for_optimizer
 
 
 class Command(Protocol):
@@ -79,6 +79,9 @@ def _train(args: list[str]) -> None:
     # So that `--model mine.Model` finds mine.py here, as it would with `python -m`.
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
+    if shown := help_for_optimizer(args):
+        print(shown)
+        return
     invocation = Invocation.of(args)
     from . import train  # here, because it imports Lightning
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,6 +120,17 @@ def check_options(args: Iterable[str]) -> None:
             raise UsageError(f"There is no option {option}. Did you mean --optimizer.{name}?")
         if near := nearest(f"--{name}", [f"--{known}" for known in OPTIONS], ""):
             raise UsageError(f"There is no option {option}. {near}")
+
+
+def help_for_optimizer(args: Sequence[str]) -> str | None:
+    """What ``--optimizer.help NAME`` shows of an optimizer of the registry."""
+    for _, _, name in given(args, "--optimizer.help"):
+        from ..registry import OPTIMIZERS  # here, because it imports torch
+        from .optimizer_page import page
+
+        if name in OPTIMIZERS:
+            return page(OPTIMIZERS[name])
+    return None
 
 
 def _is_of_an_optimizer(argument: str) -> bool:

@@ -28,6 +28,7 @@ from ..data import DataError
 from ..factory import Grouping, OptimizerConfig, OptimizerMixin, SchedulerConfig
 from ..registry import OPTIMIZERS
 from .errors import UsageError, explained, import_class
+from .invocation import help_for_optimizer
 from .parser import OptimArgumentParser, PresetOrFile
 from .presets import class_path, find_config, given, load_config
 from .record import RecordSettings
@@ -144,6 +145,9 @@ class OptimCLI(LightningCLI):
             self.config = parser.parse_object(args)
         else:
             self._args = sys.argv[1:] if args is None else list(args)
+            if shown := help_for_optimizer(self._args):
+                print(shown)
+                sys.exit()
             self.config = parser.parse_args(_forget_on_change(self._args))
 
     def _parse_ckpt_path(self) -> None:
