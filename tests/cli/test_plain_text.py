@@ -38,7 +38,8 @@ def test_equations(latex: str, expected: str) -> None:
 
 def test_markup_is_left_out_and_paragraphs_are_wrapped() -> None:
     text = (
-        "See :class:`~torch.optim.Adam`, :meth:`step` and ``lr=0.1`` (`arXiv 1 <https://arxiv.org/abs/1>`_, `arXiv 2`_):\n"
+        "See :class:`~torch.optim.Adam`, :meth:`step` and ``lr=0.1`` "
+        "(`arXiv 1 <https://arxiv.org/abs/1>`_, `arXiv 2`_):\n"
         "**bold**.\n\n.. math::\n    a &= b \\\\\n    c &= d\n\nwhere :math:`a_1` counts.\n\n"
         ".. _arXiv 2: https://arxiv.org/abs/2\n"
     )
