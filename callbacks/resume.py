@@ -14,11 +14,13 @@ from torch.optim import Optimizer
 
 from lightning_optim.engine.checkpoint import LABELS, SCHEDULED, STRUCTURE
 
+from .exact_resume import ExactResume
+
 # How torch's optimizers compute, not what.
 _IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")
 
 
-class Resume(pl.Callback):
+class Resume(ExactResume):
     """Decides between the checkpoint's hyperparameters and those that the optimizer is built with at resume.
 
     A resumed optimizer has the checkpoint's learning rate, betas, weight decay and so on, whatever it was built with.
@@ -49,12 +51,14 @@ class Resume(pl.Callback):
     """
 
     def __init__(self, override: list[str] | str | None = None) -> None:
+        super().__init__()
         self.override = [override] if isinstance(override, str) else override or []
         #: Hyperparameters whose new values were not taken at the last resumption.
         self.kept: list[str] = []
         self._built: list[_Built] = []
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
         # Optimizers and schedules are there; the checkpoint's state of them is loaded after this.
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         self._built = [_Built(optimizer, schedulers) for optimizer in trainer.optimizers]
@@ -67,6 +71,7 @@ class Resume(pl.Callback):
                 )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         differences = [difference for built in self._built for difference in built.differences()]
         for built in self._built:
             built.take(self.override)

@@ -60,9 +60,15 @@ class ResumableLoader(DataLoader[Any]):
         # wrong one.
         state, self._resumed = self._resumed, None
         self._fetched = state["fetched"] if state and state["epoch"] == self._epoch else 0
+        numbers = torch.get_rng_state()
         if self._fetched:
             self.sampler.start = self._fetched * self.batch_size  # type: ignore[attr-defined, operator]
-        for batch in super().__iter__():
+        batches = super().__iter__()
+        if self._fetched:
+            # Without a generator of its own, a loader draws a seed for its workers from torch's. That was done when the
+            # epoch began.
+            torch.set_rng_state(numbers)
+        for batch in batches:
             self._fetched += 1
             yield batch
 
@@ -71,6 +77,10 @@ class ResumableLoader(DataLoader[Any]):
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self._resumed = state
+
+    def rewind(self, state: dict[str, int]) -> None:
+        """Put a state one batch back."""
+        state["fetched"] -= 1
 
     @property
     def _epoch(self) -> int:

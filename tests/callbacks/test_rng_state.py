@@ -14,7 +14,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_optim.callbacks import RNGState, rng_state
+from lightning_optim.callbacks import RNGState
+from lightning_optim.callbacks.random_numbers import RandomNumbers
 from lightning_optim.data import VisionData
 from lightning_optim.models import VisionClassifier
 
@@ -121,10 +122,10 @@ def test_any_accelerator(kind: str, used: bool | None, tmp_path: Path, monkeypat
     device = Device(used)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device(kind))
     monkeypatch.setattr(torch, "get_device_module", lambda device_kind: device)
-    torch.save(rng_state._state(), tmp_path / "state")
+    torch.save(RandomNumbers.now().state(), tmp_path / "state")
     saved = torch.load(tmp_path / "state", weights_only=True)
     device.state = torch.zeros(3, dtype=torch.uint8)
-    rng_state._set_state(saved)
+    RandomNumbers.of(saved).set()
     assert device.state.tolist() == ([0, 0, 0] if used is False else [1, 2, 3])
 
 
@@ -132,21 +133,21 @@ def test_checkpoints_of_version_0_1_0(monkeypatch: pytest.MonkeyPatch) -> None:
     device = Device(True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda"))
     monkeypatch.setattr(torch, "get_device_module", lambda kind: device)
-    state = rng_state._state()
+    state = RandomNumbers.now().state()
     del state["accelerator"]
-    rng_state._set_state(state | {"cuda": torch.tensor([7], dtype=torch.uint8)})
+    RandomNumbers.of(state | {"cuda": torch.tensor([7], dtype=torch.uint8)}).set()
     assert device.state.tolist() == [7]
-    rng_state._set_state(state | {"cuda": None})
+    RandomNumbers.of(state | {"cuda": None}).set()
     assert device.state.tolist() == [7]
 
 
 def test_another_accelerator_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    state = rng_state._state() | {"accelerator": {"cuda": torch.tensor([7], dtype=torch.uint8)}}
-    rng_state._set_state(state)  # This machine may have none.
+    state = RandomNumbers.now().state() | {"accelerator": {"cuda": torch.tensor([7], dtype=torch.uint8)}}
+    RandomNumbers.of(state).set()  # This machine may have none.
     device = Device(True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("xpu"))
     monkeypatch.setattr(torch, "get_device_module", lambda kind: device)
-    rng_state._set_state(state)
+    RandomNumbers.of(state).set()
     assert device.state.tolist() == [1, 2, 3]
 
 
