@@ -9,8 +9,8 @@ class RNGState(ExactResume):
     """Continues a run exactly where the checkpoint was written.
 
     Without it, a resumed run starts its dropout and mixup from the seed again. torch's random numbers are those of the
-    CPU and of the accelerator that the process uses (CUDA, MPS, XPU, ...). Each rank of a distributed run has its own in
-    the checkpoint; one that is resumed on more ranks seeds the additional ones afresh.
+    CPU and of the accelerator that the process uses (CUDA, MPS, XPU, ...). Each rank of a distributed run has its own
+    in the checkpoint; one that is resumed on more ranks seeds the additional ones afresh.
 
     Random numbers are not all. Lightning itself (checked with 2.5.5 and 2.6.6) skips an epoch when a run with
     ``max_steps`` is resumed from the end of an epoch, loses the gradients of an accumulation that is under way, and
