@@ -67,7 +67,7 @@ def test_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         if (example.page, example.language, example.not_run) != (page, "python", False):
             continue
         if all(importlib.util.find_spec(package) for package in example.needs):
-            exec(compile("\n" * (example.line - 1) + example.code, page, "exec"), names)
+            exec(compile("\n" * (example.line - 1) + example.code, page, "exec", dont_inherit=True), names)
 
 
 def commands() -> list[tuple[str, list[str]]]:
