@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from .. import processes
+from .batch import Tick
 from .compile import is_number
-from .optimizer import RuleOptimizer, Tick, Work
+from .optimizer import RuleOptimizer, Work
 from .rule import Scalars
 
 #: Numbers that stay what they are, as switches do: rules leave out what has no effect with them.

@@ -29,11 +29,12 @@ from torch import Tensor
 from .. import processes
 from ..processes import Group, Sharding, TensorSpec
 from . import matrices
+from .batch import Batch, Task
 from .elementwise import packs
 from .matrices import ParameterObserver, Report, Stack
 from .rounding import RESIDUAL
 from .rule import LIKE_PARAMETER, Move, Polar
-from .state import Batch, Task, block_shape, compute_dtype, from_blocks, number_names, state_shapes
+from .state import block_shape, compute_dtype, from_blocks, number_names, state_shapes
 
 Asked = Sequence[tuple[Stack, Polar]]
 #: A matrix of a step: its parameter and which of the parameter's matrices it is.
@@ -60,6 +61,11 @@ def run(
     in_rows: dict[Group, list[_Cut]] = defaultdict(list)
     carried: dict[Group, list[_Cut]] = defaultdict(list)
     for batch in batches:
+        if "sharded" not in batch.cache:
+            batch.cache["sharded"] = any(processes.sharding_of(task.parameter) for task in batch.tasks)
+        if not batch.cache["sharded"]:
+            here.append(batch)
+            continue
         whole = []
         for task in batch.tasks:
             cut = processes.sharding_of(task.parameter)
@@ -68,7 +74,7 @@ def run(
             else:
                 (in_rows if task.owner is None else carried)[cut.group].append(_Cut(batch, task, cut))
         if whole:
-            here.append(replace(batch, tasks=whole))
+            here.append(replace(batch, tasks=whole, cache={}))
     context = _Context(backend == "plain", finite, observer)
     jobs = chain(
         chain.from_iterable(_jobs_in_rows(cuts, context) for cuts in in_rows.values()),
@@ -226,11 +232,11 @@ def _in_rows(wave: Sequence[_Cut], owner: Mapping[Key, int], context: _Context) 
     for c in wave:
         for count, task in _runs(c):
             apart[id(c.batch), count].append(task)
-            batches[id(c.batch), count] = replace(c.batch, group={**c.batch.group, "blocks": count})
+            batches[id(c.batch), count] = replace(c.batch, group={**c.batch.group, "blocks": count}, cache={})
     parts = [
         stack
         for key, tasks in apart.items()
-        for stack in matrices.split(replace(batches[key], tasks=tasks), context.plain)
+        for stack in matrices.split(replace(batches[key], tasks=tasks, cache={}), context.plain)
     ]
     solve = partial(_gathered, wave=wave, owner=owner, report=context.report)
     return matrices.drive(parts, context.finite, _collector(wave, owner, context.report), solve)
@@ -397,7 +403,7 @@ def _carried(wave: Sequence[_Cut], context: _Context) -> Iterator[None]:
     yield
     batches: dict[int, Batch] = {}
     for c, *parts in zip(mine, *there.wait()):
-        batch = batches.setdefault(id(c.batch), replace(c.batch, tasks=[]))
+        batch = batches.setdefault(id(c.batch), replace(c.batch, tasks=[], cache={}))
         batch.tasks.append(replace(c.task, g=torch.cat(parts, c.cut.dim)))
     moves: dict[Tensor, list[Tensor]] = {}
     move = partial(_pack_moves, moves)

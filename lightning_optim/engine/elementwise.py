@@ -6,15 +6,16 @@ An element-wise rule does not care where a tensor ends, so the parameters of a g
 - ``chunked``: small tensors joined to vectors, large ones cut into views that stay in cache with their temporaries.
 - ``compiled``: small tensors joined, large ones whole, since a compiled kernel has no temporaries.
 
-:func:`plan` makes the cuts; it yields one :class:`Work` at a time and moves back what had to be copied before it goes
+:func:`plan` makes the cuts; it yields one :class:`Piece` at a time and moves back what had to be copied before it goes
 on to the next, so that copies never exceed one chunk.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
 from types import SimpleNamespace
@@ -26,10 +27,11 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from .. import processes
 from . import compile
+from .batch import Batch, Task
 from .call import call
 from .rounding import joined_numbers, numbers
-from .rule import ElementwiseRule, GroupRule, Rule
-from .state import Batch, Task, compute_dtype, number_names
+from .rule import ElementwiseRule, GroupRule
+from .state import compute_dtype, number_names
 
 #: Tensors up to this many elements are joined for one call on all: below it a copy of a tensor costs less than a call.
 SMALL = {"cpu": 2**14, "cuda": 2**18}
@@ -50,7 +52,7 @@ Item = TypeVar("Item")
 
 
 @dataclass
-class Work:
+class Piece:
     """What one call updates: vectors (or, in the plain path, whole parameters) of equal size."""
 
     p: Tensor
@@ -67,78 +69,115 @@ def run(batches: Sequence[Batch], backend: str, finite: Tensor | None, groups: S
         batches: Rules and the parameters they run on.
         backend: One of :data:`.BACKENDS`.
         finite: ``None``, or a 0-d boolean tensor: where it is ``False`` nothing may change.
-        groups: Processes that hold other parts of parameters without saying so.
+        groups: Process groups that hold other shards of parameters that do not say so themselves.
     """
-    backend = _chosen(backend, [task.p for batch in batches for task in batch.tasks])
+    backend = _chosen(backend, batches)
+    grouped = []
     for batch in batches:
-        if issubclass(batch.rule, ElementwiseRule):
-            for tasks in _alike(batch.tasks):
-                names = _state_names(batch.rule, tasks)
-                _each(batch.rule.update, tasks, names, {}, backend, finite)
-    grouped = [_Grouped(batch.rule, batch, backend, finite) for batch in batches if issubclass(batch.rule, GroupRule)]
-    _run_groups(grouped, tuple(groups))
+        if issubclass(batch.rule, GroupRule):
+            grouped.append(_Grouped(batch.rule, batch, backend, finite))
+        elif issubclass(batch.rule, ElementwiseRule):
+            for alike in _alike(batch):
+                _each(batch.rule.update, alike, {}, backend, finite)
+    if grouped:
+        _run_groups(grouped, tuple(groups))
 
 
-def _chosen(backend: str, xs: Sequence[Tensor]) -> str:
+def _chosen(backend: str, batches: Sequence[Batch]) -> str:
     """What ``auto`` stands for."""
     if backend != "auto":
         return backend
-    long = sum([x.numel() for x in xs]) >= COMPILE_FROM
-    return "compiled or chunked" if long and all(x.device.type in ("cpu", "cuda") for x in xs) else "chunked"
+    size = sum([_size(batch) for batch in batches])
+    return "compiled or chunked" if size >= COMPILE_FROM else "chunked"
 
 
-def _state_names(rule: type[Rule], tasks: Sequence[Task]) -> list[str]:
-    return [name for name in tasks[0].state if name not in number_names(rule)]
+def _size(batch: Batch) -> float:
+    """How many elements there are to update; minus infinity where they cannot be compiled for."""
+    size = batch.cache.get("size")
+    if size is None:
+        size = batch.cache["size"] = _compilable([task.p for task in batch.tasks])
+    return size
 
 
-def _alike(tasks: Iterable[Task]) -> list[list[Task]]:
-    """Split into tasks that one call can take together, leaving out what this process has no element of."""
+def _compilable(xs: Sequence[Tensor]) -> float:
+    return sum([x.numel() for x in xs]) if all(x.device.type in ("cpu", "cuda") for x in xs) else -math.inf
+
+
+@dataclass
+class Alike:
+    """Tasks that one call can take together.
+
+    Args:
+        tasks: Those of one precision, device and clock.
+        names: Their state tensors of the parameter's own shape.
+        packs: What is joined and what is not, by the size up to which tensors are; see :meth:`split`.
+    """
+
+    tasks: list[Task]
+    names: list[str]
+    packs: dict[int, tuple[list[Pack], list[Task]]] = field(default_factory=dict)
+
+    def split(self, small: int) -> tuple[list[Pack], list[Task]]:
+        """Tensors of up to ``small`` elements in packs, and the others."""
+        if small not in self.packs:
+            short = [task for task in self.tasks if task.p.numel() <= small]
+            limit = _of(CHUNK, self.tasks[0].p)
+            parts = packs(short, [task.p.numel() for task in short], limit)
+            joined = [Pack(some, self.names) for some in parts]
+            self.packs[small] = joined, [task for task in self.tasks if task.p.numel() > small]
+        return self.packs[small]
+
+
+def _alike(batch: Batch) -> list[Alike]:
+    """A batch in parts that one call can take together, without those of which this rank has no element."""
+    gains = [task.gain for task in batch.tasks]
+    same = not isinstance(gains[0], Tensor) and gains.count(gains[0]) == len(gains)
+    if same and "alike" in batch.cache:
+        return batch.cache["alike"]
     groups: dict[Any, list[Task]] = {}
-    for task in tasks:
-        if not task.p.numel():
-            continue
-        gain = task.gain if isinstance(task.gain, float) else None
-        key = (id(task.scalars), task.p.dtype, task.g.dtype, task.p.device, gain)
-        groups.setdefault(key, []).append(task)
-    return list(groups.values())
+    for task in batch.tasks:
+        if task.p.numel():
+            gain = task.gain if isinstance(task.gain, float) else None
+            key = (id(task.scalars), task.p.dtype, task.g.dtype, task.p.device, gain)
+            groups.setdefault(key, []).append(task)
+    numbers = number_names(batch.rule)
+    # Parameters of one group can be of several precisions, and then only some have a residual.
+    found = [Alike(tasks, [name for name in tasks[0].state if name not in numbers]) for tasks in groups.values()]
+    if same:
+        batch.cache["alike"] = found
+    return found
 
 
 def _each(
     function: Callable[..., Any],
-    tasks: Sequence[Task],
-    names: Sequence[str],
+    alike: Alike,
     coefficients: dict[str, float | Tensor],
     backend: str,
     finite: Tensor | None,
     moves: bool = True,
 ) -> list[Any]:
-    """Call ``function`` on everything in ``tasks``, which are alike; returns what it returned.
+    """Call ``function`` on everything in ``alike``; returns what it returned.
 
     ``moves`` says whether it returns a move, or changes nothing.
     """
-    noisy = moves and tasks[0].noise is not None
-    finite = None if finite is None or not moves else finite.to(tasks[0].p.device)
-    scalars = tasks[0].scalars | coefficients
+    first = alike.tasks[0]
+    noisy = moves and first.noise is not None
+    finite = None if finite is None or not moves else finite.to(first.p.device)
+    scalars = first.scalars | coefficients if coefficients else first.scalars
     compiled = None
     if backend.startswith("compiled"):
-        state = {name: tasks[0].state[name] for name in names}
+        state = {name: first.state[name] for name in alike.names}
         compiled = compile_or_warn(
-            partial(
-                compile.runner, function, tasks[0].p, tasks[0].g, tasks[0].gain, finite, state, scalars, noisy, moves
-            ),
+            partial(compile.runner, function, first.p, first.g, first.gain, finite, state, scalars, noisy, moves),
             backend,
         )
-    if compiled is None:
-        go: compile.Runner = lambda p, g, gain, state, noise: call(  # noqa: E731
-            function, p, g, gain, finite, state, scalars, noise, moves
-        )
-    else:
-        go = compiled
     # Random numbers are eight bytes for each element, which should not leave the cache.
-    limit = _of(CHUNK, tasks[0].p) if compiled is None or noisy else LONGEST
-    small = _of(SMALL_EAGER if compiled is None else SMALL, tasks[0].p)
-    works = _whole(tasks, names, noisy) if backend == "plain" else plan(tasks, names, small, limit, noisy, moves)
-    return [go(work.p, work.g, work.gain, work.state, work.noise) for work in works]
+    limit = _of(CHUNK, first.p) if compiled is None or noisy else LONGEST
+    small = _of(SMALL_EAGER if compiled is None else SMALL, first.p)
+    pieces = _whole(alike, noisy) if backend == "plain" else plan(alike, small, limit, noisy, moves)
+    if compiled is not None:
+        return [compiled(x.p, x.g, x.gain, x.state, x.noise) for x in pieces]
+    return [call(function, x.p, x.g, x.gain, finite, x.state, scalars, x.noise, moves) for x in pieces]
 
 
 def compile_or_warn(make: Callable[[], Item], backend: str) -> Item | None:
@@ -194,10 +233,11 @@ class _Grouped:
             apart.setdefault(processes.shard_groups(task.parameter) or groups, []).append(task)
         sums = {}
         for key, tasks in apart.items():
-            parts = [part for some in _alike(tasks) for part in self._call(self.rule.sums, some, {}, moves=False)]
-            if not parts:  # This process has no element of them, but the others wait for its zeros.
-                task = tasks[0]
-                state = {name: task.state[name] for name in _state_names(self.rule, tasks)}
+            some = self.batch if len(tasks) == len(self.batch.tasks) else replace(self.batch, tasks=tasks, cache={})
+            parts = [part for alike in _alike(some) for part in self._call(self.rule.sums, alike, {}, moves=False)]
+            if not parts:  # This rank has no element of them, but the others wait for its zeros.
+                task, numbers = tasks[0], number_names(self.rule)
+                state = {name: x for name, x in task.state.items() if name not in numbers}
                 parts = [call(self.rule.sums, task.p, task.g, task.gain, None, state, task.scalars, moves=False)]
             sums[key] = torch.stack([torch.stack([x.to(self.device) for x in column]).sum(0) for column in zip(*parts)])
         return sums
@@ -210,12 +250,12 @@ class _Grouped:
         oldest = max(tasks, key=lambda task: task.t)
         old = {name: oldest.state[name].to(self.device) for name in rule.group_state}
         new, coefficients = rule.combine(totals.unbind(), SimpleNamespace(**old), SimpleNamespace(**oldest.scalars))
-        for some in _alike(tasks):
-            device = some[0].p.device
+        for alike in _alike(self.batch):
+            device = alike.tasks[0].p.device
             # With numbers, operations need no temporaries; reading them from an accelerator would wait for it.
             known = finite is None and device.type == "cpu"
             local = {name: float(x) if known else x.to(device) for name, x in coefficients.items()}
-            self._call(rule.update, some, local)
+            self._call(rule.update, alike, local)
         states = [*(task.state for task in tasks), *self.batch.idle]
         for name, value in new.items():
             if finite is not None:
@@ -223,11 +263,9 @@ class _Grouped:
             torch._foreach_copy_([state[name] for state in states], [value] * len(states))
 
     def _call(
-        self, function: Callable[..., Any], tasks: list[Task], coefficients: dict[str, Any], moves: bool = True
+        self, function: Callable[..., Any], alike: Alike, coefficients: dict[str, Any], moves: bool = True
     ) -> list[Any]:
-        # Parameters of one group can be of several precisions, and then only some have a residual.
-        names = _state_names(self.rule, tasks)
-        return _each(function, tasks, names, coefficients, self.backend, self.finite, moves)
+        return _each(function, alike, coefficients, self.backend, self.finite, moves)
 
 
 def _run_groups(grouped: Sequence[_Grouped], groups: tuple[processes.Group, ...]) -> None:
@@ -246,31 +284,33 @@ def _run_groups(grouped: Sequence[_Grouped], groups: tuple[processes.Group, ...]
 # --- planning ---------------------------------------------------------------------------------------------------
 
 
-def _whole(tasks: Iterable[Task], names: Sequence[str], noisy: bool) -> Iterator[Work]:
-    for task in tasks:
+def _whole(alike: Alike, noisy: bool) -> Iterator[Piece]:
+    for task in alike.tasks:
         noise = _noise(task, 0, task.p.numel()).view(task.p.shape) if noisy else None
-        yield Work(task.p, task.g, task.gain, {name: task.state[name] for name in names}, noise)
+        yield Piece(task.p, task.g, task.gain, {name: task.state[name] for name in alike.names}, noise)
 
 
-def plan(
-    tasks: Sequence[Task], names: Sequence[str], small: int, limit: int | None, noisy: bool = False, moves: bool = True
-) -> Iterator[Work]:
-    """Cut and join ``tasks``, which are alike.
+def plan(alike: Alike, small: int, limit: int | None, noisy: bool = False, moves: bool = True) -> Iterator[Piece]:
+    """Cut and join tasks that are alike.
 
     Args:
-        tasks: Parameters of equal dtype, device and scalars.
-        names: Their state tensors of the parameter's own shape.
+        alike: Parameters of equal dtype, device and scalars.
         small: Elements up to which tensors are joined.
         limit: Longest vector to make of a tensor that need not be copied; ``None`` for any length.
         noisy: Whether random numbers are needed.
         moves: Whether what had to be copied is written back.
     """
-    short = [task for task in tasks if task.p.numel() <= small]
-    for pack in packs(short, [task.p.numel() for task in short], _of(CHUNK, tasks[0].p)):
-        yield from _joined(pack, names, noisy, moves)
-    for task in tasks:
-        if task.p.numel() > small:
-            yield from _slices(task, names, limit, noisy, moves)
+    joined, long = alike.split(small)
+    for pack in joined:
+        if len(pack.tasks) == 1:
+            yield from _slices(pack.tasks[0], alike.names, None, noisy, moves)
+            continue
+        piece = pack.piece(noisy)
+        yield piece
+        if moves:
+            pack.write_back(piece)
+    for task in long:
+        yield from _slices(task, alike.names, limit, noisy, moves)
 
 
 def _of(limits: Mapping[str, int], x: Tensor) -> int:
@@ -301,30 +341,44 @@ def _noise(task: Task, start: int, stop: int) -> Tensor:
     return numbers(task.noise, start, stop, task.p.device)
 
 
-def _joined(tasks: Sequence[Task], names: Sequence[str], noisy: bool, moves: bool) -> Iterator[Work]:
-    if len(tasks) == 1:
-        yield from _slices(tasks[0], names, None, noisy, moves)
-        return
-    params = [task.p for task in tasks]
-    state = {name: [task.state[name] for task in tasks] for name in names}
-    # State of sharded parameters is part of something else and has to stay where it is.
-    here = tasks[0].p is tasks[0].parameter
-    p, g = _flatten_dense_tensors(params), _flatten_dense_tensors([task.g for task in tasks])
-    sizes = [task.p.numel() for task in tasks]
-    joined = {
-        name: _joined_state(tasks, name, sizes) if here else _flatten_dense_tensors(xs) for name, xs in state.items()
-    }
-    gain = tasks[0].gain
-    if isinstance(gain, Tensor):
-        gains = torch.cat([task.gain.expand(n) for task, n in zip(tasks, sizes)])  # type: ignore[union-attr]
-        g, gain = g.mul_(gains), torch.ones_like(gain)  # In place: a kernel is for the dtype of the gradients.
-    firsts = [task.noise for task in tasks if task.noise is not None]
-    noise = joined_numbers(firsts, sizes, p.device) if noisy else None
-    yield Work(p, g, gain, joined, noise)
-    if moves:
-        torch._foreach_copy_(params, _unflatten_dense_tensors(p, params))
-        for name, xs in () if here else state.items():
-            torch._foreach_copy_(xs, _unflatten_dense_tensors(joined[name], xs))
+class Pack:
+    """Small tensors that are joined to vectors, each time for parameters and gradients, once and for all for state.
+
+    Args:
+        tasks: The parameters.
+        names: Their state tensors of the parameter's own shape.
+    """
+
+    def __init__(self, tasks: list[Task], names: Sequence[str]) -> None:
+        self.tasks, self.names = tasks, names
+        self.params = [task.p for task in tasks]
+        self.sizes = [p.numel() for p in self.params]
+        # State of sharded parameters is part of something else and has to stay where it is.
+        self.owns_state = all(task.p is task.parameter for task in tasks)
+        self._state: dict[str, Tensor] = {}
+
+    def piece(self, noisy: bool) -> Piece:
+        """The vectors."""
+        tasks = self.tasks
+        p, g = _flatten_dense_tensors(self.params), _flatten_dense_tensors([task.g for task in tasks])
+        if self.owns_state:
+            state = self._state = self._state or {name: _joined_state(tasks, name, self.sizes) for name in self.names}
+        else:
+            state = {name: _flatten_dense_tensors([task.state[name] for task in tasks]) for name in self.names}
+        gain = tasks[0].gain
+        if isinstance(gain, Tensor):
+            gains = torch.cat([task.gain.expand(n) for task, n in zip(tasks, self.sizes)])  # type: ignore[union-attr]
+            g, gain = g.mul_(gains), torch.ones_like(gain)  # In place: a kernel is for the dtype of the gradients.
+        firsts = [task.noise for task in tasks if task.noise is not None] if noisy else []
+        return Piece(p, g, gain, state, joined_numbers(firsts, self.sizes, p.device) if noisy else None)
+
+    def write_back(self, piece: Piece) -> None:
+        """Copy the vectors back to what they were made of."""
+        torch._foreach_copy_(self.params, _unflatten_dense_tensors(piece.p, self.params))
+        if not self.owns_state:
+            for name in self.names:
+                xs = [task.state[name] for task in self.tasks]
+                torch._foreach_copy_(xs, _unflatten_dense_tensors(piece.state[name], xs))
 
 
 def _joined_state(tasks: Sequence[Task], name: str, sizes: Sequence[int]) -> Tensor:
@@ -345,7 +399,7 @@ def _are_parts(xs: Sequence[Tensor], sizes: Sequence[int], vector: Tensor) -> bo
     return views and vector.shape == (end,)
 
 
-def _slices(task: Task, names: Sequence[str], limit: int | None, noisy: bool, moves: bool) -> Iterator[Work]:
+def _slices(task: Task, names: Sequence[str], limit: int | None, noisy: bool, moves: bool) -> Iterator[Piece]:
     p, g, n = task.p, task.g, task.p.numel()
     if p.is_contiguous() and g.is_contiguous():
         vectors = [x.view(-1) for x in (p, g, *(task.state[name] for name in names))]
@@ -353,7 +407,7 @@ def _slices(task: Task, names: Sequence[str], limit: int | None, noisy: bool, mo
         for start in range(0, n, length):
             p, g, *state = vectors if length >= n else [x[start : start + length] for x in vectors]
             noise = _noise(task, start, start + p.numel()) if noisy else None
-            yield Work(p, g, task.gain, dict(zip(names, state)), noise)
+            yield Piece(p, g, task.gain, dict(zip(names, state)), noise)
         return
     # Other strides than the state's: rows are copied, as many as a chunk holds.
     width = n // p.shape[0]
@@ -362,7 +416,7 @@ def _slices(task: Task, names: Sequence[str], limit: int | None, noisy: bool, mo
         part, g_part = (x[i : i + rows].reshape(-1).contiguous() for x in (p, g))
         rows_state = {name: task.state[name][i : i + rows].view(-1) for name in names}
         noise = _noise(task, i * width, i * width + len(part)) if noisy else None
-        yield Work(part, g_part, task.gain, rows_state, noise)
+        yield Piece(part, g_part, task.gain, rows_state, noise)
         if moves:
             p[i : i + rows].copy_(part.view_as(p[i : i + rows]))
 
@@ -372,15 +426,19 @@ def _slices(task: Task, names: Sequence[str], limit: int | None, noisy: bool, mo
 
 def largest(xs: Sequence[Tensor], backend: str) -> float:
     """The largest absolute value in tensors on the CPU, NaN if they hold one."""
+    sizes = [x.numel() for x in xs]
+    if sum(sizes) <= SMALL_EAGER["cpu"] and len({x.dtype for x in xs}) == 1 and any(sizes):
+        least, most = torch.aminmax(_flatten_dense_tensors(xs))  # NaN both if there is one.
+        return max(float(most), -float(least))
     kinds: dict[Any, list[Tensor]] = {}
     for x in xs:
         if x.numel():
             kinds.setdefault((x.dtype, x.device), []).append(x)
-    compiled = _chosen(backend, xs).startswith("compiled")
+    compile_ = backend == "compiled" or (backend == "auto" and _compilable(xs) >= COMPILE_FROM)
     peaks: list[Tensor] = []
     for (dtype, device), some in kinds.items():
         extremes: list[Tensor] = []
-        peak = compile_or_warn(partial(compile.peak, dtype, device), backend) if compiled else None
+        peak = compile_or_warn(partial(compile.peak, dtype, device), backend) if compile_ else None
         if peak is not None:
             # The last first: the step, which begins with the first, then finds those in cache.
             extremes += [peak(x.view(-1)) for x in reversed(some) if x.numel() >= LONG and x.is_contiguous()]

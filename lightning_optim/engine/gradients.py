@@ -77,7 +77,7 @@ def _peaks(grads: list[Tensor], groups: Sequence[Group], alike: bool) -> Tensor:
 
 
 def _known_on_host(grads: list[Tensor]) -> bool:
-    return all(g.is_cpu for g in grads)
+    return all([g.is_cpu for g in grads])  # noqa: C419 - half the time of a generator
 
 
 def _bound(dtype: torch.dtype) -> float:

@@ -89,6 +89,9 @@ NUMBERS: dict[str, Constraint] = {
     "weight_decay": number(),
 }
 
+#: What entries of any parameter group must be: numbers that schedules write there, and how its parameters are read.
+GROUP_ENTRIES: dict[str, Constraint] = NUMBERS | {"maximize": switch(), "blocks": count(), "transposed": switch()}
+
 #: What fields of these names must be, unless their annotation says otherwise.
 _BY_NAME: dict[str, Constraint] = NUMBERS | {
     "orthogonalizer": (lambda x: x == "exact" or bool(find(x)), f"one of {('exact', *METHODS)} or 'kjN' for N steps"),

@@ -14,17 +14,18 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from math import prod
-from types import SimpleNamespace
+from types import GeneratorType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..polar import orthogonalize
+from .batch import Batch, Task
 from .elementwise import packs
 from .rounding import RESIDUAL, joined_numbers, load, numbers, store_
 from .rule import LIKE_PARAMETER, MatrixRule, Move, Polar, buffers_of, hyperparameters_of, ignore
-from .state import Batch, Task, block_shape, compute_dtype, from_blocks, to_blocks
+from .state import block_shape, compute_dtype, from_blocks, to_blocks
 
 ParameterObserver = Callable[[Tensor, str, Tensor], None]
 #: What becomes of something that a rule reports of a task's matrices.
@@ -50,20 +51,30 @@ class Stack:
     group: Mapping[str, Any]
     tasks: list[Task]
 
-    @property
-    def elements(self) -> int:
-        return sum(task.g.numel() for task in self.tasks)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Sorted shape of a matrix: that of its orthogonalisation."""
-        rows, *rest = block_shape(self.tasks[0].g.shape, self.group)
-        return tuple(sorted((rows, torch.Size(rest).numel())))
+    def __post_init__(self) -> None:
+        block = block_shape(self.tasks[0].g.shape, self.group)
+        #: Shapes of the state tensors of one matrix, ``None`` for its own.
+        self.shapes = buffers_of(self.rule, block, hyperparameters_of(self.rule, self.group))
+        self.elements = sum(task.g.numel() for task in self.tasks)
+        #: Sorted shape of a matrix: that of its orthogonalisation.
+        self.shape = tuple(sorted((block[0], prod(block[1:]))))
+        self._views: dict[str, tuple[int | None, Tensor]] = {}
 
     def view(self, x: Tensor) -> Tensor:
         """The matrices of one of its parameters, or of something of that shape."""
         y = to_blocks(x, self.group)
         return y.flatten(2) if self.rule.flatten else y
+
+    def joined(self, name: str, xs: list[Tensor]) -> Tensor:
+        """Tensors of the parameters' shape, one for each of them, as a stack; of one, if possible, a view."""
+        if len(xs) > 1:
+            return torch.cat([self.view(x) for x in xs])
+        place, view = self._views.get(name, (None, xs[0]))
+        if xs[0].data_ptr() != place:
+            view = self.view(xs[0])
+            if view.data_ptr() == xs[0].data_ptr():
+                self._views[name] = (view.data_ptr(), view)
+        return view
 
 
 #: Moves the parameters of a stack; where the verdict, its last argument, is ``False`` nothing may change.
@@ -78,8 +89,8 @@ def move_(stack: Stack, move: Move, finite: Tensor | None) -> None:
     tasks = stack.tasks
     params = [task.p for task in tasks]
     residuals = [task.state[RESIDUAL] for task in tasks if RESIDUAL in task.state]
-    p = _join([stack.view(x) for x in params])
-    residual = _join([stack.view(x) for x in residuals]) if residuals else None
+    p = stack.joined("parameter", params)
+    residual = stack.joined(RESIDUAL, residuals) if residuals else None
     move_tensor_(p, move, tasks[0].scalars["keep"], residual, _noise(stack), finite)
     _store(p, params, stack.group)
     if residual is not None:
@@ -123,15 +134,28 @@ def jobs(
         processes: How many processes share a wave's orthogonalisation.
         move: What moves the parameters.
     """
+    for wave in _waves(list(batches), plain, processes):
+        yield drive(wave, finite, report, solve, move)
+
+
+def _waves(batches: list[Batch], plain: bool, processes: int) -> list[list[Stack]]:
+    """Stacks that run side by side. Those of a batch whose numbers go by shape alone stay together for good."""
+    key = ("waves", plain, processes)
+    lasting = len(batches) == 1 and not _phases(batches[0])
+    if lasting and key in batches[0].cache:
+        return batches[0].cache[key]
     stacks = [stack for batch in batches for stack in split(batch, plain)]
     stacks.sort(key=lambda stack: stack.shape, reverse=True)
-    # Alone, one shape at a time keeps memory low. Several processes should all have something to do in each wave.
+    waves: list[list[Stack]] = []
+    # Alone, one shape at a time keeps memory low. Several ranks should all have something to do in each wave.
     for _, some in groupby(stacks, key=lambda stack: stack.shape if processes == 1 else None):
         alike = list(some)
         sizes = [stack.elements for stack in alike]
         limit = lot(alike[0].tasks[0].g.device) if processes == 1 else wave_limit(sizes, processes)
-        for wave in packs(alike, sizes, 0 if plain else limit):
-            yield drive(wave, finite, report, solve, move)
+        waves += packs(alike, sizes, 0 if plain else limit)
+    if lasting:
+        batches[0].cache[key] = waves
+    return waves
 
 
 def lot(device: torch.device) -> int:
@@ -160,6 +184,11 @@ def split(batch: Batch, plain: bool) -> Iterator[Stack]:
             yield Stack(rule, batch.group, some)
 
 
+def _phases(batch: Batch) -> int:
+    rule = batch.rule
+    return rule.phases(hyperparameters_of(rule, batch.group)) if issubclass(rule, MatrixRule) else 0
+
+
 def _elements(rule: type[MatrixRule], group: Mapping[str, Any], shape: torch.Size) -> int:
     """Elements of one matrix of a parameter, its gradient and its state."""
     block = block_shape(shape, group)
@@ -172,11 +201,10 @@ def _update(stack: Stack, finite: Tensor | None, report: Report | None, move: Mo
     """Run the rule on a stack; yields what it wants orthogonalised and added up, and is sent the result."""
     rule, group, tasks = stack.rule, stack.group, stack.tasks
     finite = None if finite is None else finite.to(tasks[0].g.device)
-    shapes = buffers_of(rule, block_shape(tasks[0].g.shape, group), hyperparameters_of(rule, group))
+    shapes = stack.shapes
     state = {name: [task.state[name] for task in tasks] for name in shapes}
     stacked = {
-        name: _join(xs if shapes[name] is not LIKE_PARAMETER else [stack.view(x) for x in xs])
-        for name, xs in state.items()
+        name: stack.joined(name, xs) if shapes[name] is LIKE_PARAMETER else _join(xs) for name, xs in state.items()
     }
     g = _gradient(stack)
     if finite is not None:
@@ -184,7 +212,7 @@ def _update(stack: Stack, finite: Tensor | None, report: Report | None, move: Mo
     before = [x.clone() for x in stacked.values()] if finite is not None else []
     observe = ignore if report is None else partial(_report, report, stack)
     update = rule.update(g, SimpleNamespace(**stacked), SimpleNamespace(**tasks[0].scalars), observe)
-    movement = (yield from update) if isinstance(update, Generator) else update
+    movement: Any = (yield from update) if isinstance(update, GeneratorType) else update
     for x, old in zip(stacked.values(), before):
         x.copy_(torch.where(finite, x, old))  # type: ignore[arg-type]
     for name, x in stacked.items():
@@ -201,7 +229,7 @@ def _gradient(stack: Stack) -> Tensor:
     dtype = compute_dtype(tasks[0].p.dtype)
     g = _join([stack.view(task.g) for task in tasks]).to(dtype)
     gains = [task.gain for task in tasks]
-    if all(isinstance(gain, float) and gain == 1.0 for gain in gains):
+    if not isinstance(gains[0], Tensor) and gains.count(1.0) == len(gains):
         return g
     factors = torch.stack([torch.as_tensor(gain, dtype=dtype, device=g.device) for gain in gains])
     return g * factors.repeat_interleave(stack.group["blocks"]).view(-1, *(1 for _ in g.shape[1:]))
@@ -222,7 +250,7 @@ def _store(stacked: Tensor, targets: list[Tensor], group: Mapping[str, Any] | No
     """Write a stack back, unless it is a view of its only parameter."""
     if len(targets) == 1 and stacked.data_ptr() == targets[0].data_ptr():
         return
-    parts = stacked.split(len(stacked) // len(targets))
+    parts = stacked.split(stacked.shape[0] // len(targets))
     if group is not None:
         parts = tuple(from_blocks(part, target.shape, group) for part, target in zip(parts, targets))
     torch._foreach_copy_(targets, list(parts))
@@ -273,22 +301,30 @@ def report_factors(report: Report | None, asked: Iterable[tuple[Stack, Polar]], 
             _report(report, stack, "orthogonal_factor", factor)
 
 
+def _polar(x: Tensor, method: str) -> Tensor:
+    # One matrix alone is faster without the axis of the stack.
+    return orthogonalize(x[0], method)[None] if x.shape[0] == 1 else orthogonalize(x, method)
+
+
 def orthogonalized(requests: Sequence[Polar]) -> list[Tensor]:
     """The polar factors of what is requested, one call for all small matrices of a method and shape."""
     factors: list[Any] = [None] * len(requests)
     together: dict[Any, list[int]] = {}
+    if len(requests) == 1:
+        return [_polar(requests[0].matrices, requests[0].method)]
     for i, (x, method, _) in enumerate(requests):
         rows, columns = x.shape[-2:]
         limit = TOGETHER.get(x.device.type, TOGETHER["cuda"])
         key = (method, min(rows, columns), max(rows, columns), x.dtype, x.device) if rows * columns <= limit else i
         together.setdefault(key, []).append(i)
     for indices in together.values():
+        x, method, _ = requests[indices[0]]
+        if len(indices) == 1:
+            factors[indices[0]] = _polar(x, method)
+            continue
         xs = [requests[i].matrices for i in indices]
-        method = requests[indices[0]].method
-        shape = xs[0].shape[-2:]
-        joined = _join([x if x.shape[-2:] == shape else x.mT for x in xs])
-        # One matrix alone is faster without the axis of the stack.
-        result = orthogonalize(joined[0], method)[None] if len(joined) == 1 else orthogonalize(joined, method)
+        shape = x.shape[-2:]
+        result = _polar(_join([x if x.shape[-2:] == shape else x.mT for x in xs]), method)
         for i, x, part in zip(indices, xs, result.split([len(x) for x in xs])):
             factors[i] = part if x.shape[-2:] == shape else part.mT
     return factors

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import torch
@@ -18,24 +17,14 @@ from torch import Tensor
 from .. import processes
 from ..processes import Group
 from . import checkpoint, declare, owned_state
+from .batch import Batch, PreparedGroup, Tick, local_gradient
 from .checkpoint import CheckpointError
 from .gradients import inspect_gradients
-from .hyperparameters import NUMBERS, Constraint, count, satisfies, switch
+from .hyperparameters import NUMBERS, count, satisfies
 from .matrices import ParameterObserver
-from .rounding import RESIDUAL, Rounding, first_number, is_narrow, load, prepare_residual, residual_dtype
-from .rule import MatrixRule, Rule, Scalars, hyperparameters_of, numbers_of
-from .state import (
-    Batch,
-    State,
-    Task,
-    block_shape,
-    compute_dtype,
-    follow,
-    lives_with_owner,
-    new_state,
-    number_names,
-    state_shapes,
-)
+from .rounding import RESIDUAL, Rounding, is_narrow, load, residual_dtype
+from .rule import MatrixRule, Rule, Scalars
+from .state import State, compute_dtype, lives_with_owner, new_state, number_names, state_shapes
 from .step import Backend, run_rules
 
 if TYPE_CHECKING:
@@ -45,10 +34,10 @@ Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple
 #: Parameter groups, and those of their parameters that a step updates.
 Work: TypeAlias = list[tuple[dict[str, Any], list[Tensor]]]
 
+#: Precisions of gradients that are used as they are.
+_DIRECT = (torch.float32, torch.bfloat16, torch.float16)
 #: Arguments that hold for all parameters, not for a group of them.
 _OPTIONS = {"skip_nonfinite", "max_consecutive_skips", "backend", "rounding"}
-#: What the keys of parameter groups must be that are not a rule's own.
-_STRUCTURE: dict[str, Constraint] = {"maximize": switch(), "blocks": count(), "transposed": switch()}
 
 
 class NonFiniteGradientsError(RuntimeError):
@@ -158,6 +147,8 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
         #: Of parameters with a matrix rule that have state: the process it lives with, ``None`` if not with one.
         self._owners: dict[Tensor, int | None] = {}
         self._seen: list[dict[str, Any]] = []
+        #: What each of the groups that take part in a step has to do, by its place among them.
+        self._groups: dict[int, PreparedGroup] = {}
         hyperparameters = {name: arguments[name] for name in self.fields}
         torch.optim.Optimizer.__init__(self, params, hyperparameters | {"maximize": arguments["maximize"]})
 
@@ -177,6 +168,7 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
             "_unsettled": None,
             "_graphs": None,
             "_owners": self._owners,
+            "_groups": {},
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -236,14 +228,14 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
         return any("param_names" in group for group in self.param_groups) and all(isinstance(p, Tensor) for p in params)
 
     def _check(self, group: dict[str, Any]) -> None:
-        bounds = _bounds(self.rule(group))
+        bounds = self.rule(group).constraints
         self._check_hyperparameters(group, [name for name in bounds if name in group])
         for name in _OPTIONS & group.keys():
             raise ValueError(f"{type(self).__name__}: {name} is one for all parameters, not for a parameter group.")
         self._check_parameters(group)
 
     def _check_hyperparameters(self, group: Mapping[str, Any], names: Iterable[str]) -> None:
-        bounds = _bounds(self.rule(group))
+        bounds = self.rule(group).constraints
         for name in names:
             if not satisfies(bounds[name], group[name]):
                 what = bounds[name][1]
@@ -274,8 +266,15 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
             seen = self._seen[i]
             if seen.get("params") is not group["params"]:
                 seen = {}  # Another group than the last time.
-            bounds = _bounds(self.rule(group))
-            for name in bounds:
+            bounds = self.rule(group).constraints
+            changed = [
+                name
+                for name in bounds
+                if (x := group.get(name)) is not seen.get(name) or isinstance(x, (Tensor, list))  # edited in place?
+            ]
+            if not changed and seen:
+                continue
+            for name in changed:
                 if name in seen and name not in group:
                     raise ValueError(
                         f"{type(self).__name__}: parameter group {i} has lost {name}={seen[name]!r}; put it back."
@@ -289,6 +288,7 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
                     self._check_parameters(group)
                     if seen:
                         self._check_state(group, seen, changed)
+                    self._groups.clear()
                 self._seen[i] = group.copy()
 
     def _check_state(self, group: Mapping[str, Any], before: Mapping[str, Any], changed: list[str]) -> None:
@@ -330,15 +330,15 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
         self.settle()
         self._check_edits()
         self._check_skips()
-        groups = [(g, [p for p in g["params"] if self._takes_part(p)]) for g in self.param_groups]
-        work = [(g, params) for g, params in groups if params]
+        work = [(group, params) for group in self.param_groups if (params := self._taking_part(group["params"]))]
         if not work:
             return loss
-        self._check_gradients([p for _, params in work for p in params])
+        self._check_gradients(work)
         finite, ticks = self._run(work) if self._graphs is None else self._graphs(work)
-        self._unsettled = _Verdict(finite, ticks)
-        if not isinstance(finite, Tensor):
-            self.settle()
+        if isinstance(finite, Tensor):
+            self._unsettled = _Verdict(finite, ticks)
+        else:
+            self._account(finite, ticks)
             self._check_skips()
         return loss
 
@@ -353,7 +353,10 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
             Whether the step was made, which the host may not know yet, and what it did to step counts.
         """
         params = [p for _, params in work for p in params]
-        grads = [_gradient(p) for p in params]
+        plain = self.shard_group is None
+        grads = [
+            g if plain and type(g := p.grad) is Tensor and g.dtype in _DIRECT else local_gradient(p) for p in params
+        ]
         parts, replicas = processes.nontrivial(self.shard_group), processes.nontrivial(self.process_group)
         # Replicas have equal gradients; but a defect in one's must not part it from the others, who wait for it.
         everybody = tuple(dict.fromkeys((*processes.mesh_groups(params), *parts, *replicas)))
@@ -363,30 +366,70 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
         elif finite is False:
             return False, []
         self._bring_state_home(work)
-        each = zip(grads, gains)
-        positions = self._noisy_positions()
+        batches: list[Batch] = []
         ticks: list[Tick] = []
-        batches = [self._batch(group, params, each, positions, ticks, given) for group, params in work]
+        first = 0
+        for i, (group, some) in enumerate(work):
+            last = first + len(some)
+            prepared, begun = self._prepared(i, group, some, grads[first:last], gains[first:last], given)
+            batches.append(prepared.batch)
+            ticks += begun
+            first = last
         workers = processes.nontrivial(self.work_group or self.process_group)
         verdict = finite if isinstance(finite, Tensor) else None
         run_rules(batches, self.backend, verdict, self.observer, workers, parts)
+        for i in range(len(work)):
+            self._groups[i].seal()
         return finite, ticks
 
-    def _takes_part(self, p: Tensor) -> bool:
-        """Whether a parameter is updated. One of which this process has no element is, if another may have some."""
-        return p.numel() > 0 if p.grad is not None else p.numel() == 0 and self.shard_group is not None
+    def _prepared(
+        self,
+        index: int,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        gains: Sequence[Any],
+        given: Iterator[Scalars] | None,
+    ) -> tuple[PreparedGroup, list[Tick]]:
+        """What a group has to do, and what that does to step counts. Prepared anew only if something has changed."""
+        states = [self.state[p] for p in params]
+        prepared = self._groups.get(index)
+        if prepared is not None and prepared.group is group and prepared.holds(params, states, self.rounding):
+            ticks = prepared.begin(grads, gains, given)
+            if ticks is not None:
+                self._note_idle(prepared)
+                return prepared, ticks
+        rule = self.rule(group)
+        owners = [self._owners.get(p) for p in params] if self._owners else [None] * len(params)
+        prepared = PreparedGroup(rule, group, params, states, owners, self.rounding, self._noisy_positions())
+        self._groups[index] = prepared
+        ticks = prepared.begin(grads, gains, given)
+        assert ticks is not None
+        self._note_idle(prepared)
+        return prepared, ticks
 
-    def _check_gradients(self, params: list[Tensor]) -> None:
-        for p in params:
-            g = p.grad
-            if g is None:
-                continue
-            if g.layout is not torch.strided:
-                raise ValueError(
-                    f"{type(self).__name__} does not take sparse gradients (parameter of shape {tuple(g.shape)}); "
-                    "use sparse=False in the embedding, or torch.optim.SparseAdam for it."
-                )
-            if g.shape != p.shape:
+    def _note_idle(self, prepared: PreparedGroup) -> None:
+        if len(prepared.params) < len(prepared.group["params"]):
+            states = (self.state.get(p) for p in prepared.group["params"] if p.grad is None)
+            prepared.batch.idle = [state for state in states if state]
+
+    def _taking_part(self, params: list[Tensor]) -> list[Tensor]:
+        """The parameters that are updated. One without elements on this rank is, if other ranks may have some."""
+        if self.shard_group is None:
+            return [p for p in params if p.grad is not None and p.numel()]
+        return [p for p in params if (p.numel() > 0) is (p.grad is not None)]
+
+    def _check_gradients(self, work: Work) -> None:
+        for _, params in work:
+            for p in params:
+                g = p.grad
+                if g is None or (g.layout is torch.strided and g.shape == p.shape):
+                    continue
+                if g.layout is not torch.strided:
+                    raise ValueError(
+                        f"{type(self).__name__} does not take sparse gradients (parameter of shape {tuple(g.shape)}); "
+                        "use sparse=False in the embedding, or torch.optim.SparseAdam for it."
+                    )
                 raise ValueError(
                     f"{type(self).__name__}: a gradient of shape {tuple(g.shape)} cannot be that of a parameter of "
                     f"shape {tuple(p.shape)}; set parameter.grad to None when the parameter is replaced."
@@ -398,54 +441,6 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
             return {}
         params = [p for group in self.param_groups for p in group["params"]]
         return {p: i for i, p in enumerate(params) if is_narrow(p.dtype)}
-
-    def _batch(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        each: Iterator[tuple[Tensor, Any]],
-        noisy: Mapping[Tensor, int],
-        ticks: list[Tick],
-        given: Iterator[Scalars] | None,
-    ) -> Batch:
-        """What a group has to do; adds what that does to step counts to ``ticks``."""
-        rule = self.rule(group)
-        states = [self.state[p] for p in params]
-        for p, state in zip(params, states):
-            if not state:
-                state.update(new_state(rule, p, group, self._owners.get(p)))
-        follow(rule, params, states, group)
-        if self.rounding != "nearest" or any(RESIDUAL in state for state in states):
-            for p, state in zip(params, states):
-                prepare_residual(state, p, self.rounding)
-        clocks = _clocks(states, ("step", *rule.host_state))
-        matrix = issubclass(rule, MatrixRule)
-        h = hyperparameters_of(rule, group)
-        phases = rule.phases(h) if issubclass(rule, MatrixRule) else 0
-        positions = {p: i % phases for i, p in enumerate(group["params"])} if phases else {}
-        known: dict[Any, Tick] = {}  # Most parameters share their clock.
-        tasks = []
-        now = zip(*(vector.tolist() for vector in clocks.values()))
-        for i, (p, state, clock) in enumerate(zip(params, states, now)):
-            key = (clock, p.shape, positions.get(p)) if matrix else clock
-            if key not in known:
-                details: list[Any] = [block_shape(p.shape, group)] if matrix else []
-                if positions:
-                    details.append(positions[p])
-                known[key] = Tick(rule, group, details, clock, clocks)
-                if given is not None:
-                    known[key].scalars = next(given)
-            tick = known[key]
-            tick.indices.append(i)
-            g, gain = next(each)
-            gain = -gain if group["maximize"] else gain
-            noise = first_number(tick.t, noisy[p]) + processes.flat_offset(p) if p in noisy else None
-            held, held_state = processes.local(p), processes.local_state(p, state)
-            owner = self._owners.get(p)
-            tasks.append(Task(tick.t, held, g, gain, held_state, tick.scalars, p, noise=noise, owner=owner))
-        ticks.extend(known.values())
-        idle = [self.state[p] for p in group["params"] if p.grad is None and self.state.get(p)]
-        return Batch(rule, group, tasks, idle)
 
     def _residents(self) -> list[owned_state.Resident]:
         return owned_state.residents((self.rule(group), group) for group in self.param_groups)
@@ -469,17 +464,16 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
         verdict, self._unsettled = self._unsettled, None
         if verdict is None:
             return
-        if not verdict.read():
+        self._account(verdict.read(), verdict.ticks)
+
+    def _account(self, made: bool, ticks: list[Tick]) -> None:
+        """Write down that a step was made, or skipped."""
+        if not made:
             self._count_skip()
             return
         self.consecutive_skips = 0
-        for tick in verdict.ticks:
-            for name, value in tick.clock.items():
-                vector = tick.clocks[name]
-                if len(tick.indices) == len(vector):
-                    vector.fill_(value)
-                else:
-                    vector[tick.indices] = value
+        for tick in ticks:
+            tick.settle()
 
     def _count_skip(self) -> None:
         self.skipped_steps += 1
@@ -585,10 +579,6 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
         return expected
 
 
-def _bounds(rule: type[Rule]) -> dict[str, Constraint]:
-    return NUMBERS | _STRUCTURE | rule.constraints()
-
-
 def listed(params: Any) -> list[Any]:
     """The parameters of a group, of which there may be one, in their order."""
     if isinstance(params, set):
@@ -596,79 +586,9 @@ def listed(params: Any) -> list[Any]:
     return [params] if isinstance(params, Tensor) else list(params)
 
 
-def _gradient(p: Tensor) -> Tensor:
-    """What this process has of a parameter's gradient.
-
-    One of more precision than the arithmetic is converted: what is beyond its range becomes infinite and is found.
-    """
-    if p.grad is None:
-        return torch.zeros_like(p)
-    g = processes.local_gradient(p)
-    return g.to(compute_dtype(p.dtype)) if g.dtype == torch.float64 else g
-
-
 def _same(a: Any, b: Any) -> bool:
     """Whether a hyperparameter is what it was; of a tensor, which may have been changed in place, nobody knows."""
     return type(a) is type(b) and not isinstance(a, Tensor) and bool(a == b)
-
-
-def _clocks(states: list[State], names: Iterable[str]) -> dict[str, Tensor]:
-    """Scalar state that the host computes with, one vector per name, of which the state's tensors are the entries.
-
-    To read and write it as a whole is one operation, whatever the number of parameters.
-    """
-    vectors = {}
-    for name in names:
-        column = [state[name] for state in states]
-        vector = column[0]._base
-        if vector is None or vector.shape != (len(column),) or not _are_entries(column, vector):
-            # New, from a checkpoint (which may have been moved as a whole), or of other parameters than the last time.
-            vector = torch.stack([x.cpu() for x in column])
-            for i, state in enumerate(states):
-                state[name] = vector[i]
-        vectors[name] = vector
-    return vectors
-
-
-def _are_entries(column: Sequence[Tensor], vector: Tensor) -> bool:
-    return all(x._base is vector and x.storage_offset() == i for i, x in enumerate(column))
-
-
-@dataclass
-class Tick:
-    """A step of all parameters of a group that have made equally many, and whose scalars are the same.
-
-    Args:
-        rule: Their rule.
-        group: Their group.
-        details: What the rule's ``scalars`` gets beside the step and the hyperparameters.
-        before: Scalar state before the step.
-        clocks: Where scalar state of the group's parameters is kept; see :func:`_clocks`.
-        indices: Which entries of it are those of this tick's parameters.
-
-    Attributes:
-        t: The number of the step.
-        scalars: What the rule's ``scalars`` returned.
-        clock: Scalar state after the step.
-    """
-
-    rule: type[Rule]
-    group: Mapping[str, Any]
-    details: Sequence[Any]
-    before: tuple[float, ...]
-    clocks: Mapping[str, Tensor]
-    indices: list[int] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.t = int(self.before[0]) + 1
-        host = dict(zip(self.rule.host_state, self.before[1:]))
-        details = [*self.details, *([host] if host else [])]
-        self.scalars: Scalars = numbers_of(self.rule, self.t, hyperparameters_of(self.rule, self.group), *details)
-        self.clock: dict[str, float] = {"step": self.t, **host}
-
-    def next(self) -> Tick:
-        """The step after this one, or the same again if it was skipped."""
-        return replace(self, before=tuple(vector[self.indices[0]].item() for vector in self.clocks.values()))
 
 
 class _Verdict:

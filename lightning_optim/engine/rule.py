@@ -37,7 +37,7 @@ from torch import Tensor
 from typing_extensions import dataclass_transform
 
 from .arithmetic import add_, add_quotient_, shrink_
-from .hyperparameters import Constraint, Field
+from .hyperparameters import GROUP_ENTRIES, Constraint, Field
 
 Shape: TypeAlias = tuple[int, ...]
 Scalars: TypeAlias = dict[str, Any]
@@ -193,6 +193,7 @@ class Rule:
     Attributes:
         name: What parameter groups and checkpoints call it, the name of the class.
         fields: Its hyperparameters, from the annotated fields; see :class:`.hyperparameters.Field`.
+        constraints: What the entries of its parameter groups must be, by name.
         arguments: Other arguments of its constructor, where it has one: the engine's.
         buffers: Names of its state tensors, each of the parameter's shape and zero at first. Or a function
             ``buffers(shape, h)`` that returns names, or a mapping from names to shapes (``None``: the parameter's own).
@@ -209,6 +210,7 @@ class Rule:
     about: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     fields: ClassVar[dict[str, Field]] = {}
+    constraints: ClassVar[dict[str, Constraint]] = {}
     arguments: ClassVar[dict[str, Field]] = {}
     buffers: ClassVar[Any] = ()
     host_state: ClassVar[tuple[str, ...]] = ()
@@ -224,6 +226,7 @@ class Rule:
         own = _own_fields(cls)
         engine = own.keys() if cls.__dict__.get("_of_the_engine") else own.keys() & cls.arguments.keys()
         cls.fields = cls.fields | {name: field for name, field in own.items() if name not in engine}
+        cls.constraints = GROUP_ENTRIES | {name: field.constraint for name, field in cls.fields.items()}
         arguments = {name: field for name, field in own.items() if name in engine}
         cls.arguments = arguments | {name: field for name, field in cls.arguments.items() if name not in arguments}
         if about or name or not hasattr(cls, "name"):
@@ -244,11 +247,6 @@ class Rule:
     def keep(h: Any) -> float:
         """The factor of decoupled weight decay: ``1 - lr * weight_decay``, unless a rule has another."""
         return 1 - h.lr * h.weight_decay
-
-    @classmethod
-    def constraints(cls) -> dict[str, Constraint]:
-        """What its hyperparameters must be, by name."""
-        return {name: field.constraint for name, field in cls.fields.items()}
 
     @classmethod
     def hyperparameters(cls) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,56 +10,9 @@ from torch import Tensor
 
 from .. import processes
 from .arithmetic import largest_gradient
-from .rule import LIKE_PARAMETER, GroupRule, MatrixRule, Rule, Scalars, Shape, buffers_of, hyperparameters_of
+from .rule import LIKE_PARAMETER, GroupRule, MatrixRule, Rule, Shape, buffers_of, hyperparameters_of
 
 State = MutableMapping[str, Any]
-
-
-@dataclass
-class Task:
-    """One parameter's share of a step.
-
-    Args:
-        t: The number of this step for the parameter, from 1.
-        p: The parameter, or what this process holds of it.
-        g: Its gradient; read only.
-        gain: What the gradient is multiplied by: -1 to ascend, less than 1 in size to bound it. A 0-d tensor where
-            the host does not know it.
-        state: The rule's state tensors.
-        scalars: What the rule's ``scalars`` returned; the same object for all parameters that share them.
-        parameter: The parameter as the optimizer has it.
-        first: The first of its matrices that the task is about, if not all.
-        noise: The number of the first element in the stream of random numbers; ``None`` where none are needed.
-        owner: The process that has the state and runs the rule, where several hold parts of the parameter and one does.
-    """
-
-    t: int
-    p: Tensor
-    g: Tensor
-    gain: float | Tensor
-    state: State
-    scalars: Scalars
-    parameter: Tensor
-    first: int = 0
-    noise: int | None = None
-    owner: int | None = None
-
-
-@dataclass
-class Batch:
-    """The parameters of one group that have a gradient.
-
-    Args:
-        rule: Their rule.
-        group: Their parameter group.
-        tasks: What is to be done, for one parameter at least.
-        idle: States of the group's other parameters that have one.
-    """
-
-    rule: type[Rule]
-    group: Mapping[str, Any]
-    tasks: list[Task]
-    idle: list[State] = field(default_factory=list)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -5,6 +5,7 @@ parameters and state in place. Rules stay free of everything that changes with t
 
 - :mod:`.state`: state tensors, and the matrices inside parameters;
 - :mod:`.rounding`: how results are rounded into low-precision parameters;
+- :mod:`.reference`: the reference, one parameter at a time;
 - :mod:`.call`: one call of a rule's function;
 - :mod:`.elementwise`: element-wise and group rules, joined and chunked;
 - :mod:`.compile`: the same, compiled;
@@ -16,18 +17,18 @@ parameters and state in place. Rules stay free of everything that changes with t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Literal, get_args
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from ..processes import Group
-from . import distributed_matrices, elementwise
+from . import distributed_matrices, elementwise, reference
+from .batch import Batch
 from .matrices import ParameterObserver
 from .rule import MatrixRule
-from .state import Batch
 
 Backend = Literal["auto", "plain", "chunked", "compiled"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
@@ -51,22 +52,35 @@ def run_rules(
         replicas: The processes that hold equal parameters and gradients and share orthogonalisation, if any do.
         parts: Processes that hold other parts of the parameters where those do not say so themselves.
     """
-    kinds = {"cpu" if task.p.is_cpu else task.p.device.type for batch in batches for task in batch.tasks}
-    with _without_autocast(kinds):
-        matrices = distributed_matrices.run(
-            [batch for batch in batches if issubclass(batch.rule, MatrixRule)], backend, finite, observer, replicas
-        )
+    flat = [batch for batch in batches if not issubclass(batch.rule, MatrixRule)]
+    with _without_autocast(batches):
+        if backend == "plain" and finite is None and not (replicas or parts or any(map(_sharded, batches))):
+            reference.run(batches, observer)
+            return
+        if len(flat) == len(batches):
+            elementwise.run(flat, backend, finite, parts)
+            return
+        whole = [batch for batch in batches if issubclass(batch.rule, MatrixRule)]
+        matrices = distributed_matrices.run(whole, backend, finite, observer, replicas)
         next(matrices, None)  # While the first matrices travel, the other rules run.
-        elementwise.run([batch for batch in batches if not issubclass(batch.rule, MatrixRule)], backend, finite, parts)
+        elementwise.run(flat, backend, finite, parts)
         for _ in matrices:
             pass
 
 
-@contextmanager
-def _without_autocast(device_types: set[str]) -> Iterator[None]:
+def _sharded(batch: Batch) -> bool:
+    return any(task.p is not task.parameter for task in batch.tasks)
+
+
+def _without_autocast(batches: Sequence[Batch]) -> AbstractContextManager[Any]:
     """Keep the precision of products when a step is made under ``torch.autocast``, as in manual optimization."""
-    with ExitStack() as stack:
-        for kind in device_types:
-            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
-        yield
+    kinds: set[str] = set()
+    for batch in batches:
+        if "devices" not in batch.cache:
+            batch.cache["devices"] = {task.p.device.type for task in batch.tasks}
+        kinds |= batch.cache["devices"]
+    enabled = [k for k in kinds if torch.is_autocast_enabled(k) and torch.amp.is_autocast_available(k)]
+    stack = ExitStack()
+    for kind in enabled:
+        stack.enter_context(torch.autocast(kind, enabled=False))
+    return stack

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 _BANDS = 4
+_LEAST = 192  # Rows from which it can pay to leave products out.
 
 
 def symmetric_product(
@@ -36,7 +37,7 @@ def symmetric_product(
                  [2., 0.]]])
     """
     k, m, _ = x.shape
-    if not _halving_pays(x):
+    if m < _LEAST or not _halving_pays(x):
         if plus is None:
             return torch.bmm(x, y, out=out)
         return torch.baddbmm(plus, x, y, beta=beta, alpha=alpha, out=out)
@@ -62,4 +63,4 @@ def _halving_pays(x: Tensor) -> bool:
     0.9 for 24 of 192 x 192, 0.78 for 1024 x 1024.
     """
     k, m, n = x.shape
-    return x.device.type == "cpu" and m >= 192 and k * m * m * n >= torch.get_num_threads() * 2**25
+    return x.device.type == "cpu" and m >= _LEAST and k * m * m * n >= torch.get_num_threads() * 2**25

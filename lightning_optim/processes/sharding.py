@@ -141,7 +141,8 @@ def shard_groups(p: Tensor) -> tuple[Group, ...]:
 
 def mesh_groups(params: Sequence[Tensor]) -> list[Group]:
     """The groups that hold shards or replicas of some parameters."""
-    return list(dict.fromkeys([group for p in params for _, group in _mesh_dimensions_of(p)]))
+    sharded = [p for p in params if isinstance(p, DTensor)]
+    return list(dict.fromkeys([group for p in sharded for _, group in _mesh_dimensions_of(p)]))
 
 
 def sharding_of(p: Tensor) -> Sharding | None:

@@ -18,7 +18,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_optim.engine import optimizer as engine
 from lightning_optim.engine.optimizer import RuleOptimizer
 
 from .rows import OURS, ROWS, build
@@ -82,13 +81,14 @@ def at_step(t: int) -> Iterator[None]:
     def read(states: list[Any], names: tuple[str, ...]) -> dict[str, Known]:
         return {name: Known([t - 1.0 if name == "step" else 0.5] * len(states)) for name in names}
 
-    with mock.patch.object(engine, "_clocks", read):
+    with mock.patch("lightning_optim.engine.batch.clocks_of", read):
         yield
 
 
 def follow(gpu: FakeTensorMode, params: list[Tensor], optimizer: RuleOptimizer) -> Transfers:
     """What is transferred in steps after the first."""
     for t in STEPS:
+        optimizer._groups.clear()  # Prepared groups keep the counts that they began with.
         with gpu, at_step(t):
             for p in params:
                 p.grad = torch.randn_like(p)

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 import lightning_optim as lo
 from lightning_optim.engine import elementwise
 from lightning_optim.engine import gradients as inspection
+from lightning_optim.engine.batch import Batch, Task
 from lightning_optim.engine.rounding import (
     _BLOCK,
     _STRIDE,
@@ -32,7 +33,6 @@ from lightning_optim.engine.rounding import (
     store_,
 )
 from lightning_optim.engine.rule import ElementwiseRule, MatrixRule, Move
-from lightning_optim.engine.state import Batch, Task
 from lightning_optim.engine.step import run_rules
 from lightning_optim.registry import OPTIMIZERS
 

@@ -1,0 +1,132 @@
+"""The reference way to run rules: one parameter at a time, as it is written down. To be stepped through in a debugger.
+
+The other ways join, cut, stack and compile; they give the same result within rounding, and tests hold them to that.
+Parameters that are sharded, or whose work is shared out over ranks, take the other ways here, too, one at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import GeneratorType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..polar import orthogonalize
+from .arithmetic import regularize
+from .batch import Batch, Task
+from .matrices import ParameterObserver
+from .rounding import RESIDUAL, load, numbers, store_
+from .rule import LIKE_PARAMETER, GroupRule, MatrixRule, Move, ignore
+from .state import compute_dtype, from_blocks, number_names, state_shapes, to_blocks
+
+
+def run(batches: Sequence[Batch], observer: ParameterObserver | None) -> None:
+    """Update parameters and state in place.
+
+    Args:
+        batches: Rules and the parameters they run on, which are all here.
+        observer: Called as ``observer(p, name, value)`` with what matrix rules report.
+    """
+    for batch in batches:
+        if issubclass(batch.rule, GroupRule):
+            _update_group(batch.rule, batch)
+            continue
+        for task in batch.tasks:
+            if issubclass(batch.rule, MatrixRule):
+                _update_matrices(batch.rule, batch, task, observer)
+            else:
+                _update(batch, task, task.scalars)
+
+
+def _update(batch: Batch, task: Task, scalars: dict[str, Any]) -> None:
+    """One step of an element-wise or group rule for one parameter."""
+    rule: Any = batch.rule
+    value = load(task.p, task.state.get(RESIDUAL), compute_dtype(task.p.dtype))
+    g = regularize(_gradient(task), value, scalars["l2"])
+    move = rule.update(g, _state(batch, task), SimpleNamespace(**scalars))
+    _store(task, move.apply_(value, scalars["keep"]))
+
+
+def _update_group(rule: type[GroupRule], batch: Batch) -> None:
+    """One step of a group rule for all of its parameters."""
+    sums: list[Any] = []
+    for task in batch.tasks:
+        value = load(task.p, task.state.get(RESIDUAL), compute_dtype(task.p.dtype))
+        g = regularize(_gradient(task), value, task.scalars["l2"])
+        sums.append(rule.sums(g, _state(batch, task), SimpleNamespace(**task.scalars)))
+    device = batch.tasks[0].p.device
+    totals = tuple(torch.stack([x.to(device) for x in column]).sum(0) for column in zip(*sums))
+    # A parameter that gets its first gradient late joins the group's state, it does not reset it.
+    oldest = max(batch.tasks, key=lambda task: task.t)
+    group_state = SimpleNamespace(**{name: oldest.state[name].to(device) for name in rule.group_state})
+    new, coefficients = rule.combine(totals, group_state, SimpleNamespace(**oldest.scalars))
+    for task in batch.tasks:
+        known = task.p.is_cpu
+        own = {name: float(x) if known else x.to(task.p.device) for name, x in coefficients.items()}
+        _update(batch, task, task.scalars | own)
+    for state in [*(task.state for task in batch.tasks), *batch.idle]:
+        for name, x in new.items():
+            state[name].copy_(x)
+
+
+def _update_matrices(rule: type[MatrixRule], batch: Batch, task: Task, observer: ParameterObserver | None) -> None:
+    """One step of a matrix rule for the matrices of one parameter, a stack ``(blocks, m, n)``."""
+
+    def stack(x: Tensor) -> Tensor:
+        blocks = to_blocks(x, batch.group)
+        return blocks.flatten(2) if rule.flatten else blocks
+
+    def observe(name: str, x: Tensor) -> None:
+        if observer is not None:
+            observer(task.parameter, name, x)
+
+    shapes = state_shapes(rule, task.p, batch.group)
+    own_shape = [name for name, shape in shapes.items() if shape is LIKE_PARAMETER]
+    state = {name: stack(task.state[name]) if name in own_shape else task.state[name] for name in shapes}
+    update: Any = rule.update(
+        stack(_gradient(task)),
+        SimpleNamespace(**state),
+        SimpleNamespace(**task.scalars),
+        observe if observer else ignore,
+    )
+    move = _orthogonalize(update, observe) if isinstance(update, GeneratorType) else update
+    for name in own_shape:  # Where no view exists, as in transposed convolutions, a stack is a copy.
+        task.state[name].copy_(from_blocks(state[name], task.p.shape, batch.group))
+    value = load(task.p, task.state.get(RESIDUAL), compute_dtype(task.p.dtype))
+    stacked = move.apply_(stack(value), task.scalars["keep"])
+    _store(task, from_blocks(stacked, task.p.shape, batch.group))
+
+
+def _orthogonalize(update: Any, observe: Callable[[str, Tensor], None]) -> Move:
+    """Answer everything that an update wants to have orthogonalised; what it returns in the end."""
+    try:
+        request = next(update)
+        while True:
+            matrices, method, sums = request
+            factor = orthogonalize(matrices[0], method)[None] if len(matrices) == 1 else orthogonalize(matrices, method)
+            observe("momentum", matrices)
+            observe("orthogonal_factor", factor)
+            request = update.send((factor, sums))
+    except StopIteration as stop:
+        return stop.value
+
+
+def _gradient(task: Task) -> Tensor:
+    g = task.g.to(compute_dtype(task.p.dtype))
+    return g if task.gain == 1.0 else g * task.gain
+
+
+def _state(batch: Batch, task: Task) -> SimpleNamespace:
+    skip = {*number_names(batch.rule), RESIDUAL}
+    return SimpleNamespace(**{name: x for name, x in task.state.items() if name not in skip})
+
+
+def _store(task: Task, value: Tensor) -> None:
+    """Write a value of the arithmetic's precision to the parameter."""
+    if task.p.dtype == value.dtype:
+        task.p.copy_(value)
+        return
+    noise = None if task.noise is None else numbers(task.noise, 0, task.p.numel(), task.p.device).view(task.p.shape)
+    store_(task.p, value, task.state.get(RESIDUAL), noise)
