@@ -107,14 +107,32 @@ class Tick:
         before = tuple(vector[self.indices[0]].item() for vector in self.clocks.values())
         return replace(self, before=before, h=hyperparameters_of(self.rule, self.group))
 
-    def settle(self) -> None:
-        """Write step count and host state down: the step was made."""
+    def settle(self, everyone: bool = False) -> None:
+        """Write step count and host state down: the step was made.
+
+        Args:
+            everyone: Whether those of all parameters of the group are the same.
+        """
         for name, value in self.clock.items():
             vector = self.clocks[name]
-            if len(self.indices) == vector.numel():
+            if everyone or len(self.indices) == vector.numel():
                 vector.fill_(value)
             else:
                 vector[self.indices] = value
+
+
+def settle(ticks: Sequence[Tick]) -> None:
+    """Write down the step counts and host states of a step that was made."""
+    done = 0
+    while done < len(ticks):
+        tick = ticks[done]
+        same = [other for other in ticks[done:] if other.clocks is tick.clocks and other.clock == tick.clock]
+        if sum(len(other.indices) for other in same) == tick.clocks["step"].numel():
+            tick.settle(everyone=True)
+            done += len(same)
+        else:
+            tick.settle()
+            done += 1
 
 
 class PreparedGroup:

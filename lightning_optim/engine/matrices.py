@@ -147,8 +147,9 @@ def _waves(batches: list[Batch], plain: bool, processes: int) -> list[list[Stack
     stacks = [stack for batch in batches for stack in split(batch, plain)]
     stacks.sort(key=lambda stack: stack.shape, reverse=True)
     waves: list[list[Stack]] = []
+    small = sum(stack.elements for stack in stacks) <= lot(stacks[0].tasks[0].g.device)
     # Alone, one shape at a time keeps memory low. Several ranks should all have something to do in each wave.
-    for _, some in groupby(stacks, key=lambda stack: stack.shape if processes == 1 else None):
+    for _, some in groupby(stacks, key=lambda stack: stack.shape if processes == 1 and not small else None):
         alike = list(some)
         sizes = [stack.elements for stack in alike]
         limit = lot(alike[0].tasks[0].g.device) if processes == 1 else wave_limit(sizes, processes)

@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import processes
 from ..processes import Group
 from . import checkpoint, declare, owned_state
-from .batch import Batch, PreparedGroup, Tick, local_gradient
+from .batch import Batch, PreparedGroup, Tick, local_gradient, settle
 from .checkpoint import CheckpointError
 from .gradients import inspect_gradients
 from .hyperparameters import NUMBERS, count, satisfies
@@ -472,8 +472,7 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
             self._count_skip()
             return
         self.consecutive_skips = 0
-        for tick in ticks:
-            tick.settle()
+        settle(ticks)
 
     def _count_skip(self) -> None:
         self.skipped_steps += 1
