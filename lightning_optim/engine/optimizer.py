@@ -358,6 +358,9 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
             g if plain and type(g := p.grad) is Tensor and g.dtype in _DIRECT else local_gradient(p) for p in params
         ]
         parts, replicas = processes.nontrivial(self.shard_group), processes.nontrivial(self.process_group)
+        workers = processes.nontrivial(self.work_group or self.process_group)
+        if replicas and processes.is_joining(self):
+            replicas = workers = ()  # Each rank makes the whole step by itself.
         # Replicas have equal gradients; but a defect in one's must not part it from the others, who wait for it.
         everybody = tuple(dict.fromkeys((*processes.mesh_groups(params), *parts, *replicas)))
         finite, gains = inspect_gradients(grads, everybody, not parts, self.backend)
@@ -375,7 +378,6 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
             batches.append(prepared.batch)
             ticks += begun
             first = last
-        workers = processes.nontrivial(self.work_group or self.process_group)
         verdict = finite if isinstance(finite, Tensor) else None
         run_rules(batches, self.backend, verdict, self.observer, workers, parts)
         for i in range(len(work)):

@@ -3,9 +3,9 @@
 The only package that knows ``torch.distributed``, ``DTensor`` and the process groups of strategies. Optimizers and
 diagnostics work on local shards, which are plain tensors that can be updated in place.
 
-:mod:`.groups`, :mod:`.sharding`, :mod:`.collectives` and :mod:`.owners` know nothing of Lightning, and this package
-exports what is in them. :mod:`.strategies` says what Lightning's strategies do, :mod:`.shard_files` reads folders of
-shards, and :mod:`.private` holds what is used of private interfaces.
+:mod:`.groups`, :mod:`.sharding`, :mod:`.collectives`, :mod:`.owners` and :mod:`.joining` know nothing of Lightning, and
+this package exports what is in them. :mod:`.strategies` says what Lightning's strategies do, :mod:`.shard_files` reads
+folders of shards, and :mod:`.private` holds what is used of private interfaces.
 """
 
 from .collectives import (
@@ -21,6 +21,7 @@ from .collectives import (
     bytes_sent,
 )
 from .groups import Group, new_cpu_group, node_group, nontrivial, rank, size, world
+from .joining import is_joining
 from .owners import assign_owners
 from .sharding import (
     Sharding,
@@ -60,6 +61,7 @@ __all__ = [
     "bytes_sent",
     "flat_offset",
     "from_local",
+    "is_joining",
     "local",
     "local_gradient",
     "local_slices",

@@ -23,6 +23,11 @@ def replica_group(fsdp_module: Any) -> Any:
     return getattr(fsdp_module, "_inter_node_pg", None)
 
 
+def joins(ddp_module: Any) -> bool:
+    """Whether torch's ``Join`` context is active for a DDP module."""
+    return ddp_module._join_config.enable
+
+
 def averages_models(ddp_strategy: Any) -> bool:
     """Whether Lightning's DDPStrategy averages models now and then (post-local SGD), so that gradients differ."""
     return ddp_strategy._model_averaging_period is not None

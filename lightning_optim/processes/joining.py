@@ -1,0 +1,27 @@
+"""torch's ``Join``, with which ranks under DDP may have unequal numbers of batches."""
+
+from __future__ import annotations
+
+import gc
+from weakref import WeakKeyDictionary, ref
+
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from . import private
+
+_wrappers: WeakKeyDictionary[Optimizer, list[ref[DistributedDataParallel]]] = WeakKeyDictionary()
+
+
+def is_joining(optimizer: Optimizer) -> bool:
+    """Whether a ``Join`` context is active for a DDP module that holds parameters of an optimizer.
+
+    A rank without a batch left makes no step there. It answers the collectives of DDP but none of an optimizer, so that
+    these would wait for it forever. Neither ``Join`` nor DDP tells the parameters of this: the module is searched among
+    all objects, once, at the first step.
+    """
+    if optimizer not in _wrappers:
+        ours = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        modules = [x for x in gc.get_objects() if issubclass(type(x), DistributedDataParallel)]
+        _wrappers[optimizer] = [ref(m) for m in modules if any(id(p) in ours for p in m.parameters())]
+    return any(module is not None and private.joins(module) for module in (r() for r in _wrappers[optimizer]))
