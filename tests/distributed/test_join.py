@@ -107,6 +107,8 @@ def test_ranks_end_equal_and_as_without_sharing(each: tuple[str, str, str], resu
 
 
 def test_a_context_is_found_while_it_is_active(tmp_path: Path) -> None:
+    if dist.is_initialized():  # by a Trainer of another test
+        dist.destroy_process_group()
     dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
     try:
         run, other = Run("MVNGrad", shares=True), Run("AdamW", shares=False)
