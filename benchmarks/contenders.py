@@ -35,7 +35,11 @@ PEERS = ("torch", "pytorch_optimizer", "timm", "baseline", "heavyball")
 PACKAGES = ("pytorch_optimizer", "timm", "heavyball")
 
 #: Steps after which the work of an optimizer repeats itself, where that is not every step.
-PERIODS = {"SOAP": 10, "DeVA": 10}
+PERIODS = {
+    name: info.defaults["precondition_frequency"]
+    for name, info in OPTIMIZERS.items()
+    if "precondition_frequency" in info.defaults
+}
 
 Stepper = Any  # Whatever has a `step()` and a `state`.
 

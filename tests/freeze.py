@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.optimizers.rows import ROWS, build, network, run
+from tests.optimizers.rows import CONFIGURATIONS, build, network, run
 
 STEPS = 20
 #: (dtype, rounding) of the parameters.
@@ -36,7 +36,7 @@ def cases() -> Iterator[tuple[str, dict[str, Any]]]:
     Every configuration runs plain and chunked at every precision. Compiling takes seconds, so the compiled backend runs
     every configuration in float32, and the default one at every precision.
     """
-    for name, configurations in ROWS.items():
+    for name, configurations in CONFIGURATIONS.items():
         for arguments in configurations:
             for backend in ("plain", "chunked", "compiled"):
                 for dtype, rounding in PRECISIONS:

@@ -28,9 +28,10 @@ from lightning_optim import NAMO, MVNGrad, processes
 from lightning_optim.diagnostics.what_if import VirtualOptimizer, gradients_of
 from lightning_optim.engine import gradients
 from lightning_optim.engine.optimizer import RuleOptimizer
+from lightning_optim.engine.rule import RULES
 from lightning_optim.engine.two_rules import MatrixOptimizer
 from lightning_optim.registry import OPTIMIZERS
-from tests.optimizers.rows import OURS, ROWS
+from tests.optimizers.rows import CONFIGURATIONS, OURS
 
 #: Shape, number of matrices, whether they are transposed. What shards awkwardly:
 SHAPES: dict[str, tuple[tuple[int, ...], int, bool]] = {
@@ -200,8 +201,8 @@ def same_everywhere(tensors: list[Tensor]) -> bool:
 
 def configurations() -> Iterator[tuple[str, dict[str, Any]]]:
     for name in OURS:
-        for i, arguments in enumerate(ROWS[name]):
-            if i == 0 or "fallback" in arguments or name in ("NAMO", "NAMOD"):
+        for i, arguments in enumerate(CONFIGURATIONS[name]):
+            if i == 0 or "fallback" in arguments or RULES[name].own_decay:
                 yield name, arguments
 
 
@@ -211,7 +212,9 @@ def each(**settings: Any) -> dict[str, Any]:
 
 def few(extra: Any = {}, **settings: Any) -> dict[str, Any]:  # noqa: B006
     """One optimizer of each kind."""
-    return {name: run(name, ROWS[name][0] | extra, **settings) for name in ("NAMO", "SOAP", "HVAdam", "MVNGrad")}
+    return {
+        name: run(name, CONFIGURATIONS[name][0] | extra, **settings) for name in ("NAMO", "SOAP", "HVAdam", "MVNGrad")
+    }
 
 
 def unused() -> dict[str, Any]:
@@ -285,7 +288,7 @@ def checkpoint() -> dict[str, Any]:
     results = {}
     for name in ("NAMO", "SOAP", "HVAdam"):
         model, copy = nn.ParameterDict(start(torch.float64, line())), nn.ParameterDict(start(torch.float64, line()))
-        optimizer, resumed = (build(name, dict(m.items()), **ROWS[name][0]) for m in (model, copy))
+        optimizer, resumed = (build(name, dict(m.items()), **CONFIGURATIONS[name][0]) for m in (model, copy))
         options = StateDictOptions(flatten_optimizer_state_dict=True)
         for t in (1, 2):
             set_gradients(dict(model.items()), t, line())
@@ -310,7 +313,7 @@ def whole_state() -> dict[str, Any]:
     results: dict[str, Any] = {}
     for name in ("NAMO", "SOAP", "HVAdam", "MVNGrad"):
         parameters, others = start(torch.bfloat16, line()), start(torch.bfloat16)
-        optimizer, alone = (build(name, ps, **ROWS[name][0], rounding="split") for ps in (parameters, others))
+        optimizer, alone = (build(name, ps, **CONFIGURATIONS[name][0], rounding="split") for ps in (parameters, others))
         set_gradients(others, 1)
         alone.step()
         with torch.no_grad():
@@ -339,7 +342,7 @@ def lives_of_state() -> dict[str, Any]:
         parameters, others = start(torch.float64, line()), start(torch.float64)
         later = ("conv", "transposed")
         optimizer, alone = (
-            build(name, {key: p for key, p in ps.items() if key not in later}, **ROWS[name][0])
+            build(name, {key: p for key, p in ps.items() if key not in later}, **CONFIGURATIONS[name][0])
             for ps in (parameters, others)
         )
 

@@ -21,13 +21,14 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lightning_optim import processes
+from lightning_optim.registry import OPTIMIZERS
 from tests.distributed import program
 
 pytestmark = pytest.mark.distributed
 
 ROOT = Path(__file__).parents[2]
 CONFIGURATIONS = [f"{name} {arguments}" for name, arguments in program.configurations()]
-REPORTING = [c for c in CONFIGURATIONS if c.startswith(("NAMO", "Muon", "NorMuon", "AdaMuon", "DeVA ", "SOAP"))]
+REPORTING = [c for c in CONFIGURATIONS if OPTIMIZERS[c.split()[0]].kind == "matrix"]
 #: Processes and case.
 SPREAD = [
     (2, "fsdp2"),
@@ -65,17 +66,7 @@ def start(processes: int, out: Path) -> list[dict[str, Any]]:
 
 
 def is_element_wise(configuration: str) -> bool:
-    return configuration.split()[0] in (
-        "MVNGrad",
-        "DeVAVector",
-        "Anon",
-        "AdaBelief",
-        "LaProp",
-        "PNM",
-        "AdaPNM",
-        "MAdam",
-        "LaMAdam",
-    )
+    return OPTIMIZERS[configuration.split()[0]].kind == "element-wise"
 
 
 @pytest.mark.parametrize("configuration", CONFIGURATIONS)
@@ -106,7 +97,7 @@ def test_bfloat16_parameters_keep_float32_state(case: str, close: float, results
 @pytest.mark.parametrize("configuration", CONFIGURATIONS)
 def test_ddp_in_float32(configuration: str, results: Results) -> None:
     for result in results(2, "ddp float32"):
-        redundant = is_element_wise(configuration) or configuration.startswith(("HVAdam", "SOAP"))
+        redundant = "orthogonalizer" not in OPTIMIZERS[configuration.split()[0]].defaults
         # Matrices that are orthogonalised alone or with others get other matrix products.
         assert result[configuration]["difference"] <= (0.0 if redundant else 1e-6)
         assert result[configuration]["same"]  # bit for bit, on all processes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -11,88 +12,38 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_optim.engine.optimizer import RuleOptimizer
 from lightning_optim.engine.rule import RULES
-from lightning_optim.engine.two_rules import MatrixOptimizer
 from lightning_optim.registry import OPTIMIZERS
 
-from .references import REFERENCES
+from .rows import MATRIX, OURS, REFERENCES, ROWS, amplifies
+from .strategies import usual
 
-betas = st.tuples(st.floats(0, 0.99), st.floats(0.1, 0.999))
-eps = st.sampled_from([1e-8, 1e-4])
-decay = {"weight_decay": st.sampled_from([0.0, 0.1])}
-coupling = {**decay, "decoupled": st.booleans()}
-released = st.fixed_dictionaries({"nesterov": st.booleans(), "scale": st.sampled_from([0.2, 0.5])})
-paper = st.just({"nesterov": False, "scale": None, "max_step": None})
-eigenbasis = {
-    **decay,
-    "betas": betas,
-    "eps": eps,
-    "shampoo_beta": st.sampled_from([None, 0.5, 0.9]),
-    "precondition_frequency": st.integers(1, 4),
-    "stagger": st.booleans(),
-    "max_precondition_dim": st.sampled_from([5, 10000]),
-    "correct_bias": st.booleans(),
-}
-
-#: The arguments to draw for each optimizer. One that is missing here fails the first test.
-ARGUMENTS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
-    "MVNGrad": {**coupling, "betas": betas, "eps": eps, "eps_s": st.sampled_from([0.0, 1e-6])},
-    "DeVAVector": {**decay, "betas": betas, "nesterov": st.booleans()},
-    "HVAdam": {**coupling, "betas": betas, "eps": eps, "gamma": st.floats(0, 1)},
-    "Anon": {
-        **coupling,
-        "betas": betas,
-        "eps": eps,
-        "gamma": st.floats(-1, 1.5),
-        "beta3": st.floats(0, 0.9),
-        "refresh": st.sampled_from(["powers_of_two", "every_step"]),
-    },
-    "AdaBelief": {**coupling, "betas": betas, "eps": eps, "rectify": st.booleans(), "amsgrad": st.booleans()},
-    "LaProp": {**decay, "betas": betas, "eps": eps, "centered": st.booleans()},
-    "PNM": {**coupling, "momentum": st.floats(0, 0.99), "beta0": st.floats(0, 2)},
-    "AdaPNM": {**coupling, "betas": betas, "eps": eps, "beta0": st.floats(0, 2), "amsgrad": st.booleans()},
-    "MAdam": {**coupling, "betas": betas, "eps": eps, "beta_min": st.floats(0, 0.9), "amsgrad": st.booleans()},
-    "LaMAdam": {**coupling, "betas": betas, "eps": eps, "beta_min": st.floats(0, 0.9)},
-    "Muon": {
-        **decay,
-        "momentum": st.floats(0, 0.99),
-        "nesterov": st.booleans(),
-        "scale": st.sampled_from(["original", "moonlight"]),
-    },
-    "NorMuon": {
-        **decay,
-        "momentum": st.floats(0, 0.99),
-        "beta2": st.floats(0, 0.99),
-        "nesterov": st.booleans(),
-        "scale": st.sampled_from(["original", "rms"]),
-    },
-    "AdaMuon": {**decay, "momentum": st.floats(0, 0.99), "eps": eps, "nesterov": st.booleans()},
-    "MuonVS": {**decay, "momentum": st.floats(0.1, 0.99), "eps": eps},
-    "MuonNSR": {**decay, "momentum": st.floats(0.1, 0.99), "eps": eps, "gamma": st.floats(0.1, 20)},
-    "NAMO": {**decay, "betas": betas, "eps": eps, "form": released | paper},
-    "NAMOD": {**decay, "betas": betas, "eps": eps, "form": released | paper, "clamp": st.floats(0.05, 1)},
-    "SOAP": {**eigenbasis, "precondition_1d": st.just(False)},
-    "DeVA": {
-        **eigenbasis,
-        "nesterov": st.booleans(),
-        # The signs of the other two turn rounding errors into jumps; the golden cases hold them.
-        "form": st.sampled_from(["momentum", "instantaneous"]),
-    },
-}
-ORTHOGONAL = ("Muon", "NorMuon", "AdaMuon", "MuonVS", "MuonNSR", "NAMO", "NAMOD", "DeVA")
+#: The optimizers themselves, and the fallback that is none of them.
+RULE_NAMES = [*OURS, "AdamW"]
 
 
-def test_every_optimizer_has_a_reference() -> None:
-    ours = {name for name, info in OPTIMIZERS.items() if issubclass(info.cls, RuleOptimizer)}
-    assert ours == set(ARGUMENTS)
-    assert ours | {"AdamW"} <= set(REFERENCES)
+@pytest.mark.parametrize("name", RULE_NAMES)
+def test_a_reference_has_the_hyperparameters_of_its_optimizer(name: str) -> None:
+    """One that the reference lacked would never be compared, and another default compares something else."""
+    own = {field.name: field.default for field in fields(REFERENCES[name])}
+    declared = RULES[name].hyperparameters()
+    missing = declared.keys() - own.keys()
+    assert not missing, f"{REFERENCES[name].__name__} lacks {', '.join(sorted(missing))}: add them to the reference"
+    assert {key: own[key] for key in declared} == declared
+
+
+def drawn(name: str) -> st.SearchStrategy[dict[str, Any]]:
+    """Arguments of an optimizer, from its declaration, or from its row where that says otherwise."""
+    declared = {key: field for key, field in RULES[name].fields.items() if key != "lr"}
+    special = ROWS[name].trajectory if name in ROWS else {}
+    assert special.keys() <= declared.keys(), f"the row of {name} has values for what is no hyperparameter of it"
+    derived = {key: usual(field) for key, field in declared.items() if key not in special}
+    return st.fixed_dictionaries(derived | dict(special))
 
 
 def compare(name: str, arguments: dict[str, Any], ours: list[nn.Parameter], optimizer: Any, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    known = {key: value for key, value in arguments.items() if key != "max_step"}
-    reference = REFERENCES[name]([p.detach().numpy().copy() for p in ours], **known)
+    reference = REFERENCES[name]([p.detach().numpy().copy() for p in ours], **arguments)
     mean = [rng.normal(size=p.shape) for p in ours]
     for t in range(14):
         lr = 0.01 * (1 + 0.5 * np.sin(t))
@@ -106,42 +57,31 @@ def compare(name: str, arguments: dict[str, Any], ours: list[nn.Parameter], opti
     for p, expected in zip(ours, reference.params):
         # Both are float64 and differ in the order of operations, which roots of small variances, powers and
         # eigenvectors amplify by some orders of magnitude; the references' iteration also adds 1e-7 to the norm.
-        rtol = 1e-5 if arguments.get("orthogonalizer") == "kj5" else 1e-7
+        rtol = 1e-7 if arguments.get("orthogonalizer", "exact") == "exact" else 1e-5
         np.testing.assert_allclose(p.detach().numpy(), expected, rtol=rtol, atol=rtol / 10)
 
 
 @pytest.mark.parametrize("backend", ["plain", "chunked", pytest.param("compiled", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ARGUMENTS)
+@pytest.mark.parametrize("name", OURS)
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_float64_trajectory(name: str, backend: str, data: st.DataObject) -> None:
-    arguments = data.draw(st.fixed_dictionaries(ARGUMENTS[name]))
-    if isinstance(arguments.get("form"), dict):
-        arguments |= arguments.pop("form")
-    if name in ORTHOGONAL:
-        arguments["orthogonalizer"] = data.draw(st.sampled_from(["exact", "kj5"]))
-    matrix = OPTIMIZERS[name].kind == "matrix"
-    # Axes no longer than the rest of the tensor, so that no first outer product is singular.
-    shapes = [(4, 4), (6, 6)] if name in ("SOAP", "DeVA") else [(3, 5), (6, 2), (4, 2, 3, 3)]
-    if name == "SOAP":
+    arguments = data.draw(drawn(name))
+    cls: Any = OPTIMIZERS[name].cls
+    # Bases: axes no longer than the rest of the tensor, so that no first outer product is singular.
+    shapes: list[tuple[int, ...]] = [(4, 4), (6, 6)] if amplifies(name, "bases") else [(3, 5), (6, 2), (4, 2, 3, 3)]
+    if name in MATRIX and not cls.flatten:
         shapes += [(4, 3, 2, 2), (5,)]
     seed = data.draw(st.integers(0, 2**16))
     rng = np.random.default_rng(seed + 1)
     params = [nn.Parameter(torch.from_numpy(rng.normal(size=shape))) for shape in shapes]
-    given_arguments = dict(arguments)
-    if name == "DeVA" and arguments["orthogonalizer"] == "kj5":
-        given_arguments["orthogonalizer"] = "kj5-schatten"
-    cls: Any = OPTIMIZERS[name].cls
-    groups: Any = [{"params": params, "role": "matrix"}] if issubclass(cls, MatrixOptimizer) else params
-    assert matrix == issubclass(cls, MatrixOptimizer)
-    compare(name, arguments, params, cls(groups, backend=backend, **given_arguments), seed)
+    groups: Any = [{"params": params, "role": "matrix"}] if name in MATRIX else params
+    compare(name, arguments, params, cls(groups, backend=backend, **arguments), seed)
 
 
 @settings(max_examples=10, deadline=None, derandomize=True)
-@given(betas=betas, eps=eps, weight_decay=decay["weight_decay"], seed=st.integers(0, 2**16))
-def test_adamw_fallback(betas: tuple[float, float], eps: float, weight_decay: float, seed: int) -> None:
+@given(arguments=drawn("AdamW"), seed=st.integers(0, 2**16))
+def test_adamw_fallback(arguments: dict[str, Any], seed: int) -> None:
     params = [nn.Parameter(torch.ones(5, dtype=torch.float64))]
-    arguments = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
-    assert set(arguments) | {"lr"} == set(RULES["AdamW"].fields)
     cls: Any = OPTIMIZERS["Muon"].cls
     compare("AdamW", arguments, params, cls([{"params": params, "role": "fallback", **arguments}]), seed)

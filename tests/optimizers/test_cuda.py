@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_optim.engine.optimizer import RuleOptimizer
 
-from .rows import OURS, ROWS, build
+from .rows import CONFIGURATIONS, OURS, build
 
 # With a driver torch would make real tensors beside those without content; the tests marked `gpu` run there.
 pytestmark = [
@@ -109,7 +109,7 @@ def parameters(gpu: FakeTensorMode, dtypes: tuple[torch.dtype, ...], shapes: lis
         ]
 
 
-@pytest.mark.parametrize(("name", "arguments"), [(name, arguments) for name in OURS for arguments in ROWS[name]])
+@pytest.mark.parametrize(("name", "arguments"), [(n, a) for n in OURS for a in CONFIGURATIONS[n]])
 def test_a_step_reads_nothing_and_mixes_no_devices(name: str, arguments: dict[str, Any], gpu: FakeTensorMode) -> None:
     params = parameters(gpu, (torch.float32, torch.float64), SHAPES)
     follow(gpu, params, build(name, params, backend="chunked", **arguments))

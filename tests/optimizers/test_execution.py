@@ -17,15 +17,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_optim as lo
 from lightning_optim.engine import compile, elementwise, matrices
+from lightning_optim.engine.rule import as_attributes, buffers_of
 from lightning_optim.engine.step import BACKENDS
 from lightning_optim.registry import OPTIMIZERS
 
-from .rows import OURS, ROWS, build, each_configuration, each_optimizer, gradients, run
+from .rows import (
+    CONFIGURATIONS,
+    FLAT,
+    MATRIX,
+    OURS,
+    amplifies,
+    build,
+    each_configuration,
+    each_optimizer,
+    gradients,
+    run,
+)
 
 compiled = pytest.param("compiled", marks=pytest.mark.slow)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-FLAT = [name for name in OURS if OPTIMIZERS[name].kind != "matrix"]
-MATRIX = [name for name in OURS if OPTIMIZERS[name].kind == "matrix"]
 CHUNK = elementwise.CHUNK["cpu"]
 
 
@@ -83,11 +93,11 @@ TOLERANCE = {
 
 
 def agree(name: str, arguments: dict[str, Any], backend: str, params: list[Tensor], data: st.DataObject) -> None:
-    if name == "HVAdam":
+    if OPTIMIZERS[name].kind == "group":
         # One number alone has a cosine of exactly 1 to any other, which rounding carries to either side of a decision.
         params = [nn.Parameter(torch.linspace(-1, 1, 97).to(params[0].dtype)), *params]
     copies = clone(params)
-    half = len(params) // 2 if data.draw(st.booleans(), label="two groups") and name != "HVAdam" else 0
+    half = len(params) // 2 if data.draw(st.booleans(), label="two groups") and OPTIMIZERS[name].kind != "group" else 0
     optimizers = [build(name, ps[half:], backend=b, **arguments) for ps, b in ((params, "plain"), (copies, backend))]
     if half:
         for optimizer, ps in zip(optimizers, (params, copies)):
@@ -104,11 +114,11 @@ def agree(name: str, arguments: dict[str, Any], backend: str, params: list[Tenso
     # The sums of a group rule carry the rounding errors of one tensor into all.
     loosest = max(TOLERANCE[p.dtype] for p in params)
     for p, q in zip(params, copies):
-        tolerance = loosest if name == "HVAdam" else TOLERANCE[p.dtype]
+        tolerance = loosest if OPTIMIZERS[name].kind == "group" else TOLERANCE[p.dtype]
         for x, y in zip(everything(optimizers[0], [p]), everything(optimizers[1], [q])):
             assert x.dtype == y.dtype
             scale = max(1.0, float(x.abs().max()))
-            if backend == "chunked" and name in FLAT and name not in ("HVAdam", "Anon"):
+            if backend == "chunked" and OPTIMIZERS[name].kind == "element-wise" and not amplifies(name, "powers"):
                 assert torch.equal(x, y)  # The same operations; sums and powers depend on the cuts.
             torch.testing.assert_close(x, y, rtol=0, atol=tolerance * scale)
 
@@ -116,7 +126,7 @@ def agree(name: str, arguments: dict[str, Any], backend: str, params: list[Tenso
 @pytest.mark.usefixtures("tiny_chunks")
 @each_configuration
 def test_chunked_is_plain(name: str, arguments: dict[str, Any]) -> None:
-    if name in ("SOAP", "DeVA"):
+    if "precondition_frequency" in OPTIMIZERS[name].defaults:
         arguments = arguments | {"precondition_frequency": 3}
 
     @settings(max_examples=12, deadline=None, derandomize=True)
@@ -131,13 +141,13 @@ def test_chunked_is_plain(name: str, arguments: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("tiny_chunks")
-@pytest.mark.parametrize(("name", "arguments"), [(n, a) for n in FLAT for a in ROWS[n]])
+@pytest.mark.parametrize(("name", "arguments"), [(n, a) for n in FLAT for a in CONFIGURATIONS[n]])
 def test_compiled_is_plain(name: str, arguments: dict[str, Any]) -> None:
     @settings(max_examples=6, deadline=None, derandomize=True)
     @given(data=st.data())
     def check(data: st.DataObject) -> None:
-        # HVAdam divides by the difference of two nearly equal numbers, squared: only float64 leaves digits.
-        dtypes = [torch.float64] if name == "HVAdam" else list(TOLERANCE)
+        # The difference of two nearly equal numbers, squared, as a divisor: only float64 leaves digits.
+        dtypes = [torch.float64] if amplifies(name, "hidden vector") else list(TOLERANCE)
         agree(name, arguments, "compiled", data.draw(parameters(st.sampled_from(dtypes))), data)
 
     check()
@@ -330,7 +340,7 @@ SCHEDULES: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("name", FLAT)
 def test_nothing_is_compiled_twice(name: str) -> None:
     """At most two specialisations per function, whatever the model and the schedule, and none after the first steps."""
-    functions = 2 if name == "HVAdam" else 1
+    functions = 2 if OPTIMIZERS[name].kind == "group" else 1
     start = compile.compilations()
     after_first = None
     for shapes in ([(4,), (200, 100)], [(7, 3), (1,), (130, 131), (20_000,)]):
@@ -425,21 +435,6 @@ def test_compiled_rules_have_no_transients(name: str) -> None:
     assert operations(name, [(3, CHUNK), (50,), (1200, 1100), (20,)], "compiled").largest <= 70
 
 
-#: State tensors of the parameter's size that each algorithm cannot do without.
-STATE = {
-    "MVNGrad": 3,
-    "DeVAVector": 2,
-    "HVAdam": 3,
-    "Anon": 3,
-    "AdaBelief": 2,
-    "LaProp": 2,
-    "PNM": 2,
-    "AdaPNM": 4,
-    "MAdam": 4,
-    "LaMAdam": 4,
-}
-
-
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "compiled"])
 @pytest.mark.parametrize("name", FLAT)
 def test_state_is_the_algorithms_own(name: str, backend: str) -> None:
@@ -450,7 +445,8 @@ def test_state_is_the_algorithms_own(name: str, backend: str) -> None:
     tensors = [x for p in params for x in optimizer.state[p].values()]
     stored = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
     elements, numbers = sum(p.numel() for p in params), sum(not x.ndim for x in tensors)
-    assert sum(stored.values()) <= 4 * STATE[name] * elements + 8 * numbers
+    declared = buffers_of(OPTIMIZERS[name].cls, (), as_attributes(OPTIMIZERS[name].defaults))
+    assert sum(stored.values()) <= 4 * len(declared) * elements + 8 * numbers
 
 
 def test_twins_are_orthogonalised_together(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -489,7 +485,7 @@ def steps_without_waiting(optimizer: torch.optim.Optimizer, params: list[Tensor]
         optimizer.step()
 
 
-WITHOUT_SVD = [(name, a) for name in OURS for a in ROWS[name] if a.get("orthogonalizer") != "exact"]
+WITHOUT_SVD = [(name, a) for name in OURS for a in CONFIGURATIONS[name] if a.get("orthogonalizer") != "exact"]
 
 
 @needs_gpu
@@ -532,8 +528,8 @@ def launches(name: str, shapes: list[tuple[int, ...]], backend: str) -> int:
 @needs_gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["chunked", "compiled"])
-# SOAP and DeVA refresh their bases by QR decompositions, which torch makes one by one.
-@pytest.mark.parametrize("name", [name for name in OURS if name not in ("SOAP", "DeVA")])
+# Bases are refreshed by QR decompositions, which torch makes one by one.
+@pytest.mark.parametrize("name", [name for name in OURS if not amplifies(name, "bases")])
 def test_launches_on_a_gpu_hardly_grow_with_the_number_of_tensors(name: str, backend: str) -> None:
     shape = (16, 16) if name in MATRIX else (256,)
     few, many = (launches(name, [shape] * k, backend) for k in (20, 200))
@@ -558,7 +554,7 @@ def test_gpu_agrees_with_cpu(name: str, backend: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("name", MATRIX)
 def test_matrices_on_a_gpu_agree_with_a_cpu(name: str, dtype: torch.dtype) -> None:
-    if dtype == torch.float32 and name in ("SOAP", "DeVA"):
+    if dtype == torch.float32 and amplifies(name, "bases"):
         pytest.skip("eigenvectors of close eigenvalues differ in float32")
     params = [nn.Parameter(torch.randn(s, dtype=dtype)) for s in ((32, 32), (32, 32), (5,))]
     before = clone(params)

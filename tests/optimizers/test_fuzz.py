@@ -9,6 +9,7 @@ way. Each step is compared with the float64 references, which share no code with
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Callable
@@ -24,12 +25,15 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from lightning_optim.engine.hyperparameters import Field
 from lightning_optim.engine.rounding import ROUNDINGS
+from lightning_optim.engine.rule import RULES
 from lightning_optim.registry import OPTIMIZERS
 
 from . import references
-from .references import REFERENCES, Array, Reference, orthogonalize
-from .rows import OURS
+from .references import Array, Reference, orthogonalize
+from .rows import FLAT, MATRIX, OURS, REFERENCES, ROWS, amplifies, kind_of
+from .strategies import bad, choices, decides_on_state, extreme
 
 DEFAULT_EXAMPLES = 3610
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", DEFAULT_EXAMPLES))
@@ -55,70 +59,31 @@ KINDS = [
 ]
 BAD_KINDS = ["nan", "inf", "-inf"]
 
-betas = st.tuples(st.sampled_from([0.0, 0.5, 0.9, 0.999]), st.sampled_from([0.0, 0.5, 0.99, 0.999, 0.9999999]))
-nonnegative = st.sampled_from([0.0, 1e-18, 1e-3, 0.1, 1.0])
-switch = st.booleans()
-
-#: Values of each hyperparameter, at its bounds too.
-GOOD: dict[str, st.SearchStrategy[Any]] = {
-    "lr": st.sampled_from([0.0, 1e-18, 1e-3, 0.1, 1.0, torch.tensor(0.01)]),
-    "betas": betas,
-    "momentum": st.sampled_from([0.0, 0.5, 0.95, 0.9999999]),
-    "beta2": st.sampled_from([0.0, 0.5, 0.95, 0.9999999]),
-    "eps": st.sampled_from([1e-18, 1e-16, 1e-8, 1e-3, 1.0]),
-    "eps_s": st.sampled_from([0.0, 1e-18, 1e-12, 1e-3]),
-    "weight_decay": nonnegative,
-    "gamma": st.sampled_from([0.0, 0.5, 1.0]),
-    "beta0": st.sampled_from([0.0, 0.5, 1.0, 100.0]),
-    "beta3": st.sampled_from([0.0, 0.5, 0.99]),
-    "beta_min": st.sampled_from([0.0, 0.5, 0.9, 0.9999999]),
-    "shampoo_beta": st.sampled_from([None, 0.0, 0.5, 0.99]),
-    "precondition_frequency": st.integers(1, 3),
-    "clamp": st.sampled_from([1e-18, 0.1, 0.75, 1.0]),
-    "orthogonalizer": st.sampled_from(["exact", "kj5"]),
-    **dict.fromkeys(("nesterov", "decoupled", "rectify", "correct_bias", "maximize", "stagger"), switch),
-}
-#: Those that decide on the state, and so may be drawn at the start only.
-STRUCTURE: dict[str, st.SearchStrategy[Any]] = {
-    **dict.fromkeys(("amsgrad", "centered", "merge_dims", "precondition_1d"), switch),
-    "refresh": st.sampled_from(["powers_of_two", "every_step"]),
-    "max_precondition_dim": st.sampled_from([4, 10000]),
-    "form": st.sampled_from(["momentum", "instantaneous"]),
-    "scale": st.just(None),
-}
-#: What they must not be.
-BAD: dict[str, list[Any]] = {
-    "lr": [-1e-9, float("nan"), float("inf"), 1e30, "0.1", None, True, torch.tensor(float("nan")), torch.ones(2)],
-    "betas": [(1.0, 0.9), (0.9, -0.1), (0.9, float("nan")), (0.9,), (0.9, 0.9, 0.9), 0.9, "ab", None],
-    "momentum": [-0.1, 1.0, float("nan"), None],
-    "beta2": [-0.1, 1.0, float("nan"), None],
-    "eps": [0, 0.0, -1e-8, 1e-30, float("nan"), float("inf"), None, "1e-8"],
-    "eps_s": [-1.0, float("nan"), float("inf")],
-    "weight_decay": [-0.1, float("inf"), float("nan"), 1e20, None, False],
-    "gamma": [float("nan"), 1e20, "1", None],
-    "beta0": [-0.1, float("nan"), 1e20, None],
-    "beta3": [1.0, -0.1, None],
-    "beta_min": [1.0, -0.1, None],
-    "shampoo_beta": [1.0, -0.1, float("nan"), "x"],
-    "precondition_frequency": [0, -1, 1.5, True, None],
-    "max_precondition_dim": [0, 2.5, None],
-    "clamp": [0.0, 1.5, float("nan"), "x"],
-    "scale": [-1.0, 0.0, float("nan"), "large"],
-    "max_step": [0.0, -1.0, float("nan")],
-    "refresh": ["sometimes", None],
-    "form": ["matrix", 1],
-    "orthogonalizer": ["kj0", "svd", None, 5, ["exact"]],
-    "nesterov": ["no", 1, None],
-    "decoupled": ["False", 0],
-    "rectify": ["yes", None],
-    "amsgrad": [1],
-    "centered": ["x"],
+#: What parameter groups have beside hyperparameters, and what these must not be.
+OF_GROUPS: dict[str, list[Any]] = {
     "maximize": [None, 1],
-    "blocks": [0, -1, 1.5, "2", True],
-    "transposed": ["no", 1],
     "role": ["hidden", None],
     "rule": ["Adam", None],
+    "blocks": [0, -1, 1.5, "2", True],
 }
+
+
+def hyperparameters(name: str) -> dict[str, Field]:
+    """What is drawn for an optimizer: the hyperparameters that it declares."""
+    return RULES[name].fields
+
+
+def values(name: str, key: str) -> st.SearchStrategy[Any]:
+    """Good values of a hyperparameter, from its declaration, or from the optimizer's row where that says otherwise."""
+    special = ROWS[name].fuzz
+    return special[key] if key in special else extreme(RULES[name].fields[key])
+
+
+def bad_values(name: str) -> dict[str, list[Any]]:
+    """What the entries of a parameter group must not be."""
+    found = {key: bad(field) for key, field in hyperparameters(name).items()}
+    keys = OF_GROUPS if name in MATRIX else ("maximize",)
+    return {key: known for key, known in found.items() if known} | {key: OF_GROUPS[key] for key in keys}
 
 
 @dataclass
@@ -134,32 +99,28 @@ class Plan:
     seed: int
 
 
-#: Of the backend "compiled", which compiles for each dtype, way of rounding and value of a switch: one of each.
-COMPILED = {
-    "MVNGrad": (BF16, "stochastic"),
-    "DeVAVector": (F64, "nearest"),
-    "HVAdam": (BF16, "split"),
-    "Anon": (BF16, "kahan"),
-    "AdaBelief": (F16, "stochastic"),
-    "LaProp": (F32, "nearest"),
-    "PNM": (F64, "nearest"),
-    "AdaPNM": (F32, "nearest"),
-    "MAdam": (F32, "nearest"),
-    "LaMAdam": (BF16, "split"),
-    "NAMO": (BF16, "stochastic"),
-}
+#: Of the backend "compiled", which compiles for each dtype, way of rounding and value of a switch, each optimizer has
+#: one of these.
+NARROWED = [
+    (BF16, "stochastic"),
+    (F64, "nearest"),
+    (BF16, "split"),
+    (BF16, "kahan"),
+    (F16, "stochastic"),
+    (F32, "nearest"),
+]
+#: All whose own rule is compiled, and one with a compiled fallback.
+COMPILED = dict(zip([*FLAT, "NAMO"], itertools.cycle(NARROWED)))
 
 
 @st.composite
 def plans(draw: Any, name: str, compiled: bool = False) -> Plan:
-    info = OPTIMIZERS[name]
-    drawn = {**GOOD, **STRUCTURE}
+    declared = hyperparameters(name)
     if compiled:
-        drawn = {key: values for key, values in GOOD.items() if values is not switch}
-    known = [key for key in info.defaults if key in drawn]
-    chosen = draw(st.lists(st.sampled_from(known), max_size=4, unique=True))
-    arguments = {key: draw(drawn[key]) for key in chosen}
-    matrix = info.kind == "matrix"
+        declared = {key: field for key, field in declared.items() if choices(field) is None}
+    chosen = draw(st.lists(st.sampled_from(sorted(declared)), max_size=4, unique=True))
+    arguments = {key: draw(values(name, key)) for key in chosen}
+    matrix = name in MATRIX
     if compiled:
         dtype, rounding = COMPILED[name]
         dtypes = [dtype]
@@ -179,19 +140,21 @@ def plans(draw: Any, name: str, compiled: bool = False) -> Plan:
         structure = draw(
             st.sampled_from([{}, {}, {"blocks": 2}, {"transposed": True}, {"blocks": 2, "transposed": True}])
         )
-    editable = [key for key in [*info.defaults, "maximize"] if key in GOOD and (key in drawn or key == "maximize")]
-    breakable = [
-        key for key in [*info.defaults, "maximize", *(("role", "rule", "blocks") if matrix else ())] if key in BAD
-    ]
+    editable = {key: values(name, key) for key in declared if not decides_on_state(RULES[name], key)}
+    if not compiled:
+        editable["maximize"] = st.booleans()
+    breakable = bad_values(name)
 
     def events() -> st.SearchStrategy[Any]:
         index = st.integers(0, 3)
         return st.one_of(
             st.none(),
             st.none(),
-            st.sampled_from(editable).flatmap(lambda key: st.tuples(st.just("edit"), index, st.just(key), GOOD[key])),
-            st.sampled_from(breakable).flatmap(
-                lambda key: st.tuples(st.just("break"), index, st.just(key), st.sampled_from(BAD[key]))
+            st.sampled_from(sorted(editable)).flatmap(
+                lambda key: st.tuples(st.just("edit"), index, st.just(key), editable[key])
+            ),
+            st.sampled_from(sorted(breakable)).flatmap(
+                lambda key: st.tuples(st.just("break"), index, st.just(key), st.sampled_from(breakable[key]))
             ),
             st.tuples(st.just("cast"), index, st.sampled_from(dtypes)),
             st.tuples(st.just("replace"), index),
@@ -299,7 +262,7 @@ class Oracle:
     def step(self, group: dict[str, Any], params: list[Tensor], olds: list[Array], grads: list[Array]) -> list[Any]:
         """Pairs (new value, spread) for the parameters of a group that have a gradient; no spread for an unknown one,
         of which the value tells the size."""
-        together = group["rule"] == "HVAdam"
+        together = kind_of(group["rule"]) == "group"
         results: list[Any] = []
         for some in [range(len(params))] if together else [[i] for i in range(len(params))]:
             key = tuple(id(params[i]) for i in some) if not together else id(group["params"])
@@ -307,23 +270,21 @@ class Oracle:
             grad = [part for i in some for part in blocks(grads[i], group)]
             if key not in self.references:
                 self.references[key] = [self._new(group, old) for _ in range(3)]
-                if group["rule"] in ("SOAP", "DeVA") and any(_is_degenerate(g) for g in grad):
+                if amplifies(group["rule"], "bases") and any(_is_degenerate(g) for g in grad):
                     self.unknown.add(key)  # Bases of a null space are arbitrary.
             if any(g.size and not 1e-70 < np.abs(g).max() < 1e70 and g.any() for g in grad):
                 self.unknown.add(key)  # The reference's own fourth powers leave the range.
-            hidden = self._flat(key, "v") if together else None
+            hidden = self._flat(key, "v") if amplifies(group["rule"], "hidden vector") else None
             news = []
             for j, reference in enumerate(self.references[key]):
                 for field in fields(reference):
-                    if field.name in group and field.name not in ("params", "lr", "orthogonalizer"):
+                    if field.name in group and field.name not in ("params", "lr"):
                         setattr(reference, field.name, group[field.name])
-                if "orthogonalizer" in group and hasattr(reference, "orthogonalizer"):
-                    reference.orthogonalizer = "exact" if group["orthogonalizer"] == "exact" else "kj5"
                 reference.params = [x.copy() for x in old]
                 for state in reference.states:
                     state["position"] = next(i for i, p in enumerate(group["params"]) if p is params[some[0]])
                 noise = self.noise if j else 0.0
-                with mock.patch.object(references, "orthogonalize", self._orthogonalizer(noise, group)):
+                with mock.patch.object(references, "orthogonalize", self._orthogonalizer(noise, group["rule"])):
                     reference.step([self._disturbed(g, noise, group) for g in grad], lr=float(group["lr"]))
                 news.append(self._per_parameter(reference.params, [olds[i].shape for i in some], group))
             if group.get("orthogonalizer") == "exact" and any(np.abs(g).max(initial=0) > 1e9 for g in grad):
@@ -331,7 +292,7 @@ class Oracle:
             decay = 0.0 if group.get("decoupled", True) else group["weight_decay"]
             if decay and any(np.abs(g).max() + decay * np.abs(x).max() > 2.5e15 for g, x in zip(grad, old)):
                 self.unknown.add(key)  # The sum is bounded as gradients are.
-            if together and _is_collinear(hidden, self._flat(key, "m")):
+            if amplifies(group["rule"], "hidden vector") and _is_collinear(hidden, self._flat(key, "m")):
                 self.unknown.add(key)  # The point nearest to the origin is the origin, up to rounding.
             for new, one, two in zip(*news):
                 spread = np.maximum(np.abs(one - new), np.abs(two - new))
@@ -342,20 +303,20 @@ class Oracle:
         """By relative noise, and where that is not what rounding does: small numbers of which float32 has few bits, and
         small entries that a rotation adds to large ones."""
         largest = np.abs(g).max(initial=0)
-        added = 0.1 * noise * largest if group["rule"] in ("SOAP", "DeVA") else 0.0
+        added = 0.1 * noise * largest if amplifies(group["rule"], "bases") else 0.0
         if noise >= 1e-6 and 0 < largest < 1e-30:
-            momentum = group["momentum"] if "momentum" in group else group["betas"][0]
+            momentum = group["momentum"] if "momentum" in group else group.get("betas", (0.0,))[0]
             added = max(added, 1e-42, 2e-45 / (1 - momentum))  # What is left of it may be no number at all.
         return g + (noise * np.abs(g) + added) * self.rng.normal(size=g.shape)
 
-    def _orthogonalizer(self, noise: float, group: dict[str, Any]) -> Callable[..., Array]:
+    def _orthogonalizer(self, noise: float, rule: str) -> Callable[..., Array]:
         """With noise where that of the gradient does not show what rounding does: it leaves signs as they are."""
 
         def disturbed(x: Array, *args: Any, **kwargs: Any) -> Array:
-            if group["rule"] in ("MuonVS", "MuonNSR"):  # Their first step has rounded signs, which may be singular.
+            if amplifies(rule, "signs"):  # Rounded ones may be singular.
                 x = x * (1 + noise * self.rng.normal(size=x.shape))
             o = orthogonalize(x, *args, **kwargs)
-            if group["rule"] == "AdaMuon":  # Entries that vanish are rounding errors, which it divides by their size.
+            if amplifies(rule, "factor"):  # Entries that vanish are rounding errors, which it divides by their size.
                 o = o + noise * np.abs(o).max(initial=0) * self.rng.normal(size=o.shape)
             return o
 
@@ -404,7 +365,7 @@ class Example:
     def __init__(self, name: str, plan: Plan) -> None:
         self.name, self.plan = name, plan
         self.rng = np.random.default_rng(plan.seed)
-        self.matrix = OPTIMIZERS[name].kind == "matrix"
+        self.matrix = name in MATRIX
         dtypes = {spec[1] for spec in plan.specs}
         # Gradients are rounded nowhere, but everything made of them is: some roundings of float32 or float64.
         self.double = dtypes == {F64} and all(
@@ -420,18 +381,8 @@ class Example:
                 if some:
                     extra = dict(plan.structure) if role == "matrix" else {}
                     groups.append({"params": some, **({"role": role} if role else {}), **extra})
-        arguments = dict(plan.arguments)
-        if name in ("Muon", "NorMuon"):
-            arguments.pop("scale", None)
-        elif "scale" in arguments:  # The published algorithm; the reference has the release or this.
-            arguments["max_step"] = None
-        maximize = arguments.pop("maximize", False)
-        if name == "DeVA":
-            arguments["orthogonalizer"] = {"kj5": "kj5-schatten"}.get(
-                arguments.get("orthogonalizer", "kj5"), arguments.get("orthogonalizer", "kj5-schatten")
-            )
         cls: Any = OPTIMIZERS[name].cls
-        self.optimizer = cls(groups, backend=plan.backend, rounding=plan.rounding, maximize=maximize, **arguments)
+        self.optimizer = cls(groups, backend=plan.backend, rounding=plan.rounding, **plan.arguments)
         self.skipped = 0
 
     def parameter(self, spec: tuple[Any, ...]) -> nn.Parameter:
@@ -480,13 +431,11 @@ class Example:
     def edit(self, index: int, key: str, value: Any) -> None:
         group = self.group(index)
         if key in group:
-            if key == "orthogonalizer" and self.name == "DeVA" and value == "kj5":
-                value = "kj5-schatten"
             group[key] = value
 
     def break_(self, index: int, key: str, value: Any) -> None:
         group = self.group(index)
-        if key not in group or (key == "shampoo_beta" and value is None):
+        if key not in group:
             return
         if key == "role" and group[key] == "fallback":
             return  # Every role but "matrix" is the other.
@@ -559,7 +508,7 @@ class Example:
     # The step
 
     def step(self, kinds: list[str], layout: str) -> None:
-        hidden = [group for group in self.optimizer.param_groups if group["rule"] == "HVAdam"]
+        hidden = [group for group in self.optimizer.param_groups if kind_of(group["rule"]) == "group"]
         together = {id(p) for group in hidden for p in group["params"]}  # Their reference has one clock for all.
         for p, kind in zip_longest(self.params, kinds[: len(self.params)], fillvalue="normal"):
             if kind == "none" and id(p) not in together:
@@ -620,19 +569,17 @@ class Example:
             return
         if not (np.abs(expected) < 0.9 * info.max).all():
             raise Overflow
-        if OPTIMIZERS.get(group["rule"]) is None or OPTIMIZERS[group["rule"]].kind != "element-wise":
+        if kind_of(group["rule"]) != "element-wise":
             spread = np.full_like(spread, spread.max(initial=0.0))
         # Squares of gradients vanish below a root of the smallest number, beside eps.
         beta2 = group.get("betas", (0, 0))[1]
         vanishing = math.sqrt(torch.finfo(wide(p.dtype)).smallest_normal) * math.sqrt(p.numel())
         floor = float(group["lr"]) * vanishing / group.get("eps", 1.0) / math.sqrt(1 - beta2)
-        if group["rule"] == "HVAdam":  # Its variance of fourth powers ends at a quarter of the largest number.
+        if amplifies(group["rule"], "hidden vector"):  # Its fourth powers end at a quarter of the largest number.
             floor += float(group["lr"]) * largest / math.sqrt(torch.finfo(wide(p.dtype)).max / 4 * (1 - beta2))
         # Rounding of the parameter, twice (decay and step, or arithmetic and storage); of the update, which sums and
         # powers amplify; and what the noise, tens of roundings large, tells of the rest.
-        relative = (
-            1e-10 if self.double and group["rule"] not in ("SOAP", "DeVA") else 1e-5
-        )  # Their bases: a ramp of 1e-9.
+        relative = 1e-10 if self.double and not amplifies(group["rule"], "bases") else 1e-5  # Bases: a ramp of 1e-9.
         resolution, smallest = self.resolution(p.dtype)
         tolerance = 2 * resolution * np.maximum(np.abs(old), np.abs(expected)) + smallest
         tolerance += floor + relative * np.abs(expected - old) + 100 * spread

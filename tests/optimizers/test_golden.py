@@ -1,8 +1,7 @@
 """Trajectories of the authors' own released code (or of a published formula) must be ours too.
 
-The folder is named by the environment variable ``GOLDEN_DIR``; its README explains the format. ``ADAPTERS``
-translates the names of the files to our arguments: each adapter takes what it knows out of the case's
-hyperparameters, and whatever is left over is a failure.
+The folder is named by the environment variable ``GOLDEN_DIR``; its README explains the format. Each optimizer's row
+has the adapters that translate the names of the files to our arguments.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-import lightning_optim as lo
-from lightning_optim.engine.two_rules import MatrixOptimizer
+from lightning_optim.registry import OPTIMIZERS
+
+from .rows import MATRIX, ROWS
 
 FOLDER = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parents[3] / "shared" / "golden"))
 
@@ -37,28 +37,6 @@ def _cases() -> list[Any]:
 
 CASES = _cases()
 
-#: Switches of released code that no paper uses and that are not implemented: (optimizer, name) -> the value that is
-#: implemented, and why the others are not.
-LEFT_OUT = {
-    ("hvadam", "amsgrad"): (False, "inherited from AdaBelief's file, used by no experiment"),
-    ("hvadam", "rectify"): (False, "inherited from AdaBelief's file, used by no experiment"),
-    ("hvadam", "fixed_decay"): (False, "inherited from AdaBelief's file, used by no experiment"),
-    ("hvadam", "degenerated_to_sgd"): (None, "only read by the rectified branch, which is left out"),
-    ("anon", "fixed_decay"): (False, "inherited from AdaBelief's file, used by no experiment"),
-    ("laprop", "amsgrad"): (False, "used by no experiment"),
-    ("adabelief", "fixed_decay"): (False, "used by no experiment"),
-    ("adabelief", "degenerated_to_sgd"): (
-        True,
-        "False makes no step at all while the variance is intractable",
-    ),
-    ("madam", "nesterov"): (False, "used by no experiment"),
-    ("lamadam", "amsgrad"): (None, "never takes effect"),
-    ("soap", "normalize_grads"): (False, "used by no experiment"),
-    ("deva", "normalize_grads"): (False, "inherited from SOAP's file, used by no experiment"),
-    ("deva", "merge_dims"): (False, "the released class takes matrices only, which have nothing to merge"),
-    ("deva", "precondition_1d"): (None, "the released class takes matrices only"),
-}
-
 #: Tensors of cases (file, position) that are not compared: the sign of the first gradient has two null directions, and
 #: the polar factor of the file is completed by the rotation that one LAPACK build returned, which later steps remember.
 UNDETERMINED = {("adamuon__paper_form__svd", 1)}
@@ -68,180 +46,43 @@ NOT_YET = {
     "adago", "sso", "mars", "mars_m", "admeta_r", "admeta_s", "olion", "adagram", "adadiag", "adadiag_pp", "elra",
 }  # fmt: skip
 
-Hyper = dict[str, Any]
-
-
-def leave_out(optimizer: str, hp: Hyper) -> None:
-    for (name, key), (implemented, reason) in LEFT_OUT.items():
-        if name == optimizer and key in hp:
-            value = hp.pop(key)
-            if implemented is not None and value != implemented:
-                pytest.skip(f"{key}={value} of {optimizer} is left out: {reason}")
-
-
-def take(hp: Hyper, *names: str, **renamed: str) -> Hyper:
-    """Take the named entries out; ``renamed`` maps our name to the file's. Absent ones keep our default."""
-    pairs = {name: name for name in names} | renamed
-    return {ours: hp.pop(theirs) for ours, theirs in pairs.items() if theirs in hp}
-
-
-def mvn_grad(hp: Hyper, variant: str) -> Hyper:
-    return take(hp, "lr", "betas", "eps", "eps_s", "weight_decay", "decoupled")
-
-
-def deva_vector(hp: Hyper, variant: str) -> Hyper:
-    return take(hp, "lr", "betas", "weight_decay", nesterov="nestrov")
-
-
-def hvadam(hp: Hyper, variant: str) -> Hyper:
-    leave_out("hvadam", hp)
-    return take(hp, "lr", "betas", "eps", "gamma", "weight_decay", decoupled="weight_decouple")
-
-
-def anon(hp: Hyper, variant: str) -> Hyper:
-    leave_out("anon", hp)
-    schedule = {"steps 1,2,4,8,...": "powers_of_two", "every step": "every_step"}[hp.pop("refresh")]
-    return take(hp, "lr", "betas", "eps", "gamma", "beta3", "weight_decay", decoupled="weight_decouple") | {
-        "refresh": schedule
-    }
-
-
-def adabelief(hp: Hyper, variant: str) -> Hyper:
-    if not hp["rectify"]:
-        hp.pop("degenerated_to_sgd", None)  # Read by the rectified branch only.
-    leave_out("adabelief", hp)
-    return take(hp, "lr", "betas", "eps", "weight_decay", "rectify", "amsgrad", decoupled="weight_decouple")
-
-
-def laprop(hp: Hyper, variant: str) -> Hyper:
-    leave_out("laprop", hp)
-    return take(hp, "lr", "betas", "eps", "weight_decay", "centered")
-
-
-def pnm(hp: Hyper, variant: str) -> Hyper:
-    momentum, beta0 = hp.pop("betas")
-    return {"momentum": momentum, "beta0": beta0} | take(hp, "lr", "weight_decay", "decoupled")
-
-
-def adapnm(hp: Hyper, variant: str) -> Hyper:
-    *betas, beta0 = hp.pop("betas")
-    return {"betas": betas, "beta0": beta0} | take(hp, "lr", "eps", "weight_decay", "decoupled", "amsgrad")
-
-
-def madam(hp: Hyper, variant: str) -> Hyper:
-    leave_out("madam", hp)
-    beta_min, beta_max = hp.pop("beta2_range")
-    names = take(hp, "lr", "eps", "weight_decay", "amsgrad", decoupled="adamw")
-    return names | {"betas": (hp.pop("beta1"), beta_max), "beta_min": beta_min}
-
-
-def lamadam(hp: Hyper, variant: str) -> Hyper:
-    leave_out("lamadam", hp)
-    names = take(hp, "lr", "beta_min", "eps", "weight_decay", decoupled="use_adamw")
-    return names | {"betas": (hp.pop("momentum"), hp.pop("beta"))}
-
-
-def muon(hp: Hyper, variant: str) -> Hyper:
-    scale = {"kellerjordan": "original", "moonlight": "moonlight"}[variant]
-    decay = "wd" if "wd" in hp else "weight_decay"
-    return take(hp, "lr", "momentum", "nesterov", weight_decay=decay) | {"scale": scale} | steps(hp)
-
-
-def normuon(hp: Hyper, variant: str) -> Hyper:
-    return take(hp, "lr", "momentum", "beta2", "weight_decay")
-
-
-def adamuon(hp: Hyper, variant: str) -> Hyper:
-    return take(hp, "lr", "momentum", "eps", "weight_decay", "nesterov") | steps(hp)
-
-
-def muon_vs(hp: Hyper, variant: str) -> Hyper:
-    return take(hp, "lr", "momentum", "eps", "weight_decay", gamma="alpha") | steps(hp)
-
-
-def namo(hp: Hyper, variant: str) -> Hyper:
-    if variant == "formula":
-        betas = (hp.pop("mu1"), hp.pop("mu2"))
-        paper = {"nesterov": False, "scale": None, "max_step": None, "betas": betas}
-        return paper | take(hp, "eps", lr="eta", weight_decay="lambda")
-    betas = (hp.pop("momentum"), hp.pop("mu2"))
-    names = take(hp, "lr", "nesterov", weight_decay="wd", eps="adamnorm_eps", scale="scale_coeff")
-    return names | {"betas": betas} | steps(hp)
-
-
-def namo_d(hp: Hyper, variant: str) -> Hyper:
-    clamp = hp.pop("c") if variant == "formula" else hp.pop("col_state_clamp_c")
-    return namo(hp, variant) | {"clamp": clamp if clamp is not None and 0 < clamp <= 1 else None}
-
-
-def eigenbasis(hp: Hyper) -> Hyper:
-    beta = hp.pop("shampoo_beta")
-    names = take(
-        hp, "lr", "betas", "eps", "weight_decay", "precondition_frequency", "correct_bias",
-        max_precondition_dim="max_precond_dim",
-    )  # fmt: skip
-    return names | {"shampoo_beta": None if beta < 0 else beta, "stagger": False}
-
-
-def soap(hp: Hyper, variant: str) -> Hyper:
-    leave_out("soap", hp)
-    return eigenbasis(hp) | take(hp, "merge_dims", "precondition_1d")
-
-
-def deva(form: str) -> Callable[[Hyper, str], Hyper]:
-    def adapter(hp: Hyper, variant: str) -> Hyper:
-        leave_out("deva", hp)
-        hp.pop("variance_adaption", None)  # Never read by the released class.
-        return eigenbasis(hp) | take(hp, "nesterov") | {"form": form, "orthogonalizer": "kj5-schatten"}
-
-    return adapter
-
-
-def steps(hp: Hyper) -> Hyper:
-    return {"orthogonalizer": f"kj{hp.pop('ns_steps', 5)}"}
-
-
-ADAPTERS: dict[str, tuple[type[torch.optim.Optimizer], Callable[[Hyper, str], Hyper]]] = {
-    "mvn_grad": (lo.MVNGrad, mvn_grad),
-    "deva_linf": (lo.DeVAVector, deva_vector),
-    "deva_sinf": (lo.DeVA, deva("momentum")),
-    "deva_sinf_sign": (lo.DeVA, deva("sign")),
-    "deva_sinf_efficient": (lo.DeVA, deva("efficient")),
-    "hvadam": (lo.HVAdam, hvadam),
-    "anon": (lo.Anon, anon),
-    "adabelief": (lo.AdaBelief, adabelief),
-    "laprop": (lo.LaProp, laprop),
-    "pnm": (lo.PNM, pnm),
-    "adapnm": (lo.AdaPNM, adapnm),
-    "madam": (lo.MAdam, madam),
-    "lamadam": (lo.LaMAdam, lamadam),
-    "muon": (lo.Muon, muon),
-    "normuon": (lo.NorMuon, normuon),
-    "adamuon": (lo.AdaMuon, adamuon),
-    "muon_vs": (lo.MuonVS, muon_vs),
-    "muon_nsr": (lo.MuonNSR, muon_vs),
-    "namo": (lo.NAMO, namo),
-    "namo_d": (lo.NAMOD, namo_d),
-    "soap": (lo.SOAP, soap),
+#: Name in the files -> optimizer and adapter.
+ADAPTERS = {
+    known: (row.name, adapter)
+    for row in ROWS.values()
+    if not isinstance(row.golden, str)
+    for known, adapter in row.golden.items()
 }
 
 
-def build(case: dict[str, str], params: list[Tensor], backend: str) -> torch.optim.Optimizer:
+def arguments_of(case: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
+    """The optimizer of a case, and its arguments."""
     name = case["optimizer"]
     if name in NOT_YET:
         pytest.skip(f"{name} is not implemented yet")
     if name not in ADAPTERS:
-        pytest.fail(f"no adapter for the optimizer {name!r}")
-    cls, adapter = ADAPTERS[name]
+        pytest.fail(f"no row in tests/optimizers/rows has an adapter for the golden files of {name!r}")
+    optimizer, adapter = ADAPTERS[name]
     left = json.loads(case["hyperparams"])
     arguments = adapter(left, case["variant"])
     if left:
         pytest.fail(f"hyperparameters of {name} that no argument honours: {left}")
     if case["orthogonalization"] == "exact-svd":
         arguments["orthogonalizer"] = "exact"
-    if issubclass(cls, MatrixOptimizer):
-        return cls([{"params": params, "role": "matrix"}], backend=backend, **arguments)
-    return cls(params, backend=backend, **arguments)
+    return optimizer, arguments
+
+
+def test_a_row_has_golden_trajectories_or_says_why_not() -> None:
+    for row in ROWS.values():
+        assert row.golden, f"{row.name}: give adapters of golden files, or a reason why there are none"
+    assert not NOT_YET & ADAPTERS.keys()
+
+
+def build(case: Mapping[str, str], params: list[Tensor], backend: str) -> torch.optim.Optimizer:
+    name, arguments = arguments_of(case)
+    groups: Any = [{"params": params, "role": "matrix"}] if name in MATRIX else params
+    cls: Any = OPTIMIZERS[name].cls
+    return cls(groups, backend=backend, **arguments)
 
 
 class Completion:

@@ -17,7 +17,7 @@ from lightning_optim.engine import gradients
 from lightning_optim.engine.rule import MatrixRule
 from lightning_optim.registry import OPTIMIZERS
 
-from .rows import OURS, ROWS, build
+from .rows import CONFIGURATIONS, OURS, build
 from .rows import gradients as some_gradients
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -28,8 +28,8 @@ def is_refused(name: str, arguments: dict[str, Any]) -> bool:
     return not cls.capturable or arguments.get("orthogonalizer") == "exact"
 
 
-CAPTURED = [(name, arguments) for name in OURS for arguments in ROWS[name] if not is_refused(name, arguments)]
-REFUSED = [(name, arguments) for name in OURS for arguments in ROWS[name] if is_refused(name, arguments)]
+CAPTURED = [(name, arguments) for name in OURS for arguments in CONFIGURATIONS[name] if not is_refused(name, arguments)]
+REFUSED = [(name, arguments) for name in OURS for arguments in CONFIGURATIONS[name] if is_refused(name, arguments)]
 SHAPES = [(5,), (7,), (6, 4), (4, 6), (6, 4), (130, 130)]
 
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 import lightning_optim as lo
+from lightning_optim.engine.rule import RULES
 from lightning_optim.engine.two_rules import fallbacks
 from lightning_optim.registry import OPTIMIZERS
 
-from .rows import build, gradients, run
+from .rows import MATRIX, amplifies, build, gradients, run
 
-MATRIX = [name for name, info in OPTIMIZERS.items() if info.kind == "matrix"]
 each_matrix_optimizer = pytest.mark.parametrize("name", MATRIX)
 
 
@@ -142,7 +142,7 @@ def test_grouped_transposed_convolutions(name: str) -> None:
     follow(name, whole, parts, split, lambda xs: torch.cat([x.transpose(0, 1) for x in xs]), blocks=2, transposed=True)
 
 
-@pytest.mark.parametrize("name", ["Muon", "NorMuon", "AdaMuon", "MuonVS", "MuonNSR", "NAMO", "NAMOD", "DeVA"])
+@pytest.mark.parametrize("name", [name for name in MATRIX if RULES[name].flatten])
 def test_convolutions_are_matrices_of_flattened_kernels(name: str) -> None:
     """But the shape factors, which released code takes from the kernel's own axes, are alike only for such a shape."""
     whole = nn.Parameter(torch.randn(8, 2, 2, 2, generator=torch.Generator().manual_seed(1)))
@@ -172,10 +172,10 @@ def test_observers_see_what_the_rule_computed(name: str) -> None:
     run(optimizer, [weight, bias], range(1, 4))
     run(plain, copies, range(1, 4))
     assert torch.equal(weight, copies[0])
-    if name != "SOAP":
+    if "orthogonalizer" in OPTIMIZERS[name].defaults:
         singular_values = torch.linalg.svdvals(seen["orthogonal_factor"])
         # Five of Keller Jordan's steps map singular values into about [0.68, 1.13], not to 1.
-        if name == "AdaMuon":  # The signs may be singular; rounding times 3.4 in each step stays far below this.
+        if amplifies(name, "factor"):  # Signs may be singular; rounding times 3.4 in each step stays far below this.
             singular_values = singular_values[singular_values > 1e-2]
         assert ((singular_values > 0.6) & (singular_values < 1.25)).all()
     if name.startswith("NAMO"):

@@ -8,7 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from .rows import build, run
+from lightning_optim.registry import OPTIMIZERS
+
+from .rows import MATRIX, build, run
+
+STAGGERED = [name for name in MATRIX if "stagger" in OPTIMIZERS[name].defaults]
 
 FREQUENCY = 4
 
@@ -32,13 +36,13 @@ def refreshed(name: str, steps: int, resume_at: int | None = None, **arguments: 
     return found
 
 
-@pytest.mark.parametrize("name", ["SOAP", "DeVA"])
+@pytest.mark.parametrize("name", STAGGERED)
 def test_released_schedule_refreshes_everything_at_once(name: str) -> None:
     assert refreshed(name, 10, stagger=False) == [{5, 9}] * 6
 
 
 @pytest.mark.parametrize("resume_at", [None, 4])
-@pytest.mark.parametrize("name", ["SOAP", "DeVA"])
+@pytest.mark.parametrize("name", STAGGERED)
 def test_by_default_refreshes_are_dealt_evenly_and_survive_a_resume(name: str, resume_at: int | None) -> None:
     found = refreshed(name, 13, resume_at)
     for i, steps in enumerate(found):

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_optim import OptimizerConfig, build_optimizer
 
-from ..optimizers.rows import OURS
+from ..optimizers.rows import OURS, ROWS
 
 #: How far parameters may end from those of the float32 run, as a fraction of the way they went. Gradients of 11 and 8
 #: bits (float16, bfloat16) differ by about 1e-3 and 1e-2, which normalising small entries amplifies; parameters of 8
@@ -38,24 +38,6 @@ from ..optimizers.rows import OURS
 PRECISIONS = {"32-true": 1e-3, "64-true": 0.02, "16-mixed": 0.1, "bf16-mixed": 0.2, "16-true": 0.1, "bf16-true": 0.6}
 DTYPES = {"64-true": torch.float64, "16-true": torch.float16, "bf16-true": torch.bfloat16}
 
-#: Of the size of the steps that each makes.
-LEARNING_RATES = {
-    "Anon": 0.1,
-    "AdaBelief": 0.05,
-    "DeVAVector": 1e-3,
-    "Muon": 0.02,
-    "NorMuon": 0.02,
-    "AdaMuon": 0.02,
-    "MuonVS": 0.02,
-    "MuonNSR": 0.02,
-    "SOAP": 0.01,
-    "DeVA": 0.02,
-    "LaProp": 0.01,
-    "PNM": 0.2,
-    "AdaPNM": 0.05,
-    "MAdam": 0.01,
-    "LaMAdam": 0.01,
-}
 BATCHES, EPOCHS, SAMPLES = 4, 3, 16
 
 
@@ -129,7 +111,7 @@ class Model(pl.LightningModule):
         self.unclipped = copies(p.grad for p in self.parameters())
 
     def build(self, **settings: Any) -> torch.optim.Optimizer:
-        return build_optimizer(self, OptimizerConfig(self.name, {"lr": LEARNING_RATES.get(self.name, 0.01)} | settings))
+        return build_optimizer(self, OptimizerConfig(self.name, {"lr": ROWS[self.name].lr} | settings))
 
     def configure_optimizers(self) -> Any:
         optimizer = self.build()

@@ -31,7 +31,7 @@ from lightning_optim.callbacks import RNGState
 from lightning_optim.checkpoint_io import SafeCheckpointIO
 from lightning_optim.data.loading import BatchDataset, EpochSampler, ResumableLoader
 from lightning_optim.registry import OPTIMIZERS
-from tests.optimizers.rows import OURS, ROWS
+from tests.optimizers.rows import CONFIGURATIONS, OURS
 
 STOP, END = 3, 8
 DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "64": torch.float64}
@@ -67,7 +67,7 @@ def shard(net: nn.Module, mesh: DeviceMesh) -> nn.Module:
 
 
 def settings(name: str) -> dict[str, Any]:
-    return {"name": name, "args": {"lr": 0.01} | ROWS.get(name, [{}])[0]}
+    return {"name": name, "args": {"lr": 0.01} | CONFIGURATIONS.get(name, [{}])[0]}
 
 
 def tokens(n: int) -> Tensor:
