@@ -36,7 +36,7 @@ from lightning_optim.engine.rule import ElementwiseRule, MatrixRule, Move
 from lightning_optim.engine.step import run_rules
 from lightning_optim.registry import OPTIMIZERS
 
-from .rows import FLAT, OURS, amplifies, build, each_configuration, each_optimizer, gradients, network, run
+from .rows import OURS, amplifies, build, each_configuration, each_optimizer, gradients, network, run
 
 NARROW = [torch.bfloat16, torch.float16]
 #: Everything that can be asked for of a dtype.
