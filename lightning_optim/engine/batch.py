@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import processes
 from .rounding import RESIDUAL, first_number, prepare_residual
 from .rule import MatrixRule, Rule, Scalars, hyperparameters_of, numbers_of
-from .state import State, block_shape, compute_dtype, follow, new_state, state_shapes
+from .state import State, block_shape, compute_dtype, follow, has_begun, new_state, state_shapes
 
 
 @dataclass
@@ -159,7 +159,7 @@ class PreparedGroup:
         positions: Mapping[Tensor, int],
     ) -> None:
         for p, state, owner in zip(params, states, owners):
-            if not state:
+            if not has_begun(state):
                 state.update(new_state(rule, p, group, owner))
         follow(rule, params, states, group)
         if rounding != "nearest" or any(RESIDUAL in state for state in states):
@@ -278,7 +278,9 @@ def clocks_of(states: list[State], names: Iterable[str]) -> dict[str, Tensor]:
         vector = column[0]._base
         if vector is None or vector.shape != (len(column),) or not _are_entries(column, vector):
             # New, from a checkpoint (which may have been moved as a whole), or of other parameters than the last time.
-            vector = torch.stack([x.cpu() for x in column])
+            # A count that a wrapper has written as a float, too, counts beyond 2^24.
+            dtype = torch.int64 if name == "step" else torch.float64
+            vector = torch.stack([x.to("cpu", dtype) for x in column])
             for i, state in enumerate(states):
                 state[name] = vector[i]
         vectors[name] = vector

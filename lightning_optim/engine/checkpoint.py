@@ -12,6 +12,8 @@ from torch.optim import Optimizer
 
 from .. import processes
 from ..names import clean_name
+from . import formats
+from .formats import CheckpointError as CheckpointError
 
 Groups = Sequence[Mapping[str, Any]]
 
@@ -28,12 +30,8 @@ _REMEDY = (
 )
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be loaded. The message says what is wrong and what to do."""
-
-
 def matched(optimizer: Optimizer, state_dict: Any) -> dict[str, Any]:
-    """A checkpoint's parameter groups and parameters in the order in which an optimizer holds them.
+    """A checkpoint of any format in the present one, its groups and parameters in the order of an optimizer's.
 
     Parameters are found by name where both sides have names, whatever the module is or was wrapped in
     (:func:`.clean_name`), otherwise by position.
@@ -46,7 +44,7 @@ def matched(optimizer: Optimizer, state_dict: Any) -> dict[str, Any]:
         The state dict, reordered. Hyperparameters that it lacks are those of the optimizer.
 
     Raises:
-        CheckpointError: It is of another optimizer, of other parameters, or of other groups of them.
+        CheckpointError: It is of another optimizer, of other parameters, of other groups of them, or of a later format.
 
     Example:
         >>> a, b = (torch.nn.Parameter(torch.zeros(2)) for _ in "ab")
@@ -63,6 +61,7 @@ def matched(optimizer: Optimizer, state_dict: Any) -> dict[str, Any]:
         <BLANKLINE>
     """
     _check_form(state_dict)
+    state_dict = formats.current(state_dict)
     name = type(optimizer).__name__
     here, saved = _with_clean_names(optimizer.param_groups), _with_clean_names(state_dict["param_groups"])
     _check_author(name, here, saved)
@@ -92,11 +91,12 @@ def check_state(saved: Mapping[str, Mapping[str, Any]], expected: Mapping[str, M
     """Compare the saved state of parameters with what it has to be.
 
     Args:
-        saved: For each parameter, by whatever it is to be called, its state in the checkpoint.
+        saved: For each parameter, by its label, its state in the checkpoint. What a wrapper keeps there under a name
+            of its own is not looked at.
         expected: Likewise tensors of the right names, shapes, dtypes and placements; their values do not matter.
 
     Raises:
-        CheckpointError: A tensor is missing, superfluous, of another shape or kind, or sharded otherwise.
+        CheckpointError: A tensor is missing, of another shape or dtype, or sharded otherwise.
     """
     problems = {name: _state_problems(state, expected[name]) for name, state in saved.items()}
     if found := [f"{name} ({problem})" for name, problem in problems.items() if problem]:
@@ -105,19 +105,27 @@ def check_state(saved: Mapping[str, Mapping[str, Any]], expected: Mapping[str, M
 
 def _state_problems(saved: Mapping[str, Any], expected: Mapping[str, Tensor]) -> str:
     problems = [f"{name} is missing" for name in expected if name not in saved]
-    problems += [f"{name} is unknown" for name in saved if name not in expected]
-    wide = (torch.float32, torch.float64)
+    if problems:
+        problems += [f"{name} is unknown" for name in saved if name not in expected]
     for name, x in expected.items():
         value = saved.get(name, x)
         if not isinstance(value, Tensor):
             problems.append(f"{name} is a {type(value).__name__} instead of a tensor")
         elif value.shape != x.shape:
             problems.append(f"{name} is of shape {tuple(value.shape)} instead of {tuple(x.shape)}")
-        elif value.dtype != x.dtype and not (value.dtype in wide and x.dtype in wide):
+        elif x.dtype == torch.int64 and formats.whole(value).dtype != torch.int64:
+            problems.append(f"{name} is {value.item()} instead of a whole number")
+        elif not _converts(value.dtype, x.dtype):
             problems.append(f"{name} is {_short(value.dtype)} instead of {_short(x.dtype)}")
         elif processes.placements(value) not in (None, processes.placements(x)):
             problems.append(f"{name} has placements {processes.placements(value)} instead of {processes.placements(x)}")
     return ", ".join(problems)
+
+
+def _converts(saved: torch.dtype, expected: torch.dtype) -> bool:
+    """Whether state of one dtype is taken for another: another precision of the parameters, and counts as floats."""
+    wide = (torch.float32, torch.float64)
+    return saved == expected or expected == torch.int64 or (saved in wide and expected in wide)
 
 
 def label(group: Mapping[str, Any], i: int, j: int) -> str:

@@ -169,7 +169,7 @@ class StepGraphs:
         groups = tuple((id(g), g["maximize"], g.get("blocks"), g.get("transposed")) for g, _ in work)
         params = [p for _, params in work for p in params]
         tensors = [*params, *(p.grad for p in params if p.grad is not None)]
-        states = [x for p in params for x in optimizer.state.get(p, {}).values()]
+        states = [x for p in params for x in optimizer.state.get(p, {}).values() if isinstance(x, Tensor)]
         places = tuple((x.data_ptr(), x.dtype, x.shape, x.stride()) for x in tensors)
         return settings, groups, places, tuple((id(x), x.data_ptr()) for x in states)
 

@@ -34,7 +34,7 @@ from .elementwise import packs
 from .matrices import ParameterObserver, Report, Stack
 from .rounding import RESIDUAL
 from .rule import LIKE_PARAMETER, Move, Polar
-from .state import block_shape, compute_dtype, from_blocks, number_names, state_shapes
+from .state import block_shape, compute_dtype, from_blocks, state_shapes, tensor_names
 
 Asked = Sequence[tuple[Stack, Polar]]
 #: A matrix of a step: its parameter and which of the parameter's matrices it is.
@@ -260,7 +260,7 @@ def _runs(c: _Cut) -> Iterator[tuple[int, Task]]:
             return x.view(-1, n)[start:stop].view(shape)  # noqa: B023
 
         state = dict(task.state)
-        for name in state.keys() - number_names(c.batch.rule):
+        for name in tensor_names(c.batch.rule, c.parameter, c.batch.group, state):
             in_rows = shapes.get(name, LIKE_PARAMETER) is LIKE_PARAMETER
             state[name] = here(state[name]) if in_rows else state[name][first : first + count]
         noise = None if task.noise is None else task.noise + start * n

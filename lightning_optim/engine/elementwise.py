@@ -31,7 +31,7 @@ from .batch import Batch, Task
 from .call import call
 from .rounding import joined_numbers, numbers
 from .rule import ElementwiseRule, GroupRule
-from .state import compute_dtype, number_names
+from .state import compute_dtype, tensor_names
 
 #: Tensors up to this many elements are joined for one call on all: below it a copy of a tensor costs less than a call.
 SMALL = {"cpu": 2**14, "cuda": 2**18}
@@ -140,12 +140,15 @@ def _alike(batch: Batch) -> list[Alike]:
             gain = task.gain if isinstance(task.gain, float) else None
             key = (id(task.scalars), task.p.dtype, task.g.dtype, task.p.device, gain)
             groups.setdefault(key, []).append(task)
-    numbers = number_names(batch.rule)
     # Parameters of one group can be of several precisions, and then only some have a residual.
-    found = [Alike(tasks, [name for name in tasks[0].state if name not in numbers]) for tasks in groups.values()]
+    found = [Alike(tasks, _tensor_names(batch, tasks[0])) for tasks in groups.values()]
     if same:
         batch.cache["alike"] = found
     return found
+
+
+def _tensor_names(batch: Batch, task: Task) -> list[str]:
+    return tensor_names(batch.rule, task.parameter, batch.group, task.state)
 
 
 def _each(
@@ -236,8 +239,8 @@ class _Grouped:
             some = self.batch if len(tasks) == len(self.batch.tasks) else replace(self.batch, tasks=tasks, cache={})
             parts = [part for alike in _alike(some) for part in self._call(self.rule.sums, alike, {}, moves=False)]
             if not parts:  # This rank has no element of them, but the others wait for its zeros.
-                task, numbers = tasks[0], number_names(self.rule)
-                state = {name: x for name, x in task.state.items() if name not in numbers}
+                task = tasks[0]
+                state = {name: task.state[name] for name in _tensor_names(self.batch, task)}
                 parts = [call(self.rule.sums, task.p, task.g, task.gain, None, state, task.scalars, moves=False)]
             sums[key] = torch.stack([torch.stack([x.to(self.device) for x in column]).sum(0) for column in zip(*parts)])
         return sums

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from .. import processes
 from ..processes import Group
-from . import checkpoint, declare, owned_state
+from . import checkpoint, declare, formats, owned_state
 from .batch import Batch, PreparedGroup, Tick, local_gradient, settle
 from .checkpoint import CheckpointError
 from .gradients import inspect_gradients
@@ -24,7 +25,7 @@ from .hyperparameters import NUMBERS, count, satisfies
 from .matrices import ParameterObserver
 from .rounding import RESIDUAL, Rounding, is_narrow, load, residual_dtype
 from .rule import MatrixRule, Rule, Scalars
-from .state import State, compute_dtype, lives_with_owner, new_state, number_names, state_shapes
+from .state import expected_state, has_begun, lives_with_owner, load_state, state_shapes
 from .step import Backend, run_rules
 
 if TYPE_CHECKING:
@@ -296,7 +297,7 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
         rule = self.rule(group)
         fixed = any(name in rule.fixed for name in changed)
         for p in group["params"]:
-            if not self.state.get(p):
+            if not has_begun(self.state.get(p)):
                 continue
             needed, had = ((state_shapes(rule, p, g), lives_with_owner(rule, p, g)) for g in (group, before))
             if fixed or needed != had:
@@ -413,7 +414,7 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
     def _note_idle(self, prepared: PreparedGroup) -> None:
         if len(prepared.params) < len(prepared.group["params"]):
             states = (self.state.get(p) for p in prepared.group["params"] if p.grad is None)
-            prepared.batch.idle = [state for state in states if state]
+            prepared.batch.idle = [state for state in states if has_begun(state)]
 
     def _taking_part(self, params: list[Tensor]) -> list[Tensor]:
         """The parameters that are updated. One without elements on this rank is, if other ranks may have some."""
@@ -450,7 +451,7 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
     def _bring_state_home(self, work: Work) -> None:
         """See to it that state which is to live with one process does."""
         matrices = [p for group, params in work if issubclass(self.rule(group), MatrixRule) for p in params]
-        if all(p in self._owners and self.state.get(p) for p in matrices):
+        if all(p in self._owners and has_begun(self.state.get(p)) for p in matrices):
             return
         residents = self._residents()
         owners = owned_state.owners(residents, self._owners)
@@ -486,7 +487,8 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
         if limit is None or count < limit:
             return
         self.consecutive_skips = 0  # Whoever goes on nevertheless has as many tries again.
-        done = max((int(state["step"]) for state in self.state.values() if "step" in state), default=0)
+        states = [self.state.get(p) for group in self.param_groups for p in group["params"]]
+        done = max((int(state["step"]) for state in states if has_begun(state)), default=0)
         raise NonFiniteGradientsError(
             f"{type(self).__name__} has skipped {count} steps in a row, all since its step {done}, because gradients "
             "held NaN or infinity; parameters and state are as they were after that step. The data or the loss may "
@@ -514,70 +516,80 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
     # --- checkpoints --------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """State of the optimizer, of tensors and plain values only.
+        """State and parameter groups: tensors and plain values only, and the number of their format.
 
-        Of parameters that are sharded all processes have to call it: state that lives with one is sent to the others.
+        Where parameters are sharded, all ranks have to call it: state that one rank keeps for all is sent to the
+        others. torch's hooks run as they do in any optimizer; the format number, which stands behind the names of the
+        rules (see :mod:`.formats`), is added after them.
         """
         self.settle()
         state = self.state
         parts = owned_state.in_parts(self._residents(), self._owners, state)
         self.state = defaultdict(dict, {**state, **parts})  # The hooks of torch see what they return.
         try:
-            return super().state_dict()
+            return formats.stamped(super().state_dict())
         finally:
             self.state = state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state of an optimizer with the same rules for the same parameters.
 
-        Parameters with names are found by name, others by position. State of the parameters' size takes the precision
-        of the arithmetic on the parameters that are here now. Where those are sharded, every process takes its part of
-        whole state. Nothing is changed unless everything fits.
+        Parameters with names are found by name, others by position. State takes the precision of the arithmetic on the
+        parameters that are here now; where those are sharded, every rank takes its shard of state that is whole. What
+        wrappers keep in a parameter's state under names of their own is moved to the parameter's device and otherwise
+        left as it was. Nothing is changed unless everything fits.
+
+        torch's hooks run as they do in any optimizer: those before may replace the state dict, those after see the
+        optimizer as it goes on.
 
         Raises:
-            CheckpointError: The checkpoint is of another optimizer, of other parameters or groups of them, or damaged.
+            CheckpointError: The checkpoint is of another optimizer, of other parameters or groups of them, of a later
+                format, or damaged.
         """
+        if isinstance(state_dict, Mapping):
+            state_dict = dict(state_dict)  # Hooks may change it.
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            replacement = before(self, state_dict)
+            state_dict = state_dict if replacement is None else replacement
         state_dict = checkpoint.matched(self, state_dict)
-        self._check_checkpoint(state_dict)
+        state = self._loaded_state(state_dict)
         self.settle()
-        super().load_state_dict(state_dict)
+        groups = [
+            {**deepcopy(saved), "params": group["params"]}
+            for group, saved in zip(self.param_groups, state_dict["param_groups"])
+        ]
+        for group, old in zip(groups, self.param_groups):
+            if "param_names" in old:
+                group.setdefault("param_names", old["param_names"])
+        self.__setstate__({"state": state, "param_groups": groups})
         self.consecutive_skips = 0
         self._owners = {}
-        self._seen = [group.copy() for group in self.param_groups]  # Hyperparameters that go with the loaded state.
-        # torch casts state to the parameter's dtype; the saved values are what continues the run exactly.
-        for group, saved in zip(self.param_groups, state_dict["param_groups"]):
-            keep = {*number_names(self.rule(group)), RESIDUAL}
-            for p, key in zip(group["params"], saved["params"]):
-                state = state_dict["state"].get(key, {})
-                expected = self._expected_state(p, group, state) if state else {}
-                for name, value in state.items():
-                    dtype = value.dtype if name in keep else compute_dtype(p.dtype)
-                    value = value.to(self.state[p][name].device, dtype, copy=True)
-                    self.state[p][name] = processes.sharded_like(value, expected[name])
+        self._seen = [group.copy() for group in groups]  # Hyperparameters that go with the loaded state.
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
-    def _check_checkpoint(self, state_dict: Mapping[str, Any]) -> None:
-        """Refuse hyperparameters out of range and state of other names, shapes or kinds than the rules'."""
-        states, expected = {}, {}
+    def _loaded_state(self, state_dict: Mapping[str, Any]) -> defaultdict[Any, Any]:
+        """A checkpoint's state as this optimizer needs it.
+
+        Raises:
+            CheckpointError: Hyperparameters are out of range, or state is not what the rules need.
+        """
+        found, states, expected = [], {}, {}
+        others = dict(state_dict["state"])
         for i, (group, saved) in enumerate(zip(self.param_groups, state_dict["param_groups"])):
             try:
                 self._check({**saved, "params": group["params"]})
             except ValueError as error:
                 raise CheckpointError(f"Group {group.get('name', i)!r} of the checkpoint: {error}") from error
+            rule = self.rule(saved)
             for j, (p, key) in enumerate(zip(group["params"], saved["params"])):
-                if state := state_dict["state"].get(key):
+                if state := others.pop(key, None):
                     name = checkpoint.label(group, i, j)
-                    states[name], expected[name] = state, self._expected_state(p, saved, state)
+                    states[name], expected[name] = state, expected_state(rule, p, saved, state)
+                    found.append((p, state, expected[name]))
         checkpoint.check_state(states, expected)
-
-    def _expected_state(self, p: Tensor, group: Mapping[str, Any], saved: Mapping[str, Any]) -> State:
-        """State such as that of a checkpoint should be, without values."""
-        like = torch.empty_like(p, device="meta")
-        expected = new_state(self.rule(group), like, group)
-        if RESIDUAL in saved:  # of whichever way of rounding; the step makes the one it needs
-            kind = getattr(saved[RESIDUAL], "dtype", None)
-            kind = kind if kind in (torch.bfloat16, torch.float16) else torch.int16
-            expected[RESIDUAL] = torch.empty_like(like, dtype=kind)
-        return expected
+        loaded = {p: load_state(p, state, like) for p, state, like in found}
+        return defaultdict(dict, {**loaded, **others})  # As torch does, what belongs to no parameter stays.
 
 
 def listed(params: Any) -> list[Any]:

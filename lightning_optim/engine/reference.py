@@ -19,7 +19,7 @@ from .batch import Batch, Task
 from .matrices import ParameterObserver
 from .rounding import RESIDUAL, load, numbers, store_
 from .rule import LIKE_PARAMETER, GroupRule, MatrixRule, Move, ignore
-from .state import compute_dtype, from_blocks, number_names, state_shapes, to_blocks
+from .state import compute_dtype, from_blocks, state_shapes, to_blocks
 
 
 def run(batches: Sequence[Batch], observer: ParameterObserver | None) -> None:
@@ -119,8 +119,8 @@ def _gradient(task: Task) -> Tensor:
 
 
 def _state(batch: Batch, task: Task) -> SimpleNamespace:
-    skip = {*number_names(batch.rule), RESIDUAL}
-    return SimpleNamespace(**{name: x for name, x in task.state.items() if name not in skip})
+    names = state_shapes(batch.rule, task.parameter, batch.group)
+    return SimpleNamespace(**{name: task.state[name] for name in names})
 
 
 def _store(task: Task, value: Tensor) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from .. import processes
 from .arithmetic import largest_gradient
+from .rounding import RESIDUAL
 from .rule import LIKE_PARAMETER, GroupRule, MatrixRule, Rule, Shape, buffers_of, hyperparameters_of
 
 State = MutableMapping[str, Any]
@@ -27,11 +29,6 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def accumulation_dtype(device: torch.device) -> torch.dtype:
     """Sums over a whole parameter group are taken in float64, which Apple's GPUs lack."""
     return torch.float32 if device.type == "mps" else torch.float64
-
-
-def number_names(rule: type[Rule]) -> set[str]:
-    """Names of the state that is one number for each parameter, whatever its size."""
-    return {"step", *rule.host_state, *(rule.group_state if issubclass(rule, GroupRule) else ())}
 
 
 def state_shapes(rule: type[Rule], p: Tensor, group: Mapping[str, Any]) -> dict[str, Shape | None]:
@@ -52,7 +49,7 @@ def new_state(rule: type[Rule], p: Tensor, group: Mapping[str, Any], owner: int 
     precision whatever torch's default, which Lightning lowers in training steps that step by hand at 16-true.
     """
     dtype = compute_dtype(p.dtype)
-    state: State = {"step": torch.tensor(0.0, dtype=torch.float32, device="cpu")}
+    state: State = {"step": torch.tensor(0, dtype=torch.int64, device="cpu")}
     for name in rule.host_state:
         state[name] = torch.tensor(0.0, dtype=torch.float64, device="cpu")
     for name, shape in state_shapes(rule, p, group).items():
@@ -65,6 +62,50 @@ def new_state(rule: type[Rule], p: Tensor, group: Mapping[str, Any], owner: int 
     if issubclass(rule, GroupRule):
         for name, value in rule.group_state.items():
             state[name] = torch.tensor(value, dtype=accumulation_dtype(p.device), device=p.device)
+    return state
+
+
+def has_begun(state: Mapping[str, Any] | None) -> TypeGuard[State]:
+    """Whether a parameter has state of its rule; a wrapper may have put something of its own there before."""
+    return state is not None and "step" in state
+
+
+def tensor_names(rule: type[Rule], p: Tensor, group: Mapping[str, Any], state: State) -> list[str]:
+    """Names of the state tensors that a step works on: the rule's and the residual, not what wrappers keep there."""
+    return [*state_shapes(rule, p, group), *([RESIDUAL] if RESIDUAL in state else [])]
+
+
+def expected_state(rule: type[Rule], p: Tensor, group: Mapping[str, Any], saved: Mapping[str, Any]) -> State:
+    """What the saved state of a parameter should be like, without values; empty if none of it is the rule's.
+
+    A residual is expected where one was saved: the next step makes the one that it needs.
+    """
+    like = torch.empty_like(p, device="meta")
+    expected = new_state(rule, like, group)
+    if expected.keys().isdisjoint(saved):
+        return {}
+    for name in rule.group_state if issubclass(rule, GroupRule) else ():
+        expected[name] = expected[name].to(accumulation_dtype(p.device))
+    if RESIDUAL in saved:
+        kind = getattr(saved[RESIDUAL], "dtype", None)
+        kind = kind if kind in (torch.bfloat16, torch.float16) else torch.int16
+        expected[RESIDUAL] = torch.empty_like(like, dtype=kind)
+    return expected
+
+
+def load_state(p: Tensor, saved: Mapping[str, Any], expected: State) -> State:
+    """A copy of the saved state of a parameter beside it, of the expected dtypes and sharded as expected.
+
+    What is not expected keeps its dtype, so that a wrapper's float32 averages of bfloat16 parameters stay exact.
+    """
+    state: State = {}
+    for name, value in saved.items():
+        if name not in expected:
+            state[name] = tree_map_only(Tensor, lambda x: x.to(p.device, copy=True), value)
+            continue
+        like = expected[name]
+        device = like.device if like.is_cpu else p.device  # Counts stay where the host reads them.
+        state[name] = processes.sharded_like(value.to(device, like.dtype, copy=True), like)
     return state
 
 

@@ -160,21 +160,22 @@ def test_a_rule_is_not_taken_for_the_optimizer() -> None:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_schedules_and_later_options_do_not_make_a_checkpoint_foreign(name: str) -> None:
     a = build_optimizer(net(), name)
-    torch.optim.lr_scheduler.OneCycleLR(a, max_lr=0.1, total_steps=10)
+    rates = [group["lr"] for group in a.param_groups]
+    torch.optim.lr_scheduler.OneCycleLR(a, max_lr=rates, total_steps=10)
     saved = trained(a).state_dict()
     for group in saved["param_groups"]:
         group.pop("maximize", None)
     b = build_optimizer(net(), name)
     b.load_state_dict(saved)
-    assert b.param_groups[0]["max_lr"] == 0.1
+    assert [group["max_lr"] for group in b.param_groups] == rates
     assert b.param_groups[0].get("maximize", False) is False
     trained(b)
 
 
 DAMAGE: dict[str, Callable[[dict[str, Any]], Any]] = {
     "missing": lambda state: state.popitem(),
-    "unknown": lambda state: state.update(exp_avg=torch.zeros(2)),
-    "int64 instead of": lambda state: state.update(step=torch.tensor(3)),
+    "unknown": lambda state: state.update(exp_avg=state.popitem()[1]),
+    "2.5 instead of a whole number": lambda state: state.update(step=torch.tensor(2.5)),
     "bfloat16 instead of": lambda state: state.update({k: x.bfloat16() for k, x in state.items()}),
     "float instead of a tensor": lambda state: state.update(step=3.0),
     "(7,) instead of": lambda state: state.update(step=torch.zeros(7)),
