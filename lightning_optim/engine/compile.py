@@ -4,6 +4,11 @@ A rule's function is traced once, on vectors of symbolic length and with its hyp
 handed to Inductor. Dynamo (``torch.compile``'s front end) is left out on purpose: a traced function has no guards, so
 that nothing can ever recompile it, and a call costs 4 microseconds instead of 60. What :func:`torch.compile` would
 specialise on, dtypes, device and switches (booleans, strings, ``None``), is the key under which a kernel is kept.
+
+What this takes from torch is private: ``torch._inductor.compile_fx.compile_fx_inner`` and the symbols of
+``torch.fx.experimental`` in :func:`_compile` and :func:`_hoist`, checked with torch 2.9 to 2.15. Where they fail, the
+same trace goes through :func:`torch.compile`, with numbers as 0-d tensors: slower, and still much faster than eager
+operations.
 """
 
 from __future__ import annotations
@@ -153,13 +158,16 @@ def _as_tensors(numbers: tuple[float, ...]) -> tuple[Tensor, ...]:
 
 
 def _compile_apart(function: Callable[..., Any], example: list[Tensor], numbers: tuple[float, ...]) -> Kernel:
-    """Compile in a thread of its own.
+    """Compile in a thread of its own, by torch's private interface or else by its public one.
 
     The caller's profiler (which reads shapes and so fixes the symbolic length), autocast, default device and other
     modes would become part of the kernel.
     """
-    thread = _thread(os.getpid())
-    return thread.submit(copy_context().run, _compile, function, example, numbers, torch.get_num_threads()).result()
+    thread, threads = _thread(os.getpid()), torch.get_num_threads()
+    try:
+        return thread.submit(copy_context().run, _compile, function, example, numbers, threads).result()
+    except (ImportError, AttributeError, TypeError):  # What another version of torch answers.
+        return thread.submit(copy_context().run, _compile_publicly, function, example, numbers).result()
 
 
 @cache
@@ -188,6 +196,20 @@ def _compile(function: Callable[..., Any], example: list[Tensor], numbers: tuple
     flags = {"cpp.threads": threads, "cpp.enable_floating_point_contract_flag": "fast"}
     with config.patch(flags), torch.accelerator.device_index(example[0].device.index):
         return Kernel(prepare, compile_fx_inner(graph, inputs))
+
+
+@torch.no_grad()
+def _compile_publicly(function: Callable[..., Any], example: list[Tensor], numbers: tuple[float, ...]) -> Kernel:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    graph = make_fx(torch.func.functionalize(function), tracing_mode="symbolic")(*example, *_as_tensors(numbers))
+    compiled = torch.compile(graph, dynamic=True, fullgraph=True)
+
+    @torch.no_grad()
+    def run(arguments: list[Any]) -> Any:
+        return compiled(*arguments)
+
+    return Kernel(_as_tensors, run)
 
 
 def _hoist(module: fx.GraphModule, count: int) -> Callable[[tuple[float, ...]], list[float]]:

@@ -255,6 +255,23 @@ def test_compiling_under_a_profiler_of_shapes(monkeypatch: pytest.MonkeyPatch) -
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)  # A few units in the last place.
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["LaProp", "HVAdam"])
+def test_without_the_private_interface_the_public_one_compiles(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*args: Any) -> Any:
+        raise ImportError("cannot import name 'compile_fx_inner'")
+
+    monkeypatch.setattr("lightning_optim.engine.compile._kernels", {})
+    monkeypatch.setattr("lightning_optim.engine.compile._compile", gone)
+    params = [nn.Parameter(torch.ones(n)) for n in (3, 20_000)]
+    copies = clone(params)
+    run(build(name, params, backend="compiled"), params, range(1, 6))
+    run(build(name, copies, backend="plain"), copies, range(1, 6))
+    assert compile.compilations() > 0
+    for p, q in zip(params, copies):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)  # A few units in the last place.
+
+
 # --- the argument, checkpoints ----------------------------------------------------------------------------------
 
 
