@@ -24,6 +24,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.optim.optimizer import _default_to_fused_or_foreach
 
 from . import registry, schedules
+from .added_groups import AddedGroups
 from .engine.checkpoint import matched
 from .engine.optimizer import RuleOptimizer
 from .engine.plain import plain
@@ -211,10 +212,11 @@ def build_optimizer(
 
     Example:
         >>> net = nn.Sequential(nn.Linear(8, 32), nn.LayerNorm(32), nn.Linear(32, 32), nn.Linear(32, 4))
-        >>> muon = build_optimizer(net, "Muon", Grouping(lr_multipliers={"3.*": 0.5}), lr=0.02, fallback_lr=0.001)
+        >>> grouping = Grouping(lr_multipliers={"3.*": 0.5})
+        >>> muon = build_optimizer(net, "Muon", grouping, lr=0.02, fallback_lr=0.001, weight_decay=0.01)
         >>> for group in muon.param_groups:
         ...     print(group["name"], group["lr"], group["weight_decay"], group["param_names"])
-        matrix 0.02 0.0 ['0.weight', '2.weight']
+        matrix 0.02 0.01 ['0.weight', '2.weight']
         fallback/no_decay 0.001 0.0 ['0.bias', '1.weight', '1.bias', '2.bias']
         fallback/3.* 0.0005 0.01 ['3.weight']
         fallback/3.*/no_decay 0.0005 0.0 ['3.bias']
@@ -255,6 +257,7 @@ def _build(
     built = construct(groups)
     if isinstance(built, RuleOptimizer):
         built.process_group, built.work_group, built.shard_group = process_groups
+        built.router = AddedGroups(built, module, grouping)
     else:  # The others check themselves what they load.
         built.register_load_state_dict_pre_hook(matched)
     if isinstance(built, MatrixOptimizer):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .routing import Route, clean_name
@@ -103,7 +103,7 @@ def parameter_groups(
     depths = _layers_below_the_top(module) if grouping.layer_decay else {}
     # As the module tree names them: CheckpointWrapper overrides the method and cleans names itself.
     parameters = dict(nn.Module.named_parameters(module))
-    marked = _marked(module) if "marked" in grouping.no_decay else set()
+    marked = marked_parameters(module) if "marked" in grouping.no_decay else set()
 
     def role_of(r: Route) -> str:
         return r.role if routed else "params"
@@ -145,8 +145,8 @@ def parameter_groups(
             labels.append(pattern)
             _check_override(pattern, grouping.overrides[pattern], r, base)
             settings |= grouping.overrides[pattern]
-        exempt = r.kind.removeprefix("tied ") in grouping.no_decay or parameters[r.name] in marked
-        if exempt and base.get("weight_decay") and "weight_decay" not in settings:
+        decays = base.get("weight_decay") and "weight_decay" not in settings
+        if decays and is_exempt(r, parameters[r.name], grouping, marked):
             labels.append("no_decay")
             settings["weight_decay"] = 0.0
         if factor != 1.0:
@@ -191,7 +191,12 @@ def _first_match(flag: str, patterns: Iterable[str], names: Iterable[str]) -> di
     return matches
 
 
-def _marked(module: nn.Module) -> set[nn.Parameter]:
+def is_exempt(r: Route, p: Tensor, grouping: Grouping, marked: Collection[Tensor]) -> bool:
+    """Whether a parameter goes without weight decay."""
+    return r.kind.removeprefix("tied ") in grouping.no_decay or p in marked
+
+
+def marked_parameters(module: nn.Module) -> set[nn.Parameter]:
     """Parameters that are to have no weight decay, as they or their model say."""
     marked = {p for p in module.parameters() if getattr(p, "_no_weight_decay", False)}
     for model in module.modules():

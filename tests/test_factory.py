@@ -484,7 +484,8 @@ def test_fast_dev_run_takes_the_first_step_of_a_long_warmup():
 
 def test_routing_table_and_group_names_are_logged(tmp_path):
     logger = TensorBoardLogger(tmp_path)
-    fit(Classifier("Muon"), logger=logger, callbacks=[LearningRateMonitor()], log_every_n_steps=1)
+    muon = {"name": "Muon", "args": {"weight_decay": 0.01}}
+    fit(Classifier(muon), logger=logger, callbacks=[LearningRateMonitor()], log_every_n_steps=1)
     events = EventAccumulator(logger.log_dir, size_guidance={"tensors": 0, "scalars": 0})
     events.Reload()
     assert {"lr-Muon/matrix", "lr-Muon/fallback", "lr-Muon/fallback/no_decay"} <= set(events.Tags()["scalars"])

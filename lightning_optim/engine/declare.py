@@ -12,6 +12,8 @@ import textwrap
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from .plain import plain_hyperparameters
+
 if TYPE_CHECKING:
     from .rule import Rule
 
@@ -26,10 +28,12 @@ SHARED_ARGUMENTS = {
     "orthogonalizer": 'A name in :data:`lightning_optim.polar.METHODS`, or ``"exact"``.',
     "fallback": "Rule for everything that is not a hidden matrix: any element-wise or group optimizer by name, or "
     '``"AdamW"``.',
-    "fallback_lr": "Its learning rate; this and the next three are the fallback's own defaults if ``None``.",
+    "fallback_lr": "Its learning rate. If ``None``, this and the next two are the fallback's own defaults: ``lr`` and "
+    "``betas`` are those of matrices only.",
     "fallback_betas": "Its betas.",
     "fallback_eps": "Its eps.",
-    "fallback_weight_decay": "Its weight decay.",
+    "fallback_weight_decay": "Its weight decay. If ``None``, that of matrices, or the fallback's own default where its "
+    "weight decay is another thing, a part of the gradient (``decoupled=False``).",
     "maximize": "Ascend instead of descend.",
     "skip_nonfinite": "Skip and count steps whose gradients hold NaN or infinity.",
     "max_consecutive_skips": "Steps skipped in a row after which ``step`` raises an error, or ``None``.",
@@ -56,8 +60,8 @@ def constructor(cls: type[Rule], params: Any) -> Callable[..., None]:
     positional, named = ([f"{x.name}=_{x.name}" for x in fields if x.kw_only is kind] for kind in (False, True))
     text = ", ".join(["self", "params", *positional, "*", *named])
     given = ", ".join(f"{field.name!r}: {field.name}" for field in fields)
-    namespace: dict[str, Any] = dict(defaults)
-    exec(f"def __init__({text}):\n    self._construct(params, {{{given}}})", namespace)  # As dataclasses does.
+    namespace: dict[str, Any] = {"plain": plain_hyperparameters, **defaults}
+    exec(f"def __init__({text}):\n    self._construct(params, plain({{{given}}}))", namespace)  # As dataclasses does.
     function = namespace["__init__"]
     function.__annotations__ = {"params": params, **{field.name: field.annotation for field in fields}, "return": None}
     function.__qualname__ = f"{cls.__qualname__}.__init__"

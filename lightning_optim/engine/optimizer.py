@@ -23,6 +23,7 @@ from .checkpoint import CheckpointError
 from .gradients import inspect_gradients
 from .hyperparameters import NUMBERS, count, satisfies
 from .matrices import ParameterObserver
+from .plain import plain_hyperparameters
 from .rounding import RESIDUAL, Rounding, is_narrow, load, residual_dtype
 from .rule import MatrixRule, Rule, Scalars
 from .state import expected_state, has_begun, lives_with_owner, load_state, state_shapes
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from .cuda_graphs import StepGraphs
 
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+#: Makes parameter groups with names, and roles, of one without.
+Router: TypeAlias = Callable[[dict[str, Any]], list[dict[str, Any]]]
 #: Parameter groups, and those of their parameters that a step updates.
 Work: TypeAlias = list[tuple[dict[str, Any], list[Tensor]]]
 
@@ -98,6 +101,8 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
         skipped_steps: How many steps were skipped.
         observer: Called as ``observer(parameter, name, value)`` with what matrix rules compute on the way. Where
             parameters are sharded, all processes have to set one for the same steps: they send it what it is told.
+        router: Called as ``router(group)`` with a parameter group that is added without names; returns groups with
+            names, and roles where there are two rules. :func:`lightning_optim.build_optimizer` sets it.
         process_group: Processes that hold equal parameters and gradients, as under DDP. Set, they share the work of
             orthogonalisation, and all have to make every step. Copies of an optimizer start without one.
         work_group: Those of them that share the work, such as the processes of a node; ``None`` for all.
@@ -140,6 +145,7 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
         self.skipped_steps = 0
         self.consecutive_skips = 0
         self.observer: ParameterObserver | None = None
+        self.router: Router | None = None
         self.process_group: Group | None = None
         self.work_group: Group | None = None
         self.shard_group: Group | None = None
@@ -163,6 +169,7 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
             "skipped_steps": self.skipped_steps,
             "consecutive_skips": self.consecutive_skips,
             "observer": None,
+            "router": None,
             "process_group": None,
             "work_group": None,
             "shard_group": None,
@@ -204,11 +211,18 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; its keys override the optimizer's defaults for its parameters.
 
-        Parameters without names, such as Lightning's callbacks for finetuning bring, are named after their group and
-        position where the others have names.
+        Parameters without names, such as Lightning's callbacks for finetuning bring, go to the ``router`` where the
+        others have names. Without one they are named after their group and position.
         """
         params = listed(param_group["params"])
+        param_group = param_group | plain_hyperparameters(
+            {key: value for key, value in param_group.items() if key not in checkpoint.LABELS}
+        )
         if self._lack_names(params):
+            if self.router is not None:
+                for group in self.router(param_group | {"params": params}):
+                    self.add_param_group(group)
+                return
             params = [(f"added.{len(self.param_groups)}.{i}", p) for i, p in enumerate(params)]
         param_group = param_group | {"params": params}
         # The defaults of a group depend on its rule, and torch fills in `self.defaults`.

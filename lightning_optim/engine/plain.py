@@ -14,6 +14,16 @@ _INTEGER = re.compile(r"[+-]?\d+")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
+def plain_hyperparameters(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Hyperparameters as :func:`plain` makes them, with tuples in place of lists.
+
+    >>> plain_hyperparameters({"lr": "1e-3", "betas": [0.9, 0.98]})
+    {'lr': 0.001, 'betas': (0.9, 0.98)}
+    """
+    values = {name: plain(value) for name, value in values.items()}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
 def plain(x: Any) -> Any:
     """The same value made of Python's own numbers, strings, lists, tuples and dictionaries.
 

@@ -198,6 +198,7 @@ class Rule:
         buffers: Names of its state tensors, each of the parameter's shape and zero at first. Or a function
             ``buffers(shape, h)`` that returns names, or a mapping from names to shapes (``None``: the parameter's own).
         host_state: Names of numbers that ``scalars`` keeps from step to step in its third argument, a dictionary.
+        as_fallback: Defaults that differ where it is the fallback rule of an optimizer for matrices.
         fixed: Hyperparameters, beside those that decide on the state, that cannot change after the first step.
         own_decay: Whether ``update`` returns ``keep`` itself. Otherwise weight decay is the engine's; see :meth:`keep`.
         capturable: Whether a CUDA graph can hold the update: it takes its numbers as tensors, too, and decomposes no
@@ -214,6 +215,7 @@ class Rule:
     arguments: ClassVar[dict[str, Field]] = {}
     buffers: ClassVar[Any] = ()
     host_state: ClassVar[tuple[str, ...]] = ()
+    as_fallback: ClassVar[Mapping[str, Any]] = {}
     fixed: ClassVar[tuple[str, ...]] = ()
     own_decay: ClassVar[bool] = False
     capturable: ClassVar[bool] = True

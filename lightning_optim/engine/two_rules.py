@@ -24,20 +24,26 @@ def fallbacks() -> dict[str, type[Rule]]:
 def fallback_hyperparameters(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """All hyperparameters of a fallback rule.
 
+    Decoupled weight decay means the same for both rules, so one that is given for matrices holds for the fallback, too.
+    A learning rate does not.
+
     Args:
         name: The rule.
-        arguments: ``fallback_lr`` and so on.
+        arguments: Those of the optimizer: ``weight_decay``, ``fallback_lr`` and so on.
 
     Raises:
         ValueError: There is no such fallback rule, or it has no such hyperparameter.
 
     >>> import lightning_optim
-    >>> fallback_hyperparameters("AdamW", {"fallback_lr": 3e-4})
-    {'lr': 0.0003, 'betas': (0.9, 0.999), 'eps': 1e-08, 'weight_decay': 0.01}
+    >>> fallback_hyperparameters("AdamW", {"lr": 0.02, "weight_decay": 0.1, "fallback_lr": 3e-4})
+    {'lr': 0.0003, 'betas': (0.9, 0.999), 'eps': 1e-08, 'weight_decay': 0.1}
     """
     if name not in fallbacks():
         raise ValueError(f"fallback={name!r} is not one of {', '.join(sorted(fallbacks()))}.")
-    values = fallbacks()[name].hyperparameters()
+    rule = fallbacks()[name]
+    values = rule.hyperparameters() | dict(rule.as_fallback)
+    if "weight_decay" in values and values.get("decoupled", True):
+        values["weight_decay"] = arguments.get("weight_decay", values["weight_decay"])
     for key in _FALLBACK_ARGUMENTS:
         value = arguments.get(f"fallback_{key}")
         if value is None:
@@ -99,12 +105,15 @@ class MatrixOptimizer(RuleOptimizer):
         if role is not None:
             raise ValueError(f"A parameter group's role must be 'matrix' or 'fallback', got {role!r}.")
         params = listed(param_group["params"])
+        if self.router is not None and self._lack_names(params):
+            super().add_param_group(param_group)
+            return
         if "lr" in param_group and self._lack_names(params):
             raise ValueError(
                 f"{type(self).__name__} has a learning rate for matrices and another for the rest, so a group that is "
                 f"added with lr={param_group['lr']!r} needs a role: add_param_group({{'params': [(name, parameter), "
-                "...], 'role': 'matrix', ...}) and another one for the rest, with 'role': 'fallback'. Lightning's "
-                "BackboneFinetuning, which knows of no roles, goes with element-wise optimizers."
+                "...], 'role': 'matrix', ...}) and another one for the rest, with 'role': 'fallback'. Optimizers that "
+                "lightning_optim.build_optimizer has made find out the roles themselves."
             )
         is_matrix = [(p[1] if isinstance(p, tuple) else p).ndim >= 2 for p in params]
         self._warn_nameless(sum(is_matrix), len(params))

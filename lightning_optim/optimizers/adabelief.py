@@ -33,7 +33,8 @@ class AdaBelief(
             outside of it. 1e-16 as released; the paper's CIFAR and LSTM runs have 1e-8 and 1e-12.
         decoupled: ``True`` shrinks the parameters by ``1 - lr * weight_decay`` before the step; ``False`` adds
             ``weight_decay * p`` to the gradient.
-        rectify: Use RAdam's rectification (default as released; the paper's results are without).
+        rectify: Use RAdam's rectification (default as released; the paper's results are without). Its first five steps
+            or so are proportional to the gradients, so a fallback rule has none.
         amsgrad: Divide by the running maximum of ``s``.
 
     Example:
@@ -54,6 +55,7 @@ class AdaBelief(
     rectify: bool = True
     amsgrad: bool = False
 
+    as_fallback = {"rectify": False}
     internals = {"gradient_to_variance": gradient_to_variance("s", "variance around the momentum")}
 
     @staticmethod

@@ -23,7 +23,8 @@ class DeVAVector(Elementwise, paper="arXiv 2602.06880", about="decoupled varianc
 
     The sign is the scale-invariant direction, :math:`\Gamma` the variance adaptation. As in the released code
     (class ``DeVAEuclideanNorm``), the second moment is of the *momentum*, and nothing is bias-corrected: the first
-    step is :math:`\eta/\sqrt{1-\beta_2}`. State: ``m``, ``v``, each of the parameter's shape.
+    step is :math:`\eta/\sqrt{1-\beta_2}`, or 32 times the learning rate by default. As a fallback rule its defaults are
+    those of the README's example, with which that is 10 times. State: ``m``, ``v``, each of the parameter's shape.
 
     Args:
         lr: Learning rate :math:`\eta`. The released class has 0.02, its README's example 1e-3.
@@ -47,6 +48,7 @@ class DeVAVector(Elementwise, paper="arXiv 2602.06880", about="decoupled varianc
     nesterov: bool = False
 
     buffers = ("m", "v")
+    as_fallback = {"lr": 1e-3, "betas": (0.9, 0.99)}
     internals = {"variance_adaptation": Internal("mean of the variance adaptation Gamma", _variance_adaptation)}
 
     @staticmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,8 @@ def test_the_fallback_is_the_optimizer_of_that_name(name: str, fallback: str) ->
         fallback_lr=0.01,
         fallback_weight_decay=0.1,
     )
-    single = OPTIMIZERS[fallback].cls(alone, lr=0.01, weight_decay=0.1)
+    own = getattr(OPTIMIZERS[fallback].cls, "as_fallback", {}) | {"lr": 0.01, "weight_decay": 0.1}
+    single = OPTIMIZERS[fallback].cls(alone, **own)
     run(hybrid, [matrix, *ours], range(1, 1))
     for t in range(1, 20):
         g = gradients(alone, t)[0]
@@ -47,6 +49,39 @@ def test_the_fallback_is_the_optimizer_of_that_name(name: str, fallback: str) ->
     torch.testing.assert_close(ours[0], alone[0], rtol=0 if fallback != "AdamW" else 1e-6, atol=0)
 
 
+@pytest.mark.parametrize("weight_decay", [0.0, 0.03, 0.1])
+@each_matrix_optimizer
+def test_one_weight_decay_holds_for_both_rules(name: str, weight_decay: float) -> None:
+    def decays(**arguments: Any) -> list[float]:
+        params = [nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(3))]
+        return [group["weight_decay"] for group in build(name, params, **arguments).param_groups]
+
+    assert decays(weight_decay=weight_decay, fallback="AdamW") == [weight_decay, weight_decay]
+    assert decays(weight_decay=weight_decay, fallback="DeVAVector") == [weight_decay, weight_decay]
+    assert decays(weight_decay=weight_decay, fallback="MVNGrad", fallback_weight_decay=0.2) == [weight_decay, 0.2]
+    # Anon's weight decay is a part of the gradient, which is another thing.
+    assert decays(weight_decay=weight_decay, fallback="Anon") == [weight_decay, 0.0]
+    assert len(set(decays())) == 1 or OPTIMIZERS[name].defaults["fallback"] == "Anon"
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("fallback", sorted(fallbacks().keys() - {"Anon", "PNM"}))
+@each_matrix_optimizer
+def test_no_first_step_is_much_larger_than_the_learning_rate(name: str, fallback: str, size: float) -> None:
+    """The bound is ten learning rates per entry, but for rules whose steps are proportional to the gradients."""
+    torch.manual_seed(0)
+    params = [nn.Parameter(torch.zeros(6, 4)), nn.Parameter(torch.zeros(5))]
+    optimizer = build(name, params, lr=1e-3, weight_decay=0.0, fallback=fallback)
+    for _ in range(3):  # SOAP and DeVA move from the second step on.
+        before = [p.detach().clone() for p in params]
+        for p in params:
+            p.grad = size * torch.randn_like(p)
+        optimizer.step()
+        for p, old, group in zip(params, before, optimizer.param_groups):
+            # 1 part in 1000 for the rounding of sums; DeVAVector reaches 10 in the limit of large gradients.
+            assert (p - old).abs().max() <= 10.01 * group["lr"]
+
+
 @each_matrix_optimizer
 def test_groups_hold_their_own_rule_only(name: str) -> None:
     optimizer = build(name, [nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(3))], fallback="LaProp")
@@ -54,6 +89,19 @@ def test_groups_hold_their_own_rule_only(name: str) -> None:
     assert (matrix["rule"], fallback["rule"]) == (name, "LaProp")
     assert set(fallback) - {"params", "role", "rule", "maximize"} == set(OPTIMIZERS["LaProp"].defaults)
     assert fallback["lr"] == OPTIMIZERS["LaProp"].defaults["lr"]
+
+
+@pytest.mark.parametrize("fallback", ["AdamW", "MVNGrad"])
+@each_matrix_optimizer
+def test_values_of_configuration_libraries_become_plain(name: str, fallback: str) -> None:
+    """As NumPy, YAML 1.1 and JSON hand them over; checkpoints hold Python's own."""
+    params = [nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(3))]
+    arguments: dict[str, Any] = {"lr": "1e-3", "weight_decay": np.float64(0.1), "fallback_betas": [0.8, 0.9]}
+    optimizer = build(name, params, fallback=fallback, fallback_lr=np.float32(0.5), **arguments)
+    matrix, other = optimizer.param_groups
+    assert [(type(g["lr"]), type(g["weight_decay"])) for g in (matrix, other)] == [(float, float)] * 2
+    assert (matrix["lr"], other["lr"], other["betas"]) == (1e-3, 0.5, (0.8, 0.9))
+    assert type(other["betas"]) is tuple
 
 
 @each_matrix_optimizer
