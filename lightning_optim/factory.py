@@ -27,7 +27,7 @@ from . import registry, schedules
 from .added_groups import AddedGroups
 from .engine.checkpoint import matched
 from .engine.optimizer import RuleOptimizer
-from .engine.plain import plain
+from .engine.plain_values import plain
 from .engine.rule import GroupRule
 from .engine.two_rules import MatrixOptimizer
 from .group_rates import rates_by_group, scale_rates, watch_rates

@@ -78,6 +78,7 @@ def route(
     the same, with groups                     grouped [...] convolution     matrix   one per group
     the same, one channel in or out per group depth-wise                    fallback
     weight of `nn.Bilinear`                   bilinear                      matrix   1
+    three axes, named after experts           [transposed] experts          matrix   one per expert
     any of these in the output head           head                          fallback
     weight of `nn.Embedding`, `EmbeddingBag`  embedding                     fallback
     the same, used elsewhere too              tied embedding                fallback
@@ -87,10 +88,14 @@ def route(
     others                                    other                         fallback
     ========================================= ============================= ======== ==================
 
-    Subclasses count as their base class. A Linear or convolution is *fused* if it is called `qkv`, `to_qkv`,
-    `qkv_proj`, `Wqkv`, `c_attn` or `in_proj` and its weight has three times as many rows as columns, or `kv`, `to_kv`
-    or `kv_proj`, and two times. A parametrised or pruned weight is the weight that it stands for. The `Conv1D` of
-    GPT-2 and Hugging Face is a Linear stored transposed, and never split.
+    Subclasses count as their base class. A class of another library counts as Linear if it has a `weight` of two axes
+    and attributes `in_features` and `out_features`, or `in_channels` and `out_channels`, or `input_size` and
+    `output_size`. Parameters (experts, out, in) are found by `expert` or `moe` in their name or in the name of their
+    class; they are *transposed*, (experts, in, out), where their module has `is_transposed`, or where the shapes of its
+    up and down projections only fit so. Gate and up of a `gate_up` are one matrix. A Linear or convolution is *fused*
+    if it is called `qkv`, `to_qkv`, `qkv_proj`, `Wqkv`, `c_attn` or `in_proj` and its weight has three times as many
+    rows as columns, or `kv`, `to_kv` or `kv_proj`, and two times. A parametrised or pruned weight is the weight that it
+    stands for. The `Conv1D` of GPT-2 and Hugging Face is a Linear stored transposed, and never split.
 
     The output head consists of *layers*: Linear, convolution and Bilinear modules.
 
@@ -103,13 +108,19 @@ def route(
        layer, the head was taken off. Names of attention heads (`attn_heads`, `multi_head`, ...) do not count.
     3. If 1 and 2 find nothing, the layer at which the search ends is the head.
 
+    The search passes over copies of a network: children whose names say so (`target`, `teacher`, `ema`, `momentum`,
+    ...) beside one with parameters of the same shapes, and averaged models. Where the last child stands beside others
+    of the same class and shapes, with another number of outputs than inputs, as in twin critics, it goes into each of
+    them.
+
     In a head that is not a layer itself, the layer is where a search from there ends; an `nn.ModuleList` or
     `nn.ModuleDict` is several heads. A search ends without a layer at a timm model, a Hugging Face base model (one
-    without a task), `nn.MultiheadAttention`, torch's transformer layers and recurrent modules, and at the last entry
-    of an `nn.Sequential`, `nn.ModuleList` or `nn.ModuleDict` that has another block like it: of the same class, or,
-    if they are such containers themselves, with the same classes of children. So `attention.output` in a stack of
-    blocks is not a head, nor is the last Linear of a backbone without one. Where several networks stand side by side,
-    as in a GAN or an object detector, the search sees only the last; name the heads of the others in ``fallback``.
+    without a task), `nn.MultiheadAttention`, torch's transformer layers and recurrent modules, and at the last entry of
+    an `nn.Sequential`, `nn.ModuleList` or `nn.ModuleDict` that has another block like it: of the same class, or, if
+    they are such containers themselves, with the same classes of children. So `attention.output` in a stack of blocks
+    is not a head, nor is the last Linear of a backbone without one. Where several networks that differ stand side by
+    side, as in a GAN or an object detector, the search sees only the last; name the heads of the others in
+    ``fallback``.
 
     Args:
         module: The module, after `configure_model` and after lazy modules have created their parameters.
@@ -293,8 +304,13 @@ def _matrix(shape: tuple[int, ...], use: _Use) -> tuple[str, int, bool] | None:
             return None
         gates = next((n for cls, n in _GATES.items() if isinstance(owner, cls)), 1)
         return "recurrent", 1 if leaf.startswith("weight_hr") else gates, False
+    if _are_experts(shape, use):
+        transposed = _are_transposed(owner)
+        return "transposed experts" if transposed else "experts", shape[0], transposed
     if leaf != "weight" or not _is_layer(owner):
         return None
+    if _is_linear_like(owner) and shape == _widths(owner) != shape[::-1]:
+        return "transposed linear", 1, True
     if isinstance(owner, nn.Bilinear):
         return "bilinear", 1, False
     if _is_transposed_linear(owner):
@@ -314,6 +330,10 @@ def _matrix(shape: tuple[int, ...], use: _Use) -> tuple[str, int, bool] | None:
 def _other_kind(p: nn.Parameter, use: _Use) -> str:
     if isinstance(use.owner, (nn.Embedding, nn.EmbeddingBag)) and use.leaf == "weight":
         return "embedding"
+    return _kind_by_name(use) or ("vector" if sum(length > 1 for length in p.shape) < 2 else "other")
+
+
+def _kind_by_name(use: _Use) -> str | None:
     name = use.owner_name if use.leaf.isdigit() else use.leaf  # the entries of an nn.ParameterList are numbered
     words = set(re.findall("[a-z]+", name.lower()))
     if words & _POSITIONAL or _is_called(use.owner, "Position"):
@@ -324,11 +344,52 @@ def _other_kind(p: nn.Parameter, use: _Use) -> str:
         return "norm"
     if words & {"bias", "biases"}:
         return "bias"
-    return "vector" if sum(length > 1 for length in p.shape) < 2 else "other"
+    return None
+
+
+def _are_experts(shape: tuple[int, ...], use: _Use) -> bool:
+    """Whether a parameter is a stack of matrices, one per expert."""
+    says_so = re.search(r"expert|(\b|_)moe(\b|_)", clean_name(use.name).lower()) or any(
+        _is_called(use.owner, part) for part in ("Expert", "MoE", "MixtureOf")
+    )
+    return bool(says_so) and len(shape) == 3 and min(shape[1:]) > 1 and _kind_by_name(use) is None
+
+
+def _are_transposed(experts: nn.Module) -> bool:
+    """Whether experts are stored (in, out)."""
+    if isinstance(flag := getattr(experts, "is_transposed", None), bool):  # Hugging Face
+        return flag
+    shapes = {name: p.shape[1:] for name, p in experts.named_parameters(recurse=False) if p.ndim == 3}
+    up = next((shape for name, shape in shapes.items() if "up" in name), None)
+    down = next((shape for name, shape in shapes.items() if "down" in name), None)
+    if up is None or down is None:
+        return False
+
+    def fits(out: int, width: int, out_of_down: int, hidden: int) -> bool:
+        return width == out_of_down and out in (hidden, 2 * hidden)  # twice: gate and up in one
+
+    return fits(*up[::-1], *down[::-1]) and not fits(*up, *down)
 
 
 def _is_layer(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, _ConvNd, nn.Bilinear)) or _is_transposed_linear(module)
+    layers = (nn.Linear, _ConvNd, nn.Bilinear)
+    return isinstance(module, layers) or _is_transposed_linear(module) or _is_linear_like(module)
+
+
+def _is_linear_like(module: nn.Module) -> bool:
+    """Whether this looks like another library's Linear."""
+    weight = module._parameters.get("weight")
+    known = (nn.Linear, _ConvNd, nn.Embedding, nn.EmbeddingBag)
+    return weight is not None and weight.ndim == 2 and not isinstance(module, known) and _widths(module) is not None
+
+
+def _widths(module: nn.Module) -> tuple[int, int] | None:
+    """How many numbers a layer takes and makes, as its attributes say."""
+    for names in (("in_features", "out_features"), ("in_channels", "out_channels"), ("input_size", "output_size")):
+        widths = tuple(getattr(module, name, None) for name in names)
+        if all(isinstance(width, int) for width in widths):
+            return widths  # type: ignore[return-value]
+    return None
 
 
 def _is_transposed_linear(module: nn.Module) -> bool:
@@ -390,13 +451,44 @@ def _search(module: nn.Module, only_named: bool = False) -> set[nn.Module]:
     if any(isinstance(child, nn.Identity) for child in named):
         return set()
 
-    children = [c for c in module.children() if _has_matrices(c) and (_is_layer(c) or _is_trained(c))]
-    if not children:
+    children = {name: c for name, c in module.named_children() if _has_matrices(c) and (_is_layer(c) or _is_trained(c))}
+    names = [name for name, child in children.items() if not _is_copy(name, child, children)]
+    if not names:
         return set()
-    *others, last = children
-    if isinstance(module, _CONTAINERS) and not _is_layer(last) and _make(last) in map(_make, others):
-        return set()
+    *others, last = (children[name] for name in names)
+    if isinstance(module, _CONTAINERS):
+        if not _is_layer(last) and _make(last) in map(_make, others):
+            return set()
+    elif not _is_layer(last) and not _STACK.fullmatch(names[-1]) and _is_a_network(last):
+        twins = [other for other in others if type(other) is type(last) and _shapes(other) == _shapes(last)]
+        return set().union(*(_search(network, only_named) for network in (*twins, last)))
     return _search(last, only_named)
+
+
+_COPIES = {"target", "targets", "teacher", "ema", "momentum", "shadow", "averaged", "average", "slow", "old", "frozen"}
+_STACK = re.compile(r"\w*(block|layer|stage|level|cell|conv|down|up)\w*\d+")
+
+
+def _is_copy(name: str, module: nn.Module, siblings: dict[str, nn.Module]) -> bool:
+    """Whether this is a copy of one of its siblings that is not trained by gradients."""
+    words = {word.lower() for word in re.findall("[A-Z]?[a-z]+", name)}
+    others = [sibling for sibling in siblings.values() if sibling is not module]
+    if not others:
+        return False
+    if words & {"teacher", "ema"} or any(_is_called(module, part) for part in ("AveragedModel", "ModelEma", "EMA")):
+        return True
+    return bool(words & _COPIES) and any(_shapes(other) == _shapes(module) for other in others)
+
+
+def _shapes(module: nn.Module) -> list[tuple[int, ...]]:
+    return [tuple(p.shape) for p in module.parameters()]
+
+
+def _is_a_network(module: nn.Module) -> bool:
+    """Whether a module makes another number of outputs than it takes inputs, so that copies of it cannot be a stack."""
+    layers = [m for m in module.modules() if _is_layer(m)]
+    first, last = _widths(layers[0]) if layers else None, _widths(layers[-1]) if layers else None
+    return first is not None and last is not None and first[0] != last[1]
 
 
 def _is_headless(module: nn.Module) -> bool:

@@ -288,7 +288,7 @@ class ManyParameters(nn.Module):
             "layer_scale": (4, 1, 1),
             "logit_scale": (),
             "A_log": (4, 2),
-            "experts": (3, 4, 2),
+            "stack": (3, 4, 2),
         }.items():
             self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
         self.pos_embeds = nn.ParameterList([torch.zeros(5, 4)])
@@ -311,12 +311,95 @@ def test_other_parameters_go_to_the_fallback_rule_with_an_honest_kind() -> None:
         "layer_scale": "vector",
         "logit_scale": "vector",
         "A_log": "other",
-        "experts": "other",
+        "stack": "other",
         "pos_embeds.0": "positional",
         "bias_table.weight": "positional",
         "norm.g": "norm",
         "bag.weight": "embedding",
     }
+
+
+def experts(up: tuple[int, ...], down: tuple[int, ...], names: tuple[str, str], cls: str = "Experts") -> nn.Module:
+    module = type(cls, (nn.Module,), {})()
+    for name, shape in zip(names, (up, down)):
+        module.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+    return module
+
+
+@pytest.mark.parametrize(
+    ("module", "kind", "transposed"),
+    [
+        # Hugging Face: gate and up in one, (experts, out, in), and GPT-OSS and Llama 4, (experts, in, out)
+        (experts((4, 32, 8), (4, 8, 16), ("gate_up_proj", "down_proj")), "experts", False),
+        (experts((4, 8, 32), (4, 16, 8), ("gate_up_proj", "down_proj")), "transposed experts", True),
+        (experts((4, 16, 8), (4, 8, 16), ("w1", "w2"), "GroupedExperts"), "experts", False),  # torchtitan
+        (experts((4, 16, 8), (4, 8, 16), ("up", "down"), "SparseMoE"), "experts", False),
+    ],
+)
+def test_experts_are_matrices_in_the_orientation_that_their_shapes_show(
+    module: nn.Module, kind: str, transposed: bool
+) -> None:
+    routes = route(nn.Sequential(module, nn.Linear(2, 2)))
+    for name, p in module.named_parameters():
+        r = routes[f"0.{name}"]
+        assert (r.role, r.kind, r.blocks, r.transposed) == ("matrix", kind, p.shape[0], transposed)
+
+
+def test_experts_by_the_name_of_a_parameter_and_by_a_flag() -> None:
+    layer = nn.Module()
+    layer.expert_weights = nn.Parameter(torch.zeros(3, 4, 5))
+    layer.expert_bias = nn.Parameter(torch.zeros(3, 1, 5))
+    layer.is_transposed = True
+    routes = route(nn.Sequential(layer, nn.Linear(2, 2)))
+    assert routes["0.expert_weights"].kind == "transposed experts"
+    assert (routes["0.expert_bias"].role, routes["0.expert_bias"].kind) == ("fallback", "bias")
+
+
+class OtherLinear(nn.Module):
+    """A Linear that is none of torch's."""
+
+    def __init__(self, names: tuple[str, str], n_in: int, n_out: int, transposed: bool = False) -> None:
+        super().__init__()
+        setattr(self, names[0], n_in)
+        setattr(self, names[1], n_out)
+        self.weight = nn.Parameter(torch.zeros(*((n_in, n_out) if transposed else (n_out, n_in))))
+
+
+@pytest.mark.parametrize(
+    "names", [("in_features", "out_features"), ("in_channels", "out_channels"), ("input_size", "output_size")]
+)
+def test_linears_of_other_libraries_are_matrices_and_heads(names: tuple[str, str]) -> None:
+    net = nn.Sequential(
+        OtherLinear(names, 4, 8), nn.ReLU(), OtherLinear(names, 8, 6, transposed=True), OtherLinear(names, 6, 2)
+    )
+    routes = route(net)
+    assert [(r.kind, r.transposed) for r in routes.values()] == [
+        ("linear", False),
+        ("transposed linear", True),
+        ("head", False),
+    ]
+
+
+@pytest.mark.parametrize("name", ["target_net", "targetNet", "teacher", "ema_model", "momentum_encoder", "slow"])
+@pytest.mark.parametrize("width", [3, 4])
+def test_a_copy_of_the_network_does_not_take_the_place_of_its_head(name: str, width: int) -> None:
+    def net() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, width))
+
+    assert heads(Wrapper(online=net(), **{name: net()})) == ["online.2.weight"]
+
+
+def test_an_averaged_model_does_not_take_the_place_of_the_head() -> None:
+    assert heads(Wrapper(net=mlp(), average_model=torch.optim.swa_utils.AveragedModel(mlp()))) == ["net.4.weight"]
+
+
+def test_twin_networks_have_a_head_each_and_blocks_have_none() -> None:
+    assert heads(Wrapper(q1=mlp(), q2=mlp())) == ["q1.4.weight", "q2.4.weight"]
+    same = [nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)) for _ in range(2)]
+    assert heads(Wrapper(first=same[0], second=same[1])) == ["second.2.weight"]
+    # A language's decoder is no copy of its encoder.
+    translation = Wrapper(source_encoder=nn.Linear(4, 8), target_decoder=nn.Linear(8, 5))
+    assert heads(translation) == ["target_decoder.weight"]
 
 
 def test_linear_of_gpt2_is_stored_transposed() -> None:

@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from .plain import plain_hyperparameters
+from .plain_values import plain_hyperparameters
 
 if TYPE_CHECKING:
     from .rule import Rule

@@ -23,7 +23,7 @@ from .checkpoint import CheckpointError
 from .gradients import inspect_gradients
 from .hyperparameters import NUMBERS, count, satisfies
 from .matrices import ParameterObserver
-from .plain import plain_hyperparameters
+from .plain_values import plain_hyperparameters
 from .rounding import RESIDUAL, Rounding, is_narrow, load, residual_dtype
 from .rule import MatrixRule, Rule, Scalars
 from .state import expected_state, has_begun, lives_with_owner, load_state, state_shapes
