@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
@@ -26,6 +25,7 @@ from lightning_optim.diagnostics.orthogonality import (
 from lightning_optim.diagnostics.parameter_change import Sums
 from lightning_optim.engine.state import block_shape, to_blocks
 from lightning_optim.processes import ShardSums, local_slices, sharded_dims
+from lightning_optim.trainer import is_lightning
 
 from .monitor import Monitor, Results, matches
 from .recorder import Step, Watched
@@ -130,7 +130,7 @@ class OrthogonalityError(Monitor):
         self._reported.clear()
         self._orthogonalized.clear()
         if self.spectra and trainer.is_global_zero:
-            self._boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+            self._boards = [logger for logger in trainer.loggers if is_lightning(logger, "TensorBoardLogger")]
             self._x = trainer.fit_loop.epoch_loop._batches_that_stepped
         return bool(step.watched)
 

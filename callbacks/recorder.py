@@ -20,7 +20,6 @@ from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim import Optimizer
@@ -30,6 +29,7 @@ from lightning_optim.engine.optimizer import RuleOptimizer
 from lightning_optim.engine.two_rules import MatrixOptimizer
 from lightning_optim.processes import ShardSums, local, local_slices, sharded_dims, strategies
 from lightning_optim.routing import Route, clean_name, route, routing_table
+from lightning_optim.trainer import is_lightning
 
 if TYPE_CHECKING:
     from .monitor import Monitor
@@ -370,11 +370,11 @@ class StepRecorder:
             for title, (kind, tags) in monitor.charts_of(trainer).items()
         }
         charts["overhead"] = ["Multiline", [r"diagnostics/overhead_share$"]]
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_custom_scalars({PAGE: charts})
-                if routes and any(monitor.needs_matrices for monitor in self.monitors):
-                    logger.experiment.add_text("diagnostics/matrices", routing_table(routes))
+        boards: list[Any] = [logger for logger in trainer.loggers if is_lightning(logger, "TensorBoardLogger")]
+        for logger in boards:
+            logger.experiment.add_custom_scalars({PAGE: charts})
+            if routes and any(monitor.needs_matrices for monitor in self.monitors):
+                logger.experiment.add_text("diagnostics/matrices", routing_table(routes))
 
 
 @dataclass(eq=False)

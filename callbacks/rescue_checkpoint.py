@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_optim.optimizers import NonFiniteGradientsError
+from lightning_optim.trainer import is_lightning
 
 
 class RescueCheckpoint(pl.Callback):
@@ -25,8 +26,8 @@ class RescueCheckpoint(pl.Callback):
     """
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        checkpoints = trainer.checkpoint_callback
-        if not isinstance(exception, NonFiniteGradientsError) or not isinstance(checkpoints, ModelCheckpoint):
+        checkpoints: Any = trainer.checkpoint_callback
+        if not isinstance(exception, NonFiniteGradientsError) or not is_lightning(checkpoints, "ModelCheckpoint"):
             return
         if trainer.fast_dev_run or checkpoints.dirpath is None:  # type: ignore[attr-defined]
             return

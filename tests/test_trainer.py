@@ -1,4 +1,4 @@
-"""The factory in a run: for parts of a module, with both of Lightning's names, with schedules that wait for validation."""
+"""The factory in a run: parts of a module, schedules that wait for validation, both names of Lightning."""
 
 from __future__ import annotations
 
@@ -167,12 +167,7 @@ def test_both_names_of_lightning(package: str, tmp_path: Path) -> None:
     """All that touches a Trainer, in a process that imports one of them."""
     pytest.importorskip(package)
     program = Path(__file__).parent / "other_project" / "either_lightning.py"
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(program), package],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    command = [sys.executable, "-W", "ignore", str(program), package]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "all done" in done.stdout

@@ -63,9 +63,8 @@ def fit(module: Any, *callbacks: Any, **arguments: Any) -> Any:
 # The one line, for a module and for a part of one, with the length of the run and without fused kernels.
 run = fit(Model(lambda m: configure_optimizers(m, "NAMO", "WarmupCosine")))
 assert run.lr_scheduler_configs[0].scheduler.total_steps == 16
-run = fit(
-    Model(lambda m: configure_optimizers(m.net, "AdamW", "WarmupCosine")), precision="bf16-mixed", gradient_clip_val=1.0
-)
+part = Model(lambda m: configure_optimizers(m.net, "AdamW", "WarmupCosine"))
+run = fit(part, precision="bf16-mixed", gradient_clip_val=1.0)
 assert run.lr_scheduler_configs[0].scheduler.total_steps == 16
 plateau = {"name": "ReduceLROnPlateau", "monitor": "val_loss"}
 run = fit(Model(lambda m: configure_optimizers(m, "MVNGrad", plateau)), check_val_every_n_epoch=2)
@@ -94,9 +93,8 @@ assert len(events["scalars"]) > 15, events["scalars"]
 model = Mixed()
 model.backbone = model.net[:4]
 run = fit(model, pl.callbacks.BackboneFinetuning(1))
-assert [g["role"] for g in run.optimizers[0].param_groups if g["name"].startswith("added-1")] == ["matrix", "fallback"][
-    ::-1
-]
+added = {g["role"] for g in run.optimizers[0].param_groups if g["name"].startswith("added-1")}
+assert added == {"matrix", "fallback"}, run.optimizers
 
 # A checkpoint when the optimizer gives up.
 broken = Model(lambda m: configure_optimizers(m, "MVNGrad", max_consecutive_skips=2))
