@@ -124,3 +124,10 @@ def test_broken_references_and_equations_are_found(tmp_path: Path, monkeypatch: 
     lines = [line for line in warnings.getvalue().splitlines() if "WARNING" in line]
     found = {int(line.split(":")[1]) for line in lines}
     assert found == {2 * i + 4 for i in range(len(right), len(right + wrong))}, warnings.getvalue()
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"])
+def test_links_from_the_repository_lead_to_files(page: str) -> None:
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / page).read_text())
+    missing = [link for link in links if "://" not in link and not (ROOT / link).exists()]
+    assert not missing
