@@ -15,7 +15,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from lightning_optim.report import CHECKS
+from lightning_optim.diagnostics.report import CHECKS
 
 from .contenders import PERIODS
 from .step_time import SHOWN, cells, left_out
