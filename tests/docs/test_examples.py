@@ -11,6 +11,7 @@ import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
@@ -103,3 +104,19 @@ def test_a_model_of_ones_own_is_trained_from_the_command_line(tmp_path: Path, mo
     main(shlex.split(command.code.replace("\\\n", " "))[1:])
     assert (tmp_path / "runs" / "Regressor" / "version_0" / "config.yaml").is_file()
     assert list(tmp_path.glob("runs/Regressor/version_0/checkpoints/*.ckpt"))
+
+
+def test_the_rule_on_the_design_page_is_mvn_grad() -> None:
+    names: dict[str, Any] = {"__name__": "design"}
+    (example,) = [example for example in EXAMPLES if example.page == "design.md"]
+    exec(compile(example.code, "design.md", "exec", dont_inherit=True), names)
+    gradients = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    ends = []
+    for optimizer_class in (names["MVNGradAgain"], lightning_optim.MVNGrad):
+        p = torch.nn.Parameter(torch.ones(5))
+        optimizer = optimizer_class([p], weight_decay=0.1)
+        for gradient in gradients:
+            p.grad = gradient.clone()
+            optimizer.step()
+        ends.append(p.detach())
+    assert torch.equal(*ends)
