@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import processes
 from .rounding import RESIDUAL, first_number, prepare_residual
 from .rule import MatrixRule, Rule, Scalars, hyperparameters_of, numbers_of
-from .state import State, block_shape, compute_dtype, follow, has_begun, new_state, state_shapes
+from .state import State, block_shape, compute_dtype, follow, has_begun, new_state, real_view, state_shapes
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Task:
             the host does not know it.
         state: The rule's state tensors, or this rank's shards of them.
         scalars: The numbers of the step; the same object for all parameters that share them.
-        parameter: The parameter as the optimizer has it.
+        parameter: The parameter as the optimizer has it, a complex one as its real view.
         first: The first of its matrices that the task is about, if not all.
         noise: The number of the first element in the stream of random numbers; ``None`` where none are needed.
         owner: The rank that has the state and runs the rule, where several hold shards of the parameter and one does.
@@ -174,9 +174,10 @@ class PreparedGroup:
         self._tensors: list[Any] = []
         self._noisy = [(i, positions[p], processes.flat_offset(p)) for i, p in enumerate(params) if p in positions]
         self._parts = self._dealt()
+        self._has_views = any(p.is_complex() for p in params)
         tasks = [
             Task(0, processes.local(p), p, 1.0, processes.local_state(p, state), {}, p, owner=owner)
-            for p, state, owner in zip(params, states, owners)
+            for p, state, owner in zip(map(real_view, params), states, owners)
         ]
         self.batch = Batch(rule, group, tasks)
 
@@ -207,6 +208,8 @@ class PreparedGroup:
         """
         if rounding != self.rounding or len(params) != len(self.params):
             return False
+        if self._has_views:
+            return False  # A view stays where it is when its parameter gets other memory.
         if not (all(map(is_, params, self.params)) and all(map(is_, states, self.states))):
             return False
         if _layout(params) != self._layout:
@@ -262,8 +265,8 @@ def local_gradient(p: Tensor) -> Tensor:
     One of more precision than the arithmetic is converted: what is beyond its range becomes infinite and is found.
     """
     if p.grad is None:
-        return torch.zeros_like(p)
-    g = processes.local_gradient(p)
+        return torch.zeros_like(real_view(p))
+    g = real_view(processes.local_gradient(p).resolve_conj())
     return g.to(compute_dtype(p.dtype)) if g.dtype == torch.float64 else g
 
 

@@ -43,7 +43,7 @@ SHARED_ARGUMENTS = {
 }
 _RAISES = {
     "matrix": "ValueError: A hyperparameter is out of range, or a parameter does not fit its role.",
-    "others": "ValueError: A hyperparameter is out of range, or a parameter is complex.",
+    "others": "ValueError: A hyperparameter is out of range, or a parameter cannot be updated in place.",
 }
 _WIDTH = 120
 

@@ -263,15 +263,30 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
             residual_dtype(self.rounding, p.dtype)
             processes.refuse_partial(p)
             if p.is_complex():
-                raise ValueError(
-                    f"{type(self).__name__} does not take complex parameters (shape {tuple(p.shape)}); "
-                    "optimize torch.view_as_real(parameter) instead."
-                )
+                self._check_complex(group, p)
             if p.numel() and any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape)):
                 raise ValueError(
                     f"{type(self).__name__} does not take expanded parameters (shape {tuple(p.shape)}, strides "
                     f"{p.stride()}), whose entries share memory; optimize parameter.contiguous() instead."
                 )
+
+    def _check_complex(self, group: Mapping[str, Any], p: Tensor) -> None:
+        """Refuse a complex parameter that does not stand for a real one of twice its size."""
+        rule = self.rule(group)
+        if issubclass(rule, MatrixRule):
+            reason, remedy = f"{rule.name} works on real matrices", "give it to the fallback rule (role='fallback')"
+        elif p.dtype not in (torch.complex64, torch.complex128):
+            reason, remedy = "complex parameters are complex64 or complex128", "convert it with parameter.to()"
+        elif processes.placements(p) is not None:
+            reason, remedy = "sharded parameters are real", "shard torch.view_as_real(parameter) instead"
+        elif p.is_conj():
+            reason, remedy = "it is a lazy conjugate of other memory", "use parameter.resolve_conj()"
+        else:
+            return
+        raise ValueError(
+            f"{type(self).__name__} does not take a complex parameter of shape {tuple(p.shape)} and {p.dtype} here: "
+            f"{reason}; {remedy}."
+        )
 
     def _check_edits(self) -> None:
         """Validate what was changed in the parameter groups since the last step."""

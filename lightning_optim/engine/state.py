@@ -23,7 +23,12 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     >>> compute_dtype(torch.bfloat16), compute_dtype(torch.float64)
     (torch.float32, torch.float64)
     """
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
+
+
+def real_view(x: Tensor) -> Tensor:
+    """A complex tensor as a real one, with a last axis of real and imaginary parts; a real tensor itself."""
+    return torch.view_as_real(x) if x.is_complex() else x
 
 
 def accumulation_dtype(device: torch.device) -> torch.dtype:
@@ -45,9 +50,12 @@ def new_state(rule: type[Rule], p: Tensor, group: Mapping[str, Any], owner: int 
 
     These are with the owner, if there is one, and otherwise cut as the parameter is.
 
+    State of a complex parameter is that of its real view: real, with a last axis of two more than the parameter.
+
     Counts and host scalars live on the CPU whatever the device, since the host computes with them, and have the same
     precision whatever torch's default, which Lightning lowers in training steps that step by hand at 16-true.
     """
+    p = real_view(p)
     dtype = compute_dtype(p.dtype)
     state: State = {"step": torch.tensor(0, dtype=torch.int64, device="cpu")}
     for name in rule.host_state:
@@ -80,7 +88,7 @@ def expected_state(rule: type[Rule], p: Tensor, group: Mapping[str, Any], saved:
 
     A residual is expected where one was saved: the next step makes the one that it needs.
     """
-    like = torch.empty_like(p, device="meta")
+    like = torch.empty_like(real_view(p), device="meta")
     expected = new_state(rule, like, group)
     if expected.keys().isdisjoint(saved):
         return {}
@@ -119,7 +127,7 @@ def follow(rule: type[Rule], params: Sequence[Tensor], states: Sequence[State], 
     alike = next((name for name, shape in shapes.items() if shape is LIKE_PARAMETER), None)
     if alike is None:
         return
-    for p, state in zip(params, states):
+    for p, state in zip(map(real_view, params), states):
         x, dtype = state[alike], compute_dtype(p.dtype)
         if x.shape != p.shape and x.numel():  # Of state that lives elsewhere nothing is here.
             raise ValueError(

@@ -494,7 +494,7 @@ class Example:
         group, word = {
             "lr": ({"params": [p], "lr": -1.0}, "lr=-1.0"),
             "duplicate": ({"params": [p, p]}, "twice"),
-            "complex": ({"params": [nn.Parameter(torch.ones(2, 2, dtype=torch.complex64))]}, "complex"),
+            "complex": ({"params": [nn.Parameter(torch.ones(2, 2, dtype=torch.complex64).conj())]}, "complex"),
             "expanded": ({"params": [nn.Parameter(torch.ones(1, 4).expand(3, 4))]}, "expanded"),
             "twice": ({"params": [self.params[0]]}, "more than one parameter group"),
         }[what]
