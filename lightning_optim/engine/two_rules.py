@@ -97,7 +97,7 @@ class MatrixOptimizer(RuleOptimizer):
         return {"maximize": self.defaults["maximize"]} | self._fallback
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group; one without a ``"role"`` is split by the number of axes of its parameters."""
+        """Add a parameter group; one without a ``"role"`` is split by the number of axes."""
         role = param_group.get("role")
         if role in ("matrix", "fallback"):
             super().add_param_group(param_group)
@@ -115,7 +115,8 @@ class MatrixOptimizer(RuleOptimizer):
                 "...], 'role': 'matrix', ...}) and another one for the rest, with 'role': 'fallback'. Optimizers that "
                 "lightning_optim.build_optimizer has made find out the roles themselves."
             )
-        is_matrix = [(p[1] if isinstance(p, tuple) else p).ndim >= 2 for p in params]
+        tensors = [p[1] if isinstance(p, tuple) else p for p in params]
+        is_matrix = [p.ndim >= 2 and not p.is_complex() for p in tensors]
         self._warn_nameless(sum(is_matrix), len(params))
         for role, wanted in (("matrix", True), ("fallback", False)):
             part = [p for p, matrix in zip(params, is_matrix) if matrix is wanted]

@@ -483,7 +483,9 @@ def test_matrix_rules_refuse_complex_matrices_and_their_fallback_takes_them(name
     z, _ = complex_pair(torch.complex64, (3, 4))
     with pytest.raises(ValueError, match=rf"{name} .*complex .*\(3, 4\).*role='fallback'"):
         make(name, [{"params": [z], "role": "matrix"}])
-    optimizer = make(name, [{"params": [z], "role": "fallback"}])
+    with pytest.warns(UserWarning, match="0 of 1 tensors"):
+        optimizer = make(name, [z])
+    assert optimizer.param_groups[0]["role"] == "fallback"
     before = z.detach().clone()
     run(optimizer, [z], range(1, 3))
     assert (z != before).all()
