@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import types
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import timm
 import timm.optim
@@ -195,6 +197,36 @@ def test_arguments_reach_both_rules():
     }
 
 
+def test_arguments_by_keyword():
+    built = build_optimizer(make_net(), "NAMO", lr=0.02, fallback_lr=1e-4)
+    also = configure_optimizers(make_net(), {"name": "NAMO", "args": {"fallback_lr": 1e-4}}, lr=0.02)["optimizer"]
+    expected = build_optimizer(make_net(), {"name": "NAMO", "args": {"lr": 0.02, "fallback_lr": 1e-4}})
+    for optimizer in (built, also):
+        assert [g["lr"] for g in optimizer.param_groups] == [g["lr"] for g in expected.param_groups]
+    with pytest.raises(ValueError, match=r"optimizer NAMO: lr is given twice, as 0\.1 and 0\.2"):
+        build_optimizer(make_net(), {"name": "NAMO", "args": {"lr": 0.1}}, lr=0.2)
+    with pytest.raises(ValueError, match=r"optimizer must be a name such as 'NAMO', .* got <class"):
+        build_optimizer(make_net(), OPTIMIZERS["NAMO"].cls)
+
+
+@pytest.mark.parametrize(
+    "settings_",
+    [
+        {"lr": "2e-3", "betas": np.array([0.5, 0.75])},
+        {"lr": np.float32(2e-3), "betas": [np.float64(0.5), "0.75"]},
+        types.MappingProxyType({"lr": "0.002", "betas": (0.5, "75e-2")}),
+    ],
+)
+@pytest.mark.parametrize("name", ["NAMO", "MVNGrad", "torch.optim.NAdam"])
+def test_values_of_configuration_libraries_become_plain(name, settings_):
+    grouping = types.MappingProxyType({"overrides": {"4.bias": {"betas": np.array([0.25, 0.5]), "lr": "1e-1"}}})
+    optimizer = build_optimizer(make_net(), types.MappingProxyType({"name": name, "args": settings_}), grouping)
+    group, special = optimizer.param_groups[0], optimizer.param_groups[-1]
+    assert (type(group["lr"]), group["lr"]) == (float, pytest.approx(2e-3))
+    assert [(type(beta), beta) for beta in group["betas"]] == [(float, 0.5), (float, 0.75)]
+    assert (special["lr"], tuple(special["betas"])) == (0.1, (0.25, 0.5))
+
+
 # --- groups -----------------------------------------------------------------------------------------------
 
 
@@ -273,6 +305,45 @@ def test_default_exclusions_from_weight_decay():
     assert tied["words.weight"] == 0.0
     everything = build_optimizer(net, "AdamW", Grouping(no_decay=[]))
     assert {group["weight_decay"] for group in everything.param_groups} == {0.01}
+
+
+@pytest.mark.filterwarnings("ignore:NAMO leaves .* to its fallback rule:UserWarning")
+@pytest.mark.parametrize("name", ["MVNGrad", "NAMO", "AdamW"])
+def test_parameters_and_models_that_declare_no_weight_decay(name):
+    class Declaring(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.ParameterDict({"a": torch.zeros(4, 4), "b": torch.zeros(4, 4)})
+            self.inner = nn.Linear(4, 4)
+            self.state = nn.Parameter(torch.zeros(4, 4))
+
+        def no_weight_decay(self) -> set[str]:
+            return {"table.*", "missing"}
+
+    net = nn.ModuleDict({"model": Declaring(), "out": nn.Linear(4, 4)})
+    net["model"].state._no_weight_decay = True  # as S4 and Mamba mark theirs
+    decays = by_parameter(build_optimizer(net, name, weight_decay=0.2), "weight_decay")
+    declared = {"model.table.a", "model.table.b", "model.state"}
+    assert {n for n, decay in decays.items() if decay == 0.0 and not n.endswith("bias")} == declared
+    kept = by_parameter(build_optimizer(net, name, Grouping(no_decay=["bias"]), weight_decay=0.2), "weight_decay")
+    assert {kept[n] for n in declared} == {0.2}
+
+
+def test_matrices_that_modules_do_not_tell_are_named():
+    class Einsum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w_q = nn.Parameter(torch.zeros(4, 16, 16))
+            self.out = nn.Linear(16, 16)
+
+    net = nn.Sequential(Einsum(), nn.Linear(16, 2))
+    with pytest.warns(UserWarning, match=r"NAMO leaves 77% .* rule, AdamW.* 1 tensors of kind 'other' \(0\.w_q"):
+        build_optimizer(net, "NAMO")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build_optimizer(net, "NAMO", Grouping(matrix=["*.w_q"]))
+        build_optimizer(net, "NAMO", Grouping(fallback=["*.w_q"]))
+        build_optimizer(net, "AdamW")
 
 
 def test_one_group_when_nothing_differs():
@@ -571,7 +642,7 @@ def test_a_grouping_can_be_a_mapping():
     assert a == b
 
 
-@pytest.mark.parametrize("optimizer", ["MVNGrad", "HVAdam"])
+@pytest.mark.parametrize("optimizer", ["MVNGrad", "HVAdam", "NAMO", "SOAP", "AdamW"])
 def test_a_backbone_is_unfrozen_by_lightnings_callback(optimizer):
     class Transfer(Classifier):
         @property
@@ -587,6 +658,48 @@ def test_a_backbone_is_unfrozen_by_lightnings_callback(optimizer):
     frozen = [p.clone() for p in module.backbone.parameters()]
     fit(module, callbacks=[pl.callbacks.BackboneFinetuning(1, backbone_initial_lr=1e-3)])
     assert not any(torch.equal(p, q) for p, q in zip(module.backbone.parameters(), frozen))
+
+
+@pytest.mark.parametrize("schedule", [None, "WarmupCosine"])
+def test_parameters_added_later_are_routed_and_keep_ratios(schedule):
+    class Transfer(Classifier):
+        @property
+        def backbone(self) -> nn.Module:
+            return self.net[:4]
+
+    module = Transfer({"name": "NAMO", "args": {"weight_decay": 0.2, "lr": 0.02, "fallback_lr": 1e-3}}, schedule)
+    callback = pl.callbacks.BackboneFinetuning(1, lambda epoch: 2.0, backbone_initial_ratio_lr=0.1, should_align=False)
+    groups = {g["name"]: g for g in fit(module, callbacks=[callback], max_epochs=3).optimizers[0].param_groups}
+    matrix, rest = groups["added-1/matrix"], groups["added-1/fallback/no_decay"]
+    assert matrix["param_names"] == ["net.0.weight", "net.3.weight"]
+    assert rest["param_names"] == ["net.0.bias", "net.1.weight", "net.1.bias", "net.3.bias"]
+    assert (matrix["rule"], rest["rule"]) == ("NAMO", "AdamW")
+    assert (matrix["weight_decay"], rest["weight_decay"]) == (0.2, 0.0)
+    if schedule is None:
+        # A tenth of the head's rate, doubled once, and matrices have twenty times that of the rest.
+        assert (rest["lr"], matrix["lr"]) == (pytest.approx(2e-4), pytest.approx(4e-3))
+
+
+def test_parameters_added_later_are_there_again_after_a_restart(tmp_path):
+    """The callback keeps the groups; that it leaves the parameters frozen at resume is Lightning's."""
+
+    class Transfer(Classifier):
+        @property
+        def backbone(self) -> nn.Module:
+            return self.net[:4]
+
+    class Save(pl.Callback):
+        def on_train_epoch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            trainer.save_checkpoint(tmp_path / f"{trainer.current_epoch}.ckpt")
+
+    def run(*callbacks: pl.Callback, **arguments: Any) -> list[tuple[Any, ...]]:
+        finetuning = pl.callbacks.BackboneFinetuning(1, should_align=False)
+        trainer = make_trainer(max_epochs=4, callbacks=[finetuning, *callbacks])
+        trainer.fit(Transfer("NAMO"), **arguments)
+        keys = ("name", "role", "rule", "param_names", "lr")
+        return [tuple(group[key] for key in keys) for group in trainer.optimizers[0].param_groups]
+
+    assert run(Save()) == run(ckpt_path=tmp_path / "1.ckpt")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
@@ -130,3 +131,223 @@ def test_flags_of_a_stock_command_line():
     assert type(optimizer) is NAMO
     assert optimizer.defaults["lr"] == 0.25
     assert type(cli.trainer.lr_scheduler_configs[0].scheduler).__name__ == "WarmupConstant"
+
+
+# --- what the module's own optimizers say -----------------------------------------------------------------------------
+
+
+class Own(BoringModel):
+    """Two layers, and a function that configures the optimizers."""
+
+    def __init__(self, configure: Callable[[Any], Any], manual: bool = False) -> None:
+        super().__init__()
+        self.body, self.layer = torch.nn.Linear(32, 32), torch.nn.Linear(32, 2)
+        self.automatic_optimization = not manual
+        self.configure = configure
+        self.rates: list[list[float]] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(self.body(x))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        optimizers = self.optimizers(use_pl_optimizer=False)
+        first = optimizers[0] if isinstance(optimizers, list) else optimizers
+        self.rates.append([group["lr"] for group in first.param_groups])
+        if self.automatic_optimization:
+            return super().training_step(batch, batch_idx)
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(self(batch).square().mean())
+            optimizer.step()
+        return None
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("loss", 1.0)  # a plateau
+
+    def configure_optimizers(self) -> Any:
+        return self.configure(self)
+
+
+def groups_of(module: Any) -> list[dict[str, Any]]:
+    return [{"params": module.body.parameters(), "lr": 1e-5}, {"params": module.layer.parameters()}]
+
+
+def adamw(module: Any, **arguments: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups_of(module), **{"lr": 1e-4, **arguments})
+
+
+def scheduled(make: Callable[[Any], Any], **entry: Any) -> Callable[[Any], Any]:
+    def configure(module: Any) -> Any:
+        optimizer = adamw(module)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": make(optimizer), **entry}}
+
+    return configure
+
+
+def with_list(module: Any) -> Any:
+    optimizer = adamw(module)
+    return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.1)]
+
+
+def chained(optimizer: Any) -> Any:
+    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=2)
+    decay = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    return torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, decay], [2])
+
+
+def plateau(optimizer: Any) -> Any:
+    return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.1)
+
+
+SCHEDULES = {
+    "none": adamw,
+    "list": with_list,
+    "cosine": scheduled(lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 6, eta_min=1e-6), interval="step"),
+    "sequential": scheduled(chained, interval="step"),
+    "one cycle": scheduled(
+        lambda o: torch.optim.lr_scheduler.OneCycleLR(o, [1e-5, 1e-4], total_steps=6, cycle_momentum=False),
+        interval="step",
+    ),
+    "plateau": scheduled(plateau, monitor="loss"),
+    "every second step": scheduled(lambda o: torch.optim.lr_scheduler.StepLR(o, 1, 0.1), interval="step", frequency=2),
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_modules_schedule_and_ratios_are_kept(schedule: str) -> None:
+    """Learning rates of MVNGrad are those that the module's AdamW would have had, times one number."""
+    own, swapped = Own(SCHEDULES[schedule]), Own(SCHEDULES[schedule])
+    make_trainer(limit_val_batches=1).fit(own)
+    make_trainer(OptimizerSwap("MVNGrad", lr=3e-2, grouping=Grouping(no_decay=[])), limit_val_batches=1).fit(swapped)
+    assert len(own.rates) == len(swapped.rates) == 6
+    for before, after in zip(own.rates, swapped.rates):
+        assert sorted(after) == pytest.approx(sorted(300 * rate for rate in before))
+
+
+def test_a_schedule_that_makes_the_rate_itself_reaches_the_new_one() -> None:
+    """As in "Attention is all you need": lr is 1, and the schedule's factor is the learning rate."""
+
+    def noam(module: Any) -> Any:
+        optimizer = torch.optim.Adam(module.parameters(), lr=1.0)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: 512**-0.5 * min((step + 1) ** -0.5, (step + 1) * 3**-1.5)
+        )
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    model = Own(noam)
+    make_trainer(OptimizerSwap("MVNGrad", lr=0.02)).fit(model)
+    assert max(max(rates) for rates in model.rates) == pytest.approx(0.02)
+    assert model.rates[0] == pytest.approx([0.02 / 3])
+
+
+@pytest.mark.parametrize("name", ["MVNGrad", "NAMO", "AdamW"])
+def test_weight_decays_are_kept_as_ratios(name: str) -> None:
+    def decays(configure: Callable[[Any], Any], **arguments: Any) -> dict[str, float]:
+        trainer = make_trainer(OptimizerSwap(name, weight_decay=0.2, **arguments), fast_dev_run=True)
+        trainer.fit(Own(configure))
+        return {n: g["weight_decay"] for g in trainer.optimizers[0].param_groups for n in g["param_names"]}
+
+    def split(module: Any) -> Any:
+        layer = {"params": module.layer.parameters(), "weight_decay": 0.0}
+        return torch.optim.AdamW([{"params": module.body.parameters()}, layer])
+
+    assert decays(split) == {"body.weight": 0.2, "body.bias": 0.2, "layer.weight": 0.0, "layer.bias": 0.0}
+    one_for_all = decays(lambda m: adamw(m, weight_decay=0.3))  # as the module has chosen
+    assert set(one_for_all.values()) == {0.2}
+    none = decays(lambda m: torch.optim.AdamW(m.parameters(), weight_decay=0.0))
+    assert set(none.values()) == {0.0}
+    unsaid = decays(lambda m: torch.optim.Adam(m.parameters()))
+    assert unsaid == {"body.weight": 0.2, "body.bias": 0.0, "layer.weight": 0.2, "layer.bias": 0.0}
+    assert decays(lambda m: adamw(m, weight_decay=0.3), grouping=Grouping())["body.bias"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("configure", "moves"),
+    [
+        (lambda m: torch.optim.AdamW(m.layer.parameters()), {"layer"}),
+        (lambda m: [torch.optim.SGD([m.body.weight], lr=0.1)], {"body"}),
+        (lambda m: {"optimizer": torch.optim.Adam(m.parameters())}, {"body", "layer"}),
+    ],
+)
+def test_only_what_the_module_trains_is_trained(configure: Any, moves: set[str]) -> None:
+    model = Own(configure)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    make_trainer(OptimizerSwap("NAMO", lr=0.1)).fit(model)
+    moved = {name.partition(".")[0] for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == moves
+
+
+def test_a_frozen_parameter_of_the_own_optimizer_can_be_trained_later() -> None:
+    def configure(module: Any) -> Any:
+        module.body.requires_grad_(False)
+        return torch.optim.AdamW(module.parameters())
+
+    trainer = make_trainer(OptimizerSwap("NAMO"), fast_dev_run=True)
+    trainer.fit(Own(configure))
+    names = {name for group in trainer.optimizers[0].param_groups for name in group["param_names"]}
+    assert {"body.weight", "body.bias"} < names
+
+
+def test_every_optimizer_of_a_module_is_replaced() -> None:
+    def configure(module: Any) -> Any:
+        first, second = torch.optim.Adam(module.body.parameters()), torch.optim.Adam(module.layer.parameters(), 1e-2)
+        return [first, second], [torch.optim.lr_scheduler.StepLR(second, 1)]
+
+    model = Own(configure, manual=True)
+    trainer = make_trainer(OptimizerSwap("NAMO"))
+    trainer.fit(model)
+    assert [type(optimizer) for optimizer in trainer.optimizers] == [NAMO, NAMO]
+    trained = [{p for group in o.param_groups for p in group["params"]} for o in trainer.optimizers]
+    assert trained == [set(model.body.parameters()), set(model.layer.parameters())]
+    assert [config.scheduler.optimizer for config in trainer.lr_scheduler_configs] == trainer.optimizers[1:]
+
+
+def test_what_is_not_kept_is_said() -> None:
+    def configure(module: Any) -> Any:
+        return torch.optim.AdamW(module.parameters(), betas=(0.9, 0.95), amsgrad=True)
+
+    with pytest.warns(UserWarning, match=r"OptimizerSwap: NAMO does not keep .*betas=\(0\.9, 0\.95\), amsgrad=True"):
+        make_trainer(OptimizerSwap("NAMO"), fast_dev_run=True).fit(Own(configure))
+
+    def failing(module: Any) -> Any:
+        raise ImportError("no deepspeed here")
+
+    with pytest.warns(UserWarning, match="configure_optimizers of Own fails.*no deepspeed.*trains all trainable"):
+        make_trainer(OptimizerSwap("NAMO"), fast_dev_run=True).fit(Own(failing))
+
+
+def test_tensors_outside_of_the_module_are_trained(recwarn: Any) -> None:
+    class Temperature(Own):
+        def __init__(self, alone: bool) -> None:
+            super().__init__(lambda m: torch.optim.Adam([m.temperature, *([] if alone else m.parameters())]))
+            self.temperature = torch.ones(1, requires_grad=True)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return (self(batch) * self.temperature).square().mean()
+
+    for alone, optimizer in ((True, torch.optim.Adam), (False, NAMO)):
+        model = Temperature(alone)
+        trainer = make_trainer(OptimizerSwap("NAMO"))
+        trainer.fit(model)
+        assert type(trainer.optimizers[0]) is optimizer
+        assert model.temperature != 1
+
+
+# Lightning advances plateaus after the hook in which this checkpoint is written, with any optimizer.
+@pytest.mark.parametrize("schedule", ["cosine", "sequential", "every second step", "list"])
+def test_a_run_with_the_modules_schedule_resumes_exactly(schedule: str, tmp_path: Any) -> None:
+    class Save(pl.Callback):
+        def on_train_epoch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            trainer.save_checkpoint(tmp_path / f"{trainer.current_epoch}.ckpt")
+
+    def fit(*callbacks: pl.Callback, **arguments: Any) -> Own:
+        torch.manual_seed(0)
+        model, data = Own(SCHEDULES[schedule]), BoringDataModule()
+        make_trainer(OptimizerSwap("NAMO"), *callbacks, max_epochs=3, limit_val_batches=1).fit(
+            model, datamodule=data, **arguments
+        )
+        return model
+
+    whole, resumed = fit(Save()), fit(ckpt_path=tmp_path / "0.ckpt")
+    assert resumed.rates == whole.rates[3:]
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), resumed.parameters()))
