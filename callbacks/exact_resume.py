@@ -8,13 +8,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_optim.optimizers import NonFiniteGradientsError
 from lightning_optim.processes import all_gather_object, world
+from lightning_optim.trainer import is_lightning
 
 from . import run_position
 from .random_numbers import RandomNumbers
@@ -148,7 +148,7 @@ class ExactResume(pl.Callback):
         elif not validating and run_position.steps_logged(trainer) != self._steps_logged:
             stage = "finished"
         position = run_position.find(loops, stage, validating, self._running)
-        failed = self._exception is not None and not isinstance(self._exception, SIGTERMException)
+        failed = self._exception is not None and not is_lightning(self._exception, "SIGTERMException")
         if failed or self._extra_validation:
             position = replace(position, earlier=True)
         return position
@@ -197,9 +197,9 @@ class ExactResume(pl.Callback):
         found = {name: p.grad.detach() for name, p in pl_module.named_parameters() if p.grad is not None}
         if not found and pl_module.automatic_optimization:
             return none, ["it lies within an accumulation, whose gradients have been cleared since"]
-        if isinstance(trainer.strategy, DDPStrategy):
+        if is_lightning(trainer.strategy, "DDPStrategy"):
             return all_gather_object({name: gradient.cpu() for name, gradient in found.items()}, world()), []
-        if found and not isinstance(trainer.strategy, SingleDeviceStrategy):
+        if found and not is_lightning(trainer.strategy, "SingleDeviceStrategy"):
             strategy = type(trainer.strategy).__name__
             return none, [f"it lies within an accumulation, whose gradients are not saved with {strategy}"]
         return [found], []
@@ -207,6 +207,8 @@ class ExactResume(pl.Callback):
     def _half_done(self, pl_module: pl.LightningModule, position: Position) -> Iterator[str]:
         if not position.within_step or self._within is None:
             return
+        if isinstance(self._exception, NonFiniteGradientsError):
+            return  # The optimizer has moved nothing.
         if self._within == "step" or not pl_module.automatic_optimization:
             yield "it was written amid an optimizer step, which may have moved some of the parameters"
         elif any(True for _ in pl_module.buffers()):

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-from lightning.pytorch.trainer.states import RunningStage
 
 #: What has been done at a position, in this order. After a batch: it is ``trained``, a validation that was due is
 #: made, all else is ``finished`` (schedulers that wait for validation, step counters). Between two epochs: the hooks of
@@ -158,7 +157,7 @@ def _as_if_not_resumed(fit: Any) -> None:
 
 
 def is_validating(trainer: pl.Trainer) -> bool:
-    return trainer.state.stage == RunningStage.VALIDATING
+    return trainer.state.stage == "validate"
 
 
 def validation_has_ended(trainer: pl.Trainer) -> bool:
@@ -209,3 +208,9 @@ def states_of_loaders(loops: dict[str, Any], loaders: list[Any]) -> list[dict[st
     if not states:
         states += [loader.state_dict() for loader in loaders]
     return states
+
+
+def requeue_signal(trainer: pl.Trainer) -> int | None:
+    """The signal of SLURM on which Lightning writes a checkpoint and requeues the job, if it does."""
+    environment: Any = trainer._accelerator_connector.cluster_environment
+    return environment.requeue_signal if getattr(environment, "auto_requeue", False) else None

@@ -21,6 +21,8 @@ from .invocation import DEFAULT_ROOT, Invocation
 from .optim_cli import OptimCLI
 from .presets import class_path, load_config
 
+_GO_ON = "lightning-optim fit --ckpt_path {path}"
+
 # What these models take from the data.
 _LINKS = {
     VisionClassifier.__name__: ("num_classes", "in_chans", "image_size"),
@@ -43,7 +45,7 @@ class CommandLine(OptimCLI):
         super().__init__(
             args=invocation.args,
             seed_everything_default=1,
-            trainer_defaults={"default_root_dir": DEFAULT_ROOT, "callbacks": [RNGState(), RescueCheckpoint()]},
+            trainer_defaults={"default_root_dir": DEFAULT_ROOT, "callbacks": [RNGState(), RescueCheckpoint(_GO_ON)]},
             parser_kwargs=_help(),
         )
 

@@ -5,10 +5,13 @@ Used by the tests in their own process, and run as a program by two: ``python -m
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import random
 import signal
+import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +32,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_optim import configure_optimizers
-from lightning_optim.callbacks import Diagnostics, Resume, RNGState
+from lightning_optim.callbacks import Diagnostics, RescueCheckpoint, Resume, RNGState
 from lightning_optim.checkpoint_io import SafeCheckpointIO
 from lightning_optim.data.loading import BatchDataset, EpochSampler, ResumableLoader
 
@@ -45,12 +48,14 @@ MOMENTS = {
     "exception": "on an exception in a training step, before gradients are added",
     "exception in validation": "on an exception in a validation",
     "exception in step": "on an exception amid the optimizer's step",
-    "SIGTERM": "on SIGTERM, or Ctrl-C with `RescueCheckpoint`",
+    "SIGTERM": "on SIGTERM",  # ModelCheckpoint(save_on_exception=True)
+    "Ctrl-C": "on Ctrl-C, by `RescueCheckpoint`",
     "start of epoch": "at the start of an epoch",  # trainer.save_checkpoint in on_train_epoch_start
     # trainer.save_checkpoint after a fit with a lower limit
     "stop at end of epoch": "after `fit`, stopped at the end of an epoch",
     "stop within epoch": "after `fit`, stopped within an epoch",
 }
+SIGNALS = {"SIGTERM": signal.SIGTERM, "Ctrl-C": signal.SIGINT}
 ACCUMULATIONS = (1, 2, 3)
 INTERVALS = (0.5, 1.0)
 BATCHES = (6, 7)
@@ -138,8 +143,8 @@ class Module(pl.LightningModule):
         if self.fails and self.trainer.current_epoch == 1 and batch_idx == self.cell.within:
             if self.cell.moment == "exception":
                 raise OSError("a training step fails")
-            if self.cell.moment == "SIGTERM":
-                os.kill(os.getpid(), signal.SIGTERM)
+            if self.cell.moment in SIGNALS:
+                os.kill(os.getpid(), SIGNALS[self.cell.moment])
         Clock.ticks += 1
         return loss
 
@@ -204,7 +209,7 @@ class Module(pl.LightningModule):
         return DataLoader(TensorDataset(*rows.__getitems__(list(range(len(rows))))), shuffle=True, **options)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        x = torch.randn(8, 6, generator=torch.Generator().manual_seed(9))
+        x = torch.randn(8 * self.cell.processes, 6, generator=torch.Generator().manual_seed(9))
         return DataLoader(TensorDataset(x), batch_size=4)
 
 
@@ -235,6 +240,8 @@ def writers(cell: Cell, folder: Path) -> list[pl.Callback]:
         return [Save("on_train_batch_end", cell, folder / "by hand.ckpt")]
     if cell.moment == "start of epoch":
         return [Save("on_train_epoch_start", cell, folder / "by hand.ckpt")]
+    if cell.moment == "Ctrl-C":
+        return [RescueCheckpoint(), ModelCheckpoint(folder, save_top_k=0)]
     if cell.moment.startswith("exception") or cell.moment == "SIGTERM":
         return [ModelCheckpoint(folder, **options, every_n_train_steps=10**6, save_on_exception=True)]
     return []
@@ -286,6 +293,7 @@ def fit(
         logging.getLogger(name).setLevel(logging.ERROR)
     pl.seed_everything(seed, verbose=False)
     module = Module(cell, fails)
+    torch.rand(3 if ckpt_path else 1)  # Random numbers are to be those of the checkpoint, whatever is drawn before.
     until = limits(cell, stops)
     if cell.diagnostics:
         callbacks = [*callbacks, Diagnostics("full", every_n_steps=1)]
@@ -306,7 +314,7 @@ def fit(
             if not fails:
                 raise
         else:
-            assert not fails or cell.moment not in ("exception", "exception in validation", "SIGTERM")
+            assert not fails
         if save is not None:
             if cell.accumulation == 1 or cell.moment == "stop at end of epoch":
                 trainer.validate(module, verbose=False)  # What happens after fit is not part of the run.
@@ -351,7 +359,7 @@ def resume(cell: Cell, folder: Path) -> tuple[str, str]:
     """How the resumed run differs from the one that was not interrupted, and what was said when it was written."""
     plain = replace(cell, moment="", callback="", diagnostics=False)
     expected, trail = straight(plain)
-    stops, fails = cell.moment.startswith("stop"), cell.moment.startswith("exception") or cell.moment == "SIGTERM"
+    stops, fails = cell.moment.startswith("stop"), cell.moment.startswith("exception") or cell.moment in SIGNALS
     file = folder / "after fit.ckpt" if stops else None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -370,7 +378,8 @@ def resume(cell: Cell, folder: Path) -> tuple[str, str]:
         callbacks: list[pl.Callback] = [callback()]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            second = fit(cell, 77, callbacks, ckpt_path=file)
+            # Lightning's sampler for several processes takes the order of the data from the seed.
+            second = fit(cell, 77 if cell.processes == 1 else 5, callbacks, ckpt_path=file)
         if found := difference(everything(second), expected):
             return f"{file.name}: {found}", said
         if second.trail != trail[len(trail) - len(second.trail) :]:
@@ -382,12 +391,16 @@ def resume(cell: Cell, folder: Path) -> tuple[str, str]:
     return "", said
 
 
-def judge(cell: Cell) -> str:
+def judge(cell: Cell, folder: Path | None = None) -> str:
     """What is wrong with a cell."""
-    with TemporaryDirectory() as folder:
-        found, said = resume(cell, Path(folder))
+    if folder is None:
+        with TemporaryDirectory() as temporary:
+            return judge(cell, Path(temporary))
+    found, said = resume(cell, folder)
     if cell.is_exact:
         return found or (f"warned without a reason: {said}" if said else "")
+    if int(os.environ.get("RANK", 0)):
+        return ""  # Only the first rank warns.
     return "" if said else f"not a word that it is not exact ({found or 'it is'})"
 
 
@@ -429,3 +442,23 @@ def table() -> str:
         ]
         lines.append(f"| {text} | {words[kinds[0]]} | {words[kinds[1]]} |")
     return "\n".join(lines)
+
+
+#: What two processes run. Exceptions amid a step are left out: one rank waits there for the other.
+ON_TWO = [replace(cell, processes=2) for cell in pairs()[::3] if cell.moment not in ("exception", *SIGNALS)]
+ON_TWO += [replace(ON_TWO[0], moment=moment, loader="resumable") for moment in ("exception", "SIGTERM")]
+
+
+def main(out: Path) -> None:
+    """What each of two processes does; both write what came of it."""
+    results = {}
+    for i, cell in enumerate(ON_TWO):
+        try:
+            results[str(cell)] = judge(cell, out / str(i))
+        except Exception:
+            results[str(cell)] = traceback.format_exc()
+    (out / f"{os.environ['RANK']}.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
