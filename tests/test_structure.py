@@ -25,7 +25,7 @@ LAYERS: list[set[str]] = [
 ]
 #: Modules that a room consists of, where it is no folder of its own name.
 ROOMS = {
-    "factory": {"factory", "grouping", "group_rates", "own_optimizers", "safe_classes"},
+    "factory": {"factory", "added_groups", "grouping", "group_rates", "own_optimizers", "safe_classes"},
     "optimizers": {"optimizers", "eigenbasis"},
 }
 #: Imports that go up nevertheless.
