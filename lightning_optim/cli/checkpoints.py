@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import re
 import warnings
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from ..checkpoint_io import CheckpointError, look_at_checkpoint
 from .errors import UsageError, nearest
@@ -26,7 +31,7 @@ def find_checkpoint(name: str, folder: Path) -> Path:
         except (FileNotFoundError, CheckpointError) as error:
             raise UsageError(f"--ckpt_path: {error} {nearest(name, map(str, checkpoints), '')}") from error
         return Path(name)
-    checkpoints.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    checkpoints.sort(key=_age, reverse=True)
     for last in checkpoints:
         try:
             checkpoint = look_at_checkpoint(last)
@@ -40,3 +45,23 @@ def find_checkpoint(name: str, folder: Path) -> Path:
         best = [state["best_model_path"] for key, state in callbacks.items() if key.startswith("ModelCheckpoint")]
         return last.with_name(Path(best[0]).name) if best and best[0] else last
     return last
+
+
+def _age(path: Path) -> tuple[Any, ...]:
+    """What orders checkpoints by age, from their contents: a copy of a run has other file times.
+
+    Those of :class:`.RecordSettings` say when they were written. Others are ordered by run, epoch and step. What cannot
+    be read comes last, so that it is passed over with a warning.
+    """
+    run = [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(path.parent))]
+    try:
+        file = path / "meta.pt" if path.is_dir() else path
+        content = torch.load(file, "cpu", weights_only=True, mmap=True)
+        return (
+            float(content.get("saved_at", 0.0)),
+            run,
+            int(content.get("epoch", 0)),
+            int(content.get("global_step", 0)),
+        )
+    except Exception:  # A made-up file can lead to any error.
+        return math.inf, run, 0, 0

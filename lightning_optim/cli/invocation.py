@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import UsageError, nearest
 from .presets import class_path, find_config, given, load_config
+from .trust import class_paths
 
 #: The commands of LightningCLI.
 TRAINER_COMMANDS = {
@@ -95,12 +97,30 @@ class Invocation:
             task = run.parent.name
             if (run / "config.yaml").is_file():
                 settings = str(run / "config.yaml")
+                if not run.resolve().is_relative_to(Path(root).resolve()):
+                    if model is None:
+                        raise UsageError(_of_another(settings, root))
+                    settings = None
         if model is None:
             base = settings or find_config(DEFAULT_TASK)
+            if settings:
+                print(f"With the settings of the run, {settings}: {_named(settings)}", file=sys.stderr)
             args = ["-c", base, *args]
             path = class_path(load_config(base).get("model")) or ""
             model, task = path.rpartition(".")[2], task or DEFAULT_TASK
         return cls([subcommand, *args], model, task, run, settings)
+
+
+def _of_another(settings: str, root: str) -> str:
+    return (
+        f"--ckpt_path: the settings beside the checkpoint, {settings}, are not used, since they are not those of a run "
+        f"in {root}. They name {_named(settings)}. If you trust them, add -c {settings}; or name a model by --model or "
+        "-c, or the folder of your runs by --trainer.default_root_dir."
+    )
+
+
+def _named(settings: str) -> str:
+    return ", ".join(dict.fromkeys(class_paths(load_config(settings)))) or "no class"
 
 
 def check_options(args: Iterable[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Optional
@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from .. import factory, schedules
 from ..callbacks import Resume
-from ..checkpoint_io import SAFE_STRATEGIES, CheckpointError, SafeCheckpointIO
+from ..checkpoint_io import SAFE_STRATEGIES, CheckpointError, SafeCheckpointIO, read_checkpoint
 from ..data import DataError
 from ..factory import Grouping, OptimizerConfig, OptimizerMixin, SchedulerConfig
 from ..registry import OPTIMIZERS
@@ -32,6 +32,7 @@ from .invocation import help_for_optimizer
 from .parser import OptimArgumentParser, PresetOrFile
 from .presets import class_path, find_config, given, load_config
 from .record import RecordSettings
+from .trust import check_hyperparameters
 
 # A bare name is looked up in the first type that has it, so ours come before torch's of the same name.
 _OPTIMIZER_TYPES = (*(info.cls for info in OPTIMIZERS.values()), torch.optim.Optimizer)
@@ -156,6 +157,7 @@ class OptimCLI(LightningCLI):
         if subcommand is None or any(given(self._args, "--model")):
             return
         before = self.config[subcommand].get("model")
+        self._check_ckpt_path(subcommand)
         super()._parse_ckpt_path()
         ours, saved = class_path(before), class_path(self.config[subcommand].get("model"))
         if ours and saved and import_class(ours) is not import_class(saved):
@@ -168,6 +170,19 @@ class OptimCLI(LightningCLI):
             for prefix in ("", "init_args."):
                 if option and prefix + option[1] in before:
                     self.config[subcommand].model[prefix + option[1]] = before[prefix + option[1]]
+
+    def _check_ckpt_path(self, subcommand: str) -> None:
+        """Refuse hyperparameters of the model that name other code than the settings, before it is imported."""
+        path = self.config[subcommand].get("ckpt_path")
+        if path and Path(path).is_file():
+            saved = read_checkpoint(path, mmap=True).get("hyper_parameters")
+            if isinstance(saved, Mapping):
+                check_hyperparameters(path, saved, [self.config[subcommand].get("model"), *self._model_classes()])
+
+    def _model_classes(self) -> list[str]:
+        """The class of the model where the program and not the command line names it."""
+        cls = self.model_class
+        return [f"{cls.__module__}.{cls.__qualname__}"] if isinstance(cls, type) else []
 
     def instantiate_classes(self) -> None:
         self._choose_safe_strategy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,12 @@ class RecordSettings(SaveConfigCallback):
         recorded = (self._folder / self.final_name).is_file()
         if stage == "fit" and not trainer.strategy.broadcast(recorded):
             super().setup(trainer, pl_module, stage)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        # By this the newest is found. The times of files are those of their copies.
+        checkpoint["saved_at"] = time.time()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
