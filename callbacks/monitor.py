@@ -108,7 +108,7 @@ class Monitor(Keyed):
     needs_updates: ClassVar[bool] = True
     #: Whether it wants what our matrix rules report during a step.
     needs_observations: ClassVar[bool] = False
-    #: The module of the last run: with it a run goes on, with another one it begins anew.
+    #: The module of the last run. Another module starts from the beginning.
     _module: weakref.ref[pl.LightningModule] | None = None
 
     def __init__(
@@ -151,7 +151,7 @@ class Monitor(Keyed):
         return None
 
     def sums(self, step: Step) -> dict[str, Tensor]:
-        """Called after the step. What this process knows, to be added up over the processes that shards are spread on.
+        """Called after the step. What this rank computes from its shards, to be added up over ranks.
 
         A vector with one entry per parameter of ``step.watched`` counts parameters that several processes hold once.
         """
@@ -192,7 +192,7 @@ class Monitor(Keyed):
     # --- which steps, which parameters --------------------------------------------------------------------------
 
     def count(self, label: str) -> int:
-        """Count a step of the optimizer with that label; its number if it is to be measured, otherwise 0."""
+        """Count a step of the optimizer with that label. Returns its number if it is measured, otherwise 0."""
         index = self._counts[label] = self._counts.get(label, 0) + 1
         return index if self.measures(index) else 0
 
@@ -235,7 +235,7 @@ class Monitor(Keyed):
         return {name: value for name, value in vars(self).items() if name != "_module"}
 
     def forget(self) -> None:
-        """Begin anew, as for another module; the history stays."""
+        """Start from the beginning, as for another module. The history stays."""
         self._counts, self._skips, self.memory = {}, {}, {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -324,8 +324,8 @@ class ProbingMonitor(Monitor):
     def probing(self) -> Iterator[None]:
         """To be entered, by all processes, for whatever a run may not allow that cannot be probed.
 
-        What fails on one process fails on all of them. Where others wait inside for what the one does not send any
-        more, all end with an error, after :data:`PATIENCE`.
+        What fails on one rank fails on all of them. Where others wait inside for a collective of the one that failed, all
+        end with an error after :data:`PATIENCE`.
         """
         failure: Exception | None = None
         try:

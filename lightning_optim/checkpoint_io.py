@@ -222,7 +222,7 @@ _DAY = 24 * 3600
 
 
 def _place_beside(path: Path) -> Path:
-    """Where this process writes what is to become ``path``; what dead ones have left in that folder is removed."""
+    """The path that this process writes to before it is renamed to ``path``. What killed processes left is removed."""
     for left in path.parent.glob(".*.part"):
         if _is_left(left):
             _remove(left)
@@ -232,7 +232,7 @@ def _place_beside(path: Path) -> Path:
 
 
 def _is_left(part: Path) -> bool:
-    """Whether nobody writes there any more. Of processes on other machines, one that is silent for a day."""
+    """Whether no process writes there any more: it has ended, or, on another machine, has written nothing for a day."""
     found = re.fullmatch(rf"\..+\.{re.escape(platform.node())}-(\d+)\.part", part.name)
     if found and os.name == "posix":
         try:
@@ -307,7 +307,7 @@ def _load(path: str | Path, map_location: Any, mmap: bool = False) -> dict[str, 
                 f"{path} holds other things than tensors and plain values ({reason}), and was not loaded. Keep such "
                 "objects out of checkpoints; torch.load(..., weights_only=False) would execute what it says."
             ) from error
-        except Exception as error:  # What a file that somebody made up leads to is anything.
+        except Exception as error:  # A made-up file can lead to any error.
             reason = str(error).partition("\n")[0]
             raise CheckpointError(
                 f"{path} is not a checkpoint that torch.save has written ({reason}). {_OTHER}"

@@ -120,7 +120,7 @@ def local_slices(p: Tensor) -> tuple[slice, ...]:
 def _mesh_dimensions(mesh: Any, placements: tuple[Any, ...], world: Group) -> tuple[tuple[Any, Group], ...]:
     """Placement and group of each mesh dimension that has several ranks.
 
-    Meshes of the same ranks are equal, also when ``world`` was destroyed and made anew, and their groups with it.
+    Meshes of the same ranks are equal, also when ``world`` and their groups with it were destroyed and created again.
     """
     return tuple((placement, mesh.get_group(i)) for i, placement in enumerate(placements) if mesh.size(i) > 1)
 
