@@ -324,8 +324,8 @@ class ProbingMonitor(Monitor):
     def probing(self) -> Iterator[None]:
         """To be entered, by all processes, for whatever a run may not allow that cannot be probed.
 
-        What fails on one rank fails on all of them. Where others wait inside for a collective of the one that failed, all
-        end with an error after :data:`PATIENCE`.
+        What fails on one rank fails on all of them. Where others wait inside for a collective of the rank that failed,
+        all end with an error after :data:`PATIENCE`.
         """
         failure: Exception | None = None
         try:
