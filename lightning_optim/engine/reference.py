@@ -93,7 +93,7 @@ def _update_matrices(rule: type[MatrixRule], batch: Batch, task: Task, observer:
     )
     move = _orthogonalize(update, observe) if isinstance(update, GeneratorType) else update
     for name in own_shape:  # Where no view exists, as in transposed convolutions, a stack is a copy.
-        task.state[name].copy_(from_blocks(state[name], task.p.shape, batch.group))
+        _copy(task.state[name], from_blocks(state[name], task.p.shape, batch.group))
     value = load(task.p, task.state.get(RESIDUAL), compute_dtype(task.p.dtype))
     stacked = move.apply_(stack(value), task.scalars["keep"])
     _store(task, from_blocks(stacked, task.p.shape, batch.group))
@@ -126,7 +126,12 @@ def _state(batch: Batch, task: Task) -> SimpleNamespace:
 def _store(task: Task, value: Tensor) -> None:
     """Write a value of the arithmetic's precision to the parameter."""
     if task.p.dtype == value.dtype:
-        task.p.copy_(value)
+        _copy(task.p, value)
         return
     noise = None if task.noise is None else numbers(task.noise, 0, task.p.numel(), task.p.device).view(task.p.shape)
     store_(task.p, value, task.state.get(RESIDUAL), noise)
+
+
+def _copy(target: Tensor, value: Tensor) -> None:
+    """Copy what may be a view of the target: where an axis has one element its strides differ, and torch refuses."""
+    target.copy_(value.clone() if 1 in value.shape else value)
