@@ -131,6 +131,7 @@ class ExactResume(pl.Callback):
                 "training": [generator.get_state() for generator in _generators(self._loaders)],
                 "validation": [generator.get_state() for generator in _generators(validation)],
             },
+            "frozen": [name for name, p in pl_module.named_parameters() if not p.requires_grad],
             "metrics": {name: x.detach().clone() for name, x in trainer.callback_metrics.items()},
         }
         self._warn(trainer, [*reasons, *reason, *self._half_done(pl_module, position)])
@@ -249,6 +250,11 @@ class ExactResume(pl.Callback):
         else:
             self._generators = generators.get("training", [])
         self._steps_logged = run_position.steps_logged(trainer)
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if "frozen" in resumed.saved and any(is_lightning(callback, "BaseFinetuning") for callback in callbacks):
+            # It freezes again when a run is resumed, and does not thaw what it had thawed.
+            for name, p in pl_module.named_parameters():
+                p.requires_grad_(name not in resumed.saved["frozen"])
         gradients = resumed.saved.get("gradients", [])
         if len(gradients) == trainer.world_size:
             parameters = dict(pl_module.named_parameters())
