@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from types import TracebackType
 from typing import NoReturn
 
 
@@ -29,7 +30,12 @@ def explained(what: str = "", by: tuple[str, ...] = ("lightning_optim", "lightni
         cause: BaseException | None = error
         while cause and _raised_in(cause) == "jsonargparse":  # which instantiates classes and follows links
             cause = cause.__cause__
-        if cause is not None and _is_about_a_setting(cause) and _raised_in(cause) in by:
+        if (
+            cause is not None
+            and _is_about_a_setting(cause)
+            and _raised_in(cause) in by
+            and users_traceback(cause) is None
+        ):
             message = what + str(cause)
             if found := re.search(r"'([^']+)' is not one of ([^.]+)", message):
                 message += f" {nearest(found[1], found[2].split(', '), '')}"
@@ -50,8 +56,40 @@ def _raised_in(error: BaseException) -> str:
     return traceback.tb_frame.f_globals["__name__"].partition(".")[0] if traceback else ""
 
 
-def exit_with(message: str) -> NoReturn:
-    sys.stderr.write(f"lightning-optim: error: {' '.join(message.split())}\n")
+_INFRASTRUCTURE = {
+    *("lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities", "lightning_optim"),
+    *("jsonargparse", "torch", "torchmetrics", "fsspec", *sys.stdlib_module_names),
+} - {"__main__"}
+
+
+def users_traceback(error: BaseException) -> TracebackType | None:
+    """The part of an error's traceback that begins in the user's code, if it passes through any."""
+    traceback = error.__traceback__
+    while traceback and traceback.tb_frame.f_globals.get("__name__", "").partition(".")[0] in _INFRASTRUCTURE:
+        traceback = traceback.tb_next
+    return traceback
+
+
+def fault_in_module(message: str) -> BaseException | None:
+    """What is wrong with the user's module in which a class was looked up, if it cannot be imported.
+
+    That there is no such module is not meant, for that is a mistake in the argument.
+    """
+    for path in re.findall(r"(?:Given value|Got value)[^\n]*?'?\b((?:\w+\.)+\w+)", message):
+        module = path.rpartition(".")[0]
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+                return error
+        except Exception as error:
+            return error
+    return None
+
+
+def exit_with(message: str, program: str = "lightning-optim") -> NoReturn:
+    """End the process with a message and exit status 2."""
+    sys.stderr.write(f"{program}: error: {' '.join(message.split())}\n")
     sys.exit(2)
 
 
@@ -97,6 +135,7 @@ def _classes() -> dict[str, type]:
     import lightning.pytorch as pl
     from lightning.pytorch.loggers import Logger
     from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
 
     return {
         "model": pl.LightningModule,
@@ -104,6 +143,7 @@ def _classes() -> dict[str, type]:
         "trainer.callbacks": pl.Callback,
         "trainer.logger": Logger,
         "optimizer": Optimizer,
+        "lr_scheduler": LRScheduler,
     }
 
 

@@ -8,39 +8,30 @@ import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Any, Literal, Optional, cast
 
 import lightning.pytorch as pl
-import torch
-import yaml
 from jsonargparse import Namespace
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, ReduceLROnPlateau
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from .. import factory, schedules
+from .. import factory
 from ..callbacks import Resume
 from ..checkpoint_io import SAFE_STRATEGIES, CheckpointError, SafeCheckpointIO, read_checkpoint
 from ..data import DataError
+from ..engine.hyperparameters import satisfies
+from ..engine.optimizer import RuleOptimizer
+from ..engine.two_rules import MatrixOptimizer, fallback_hyperparameters, fallbacks
 from ..factory import Grouping, OptimizerConfig, OptimizerMixin, SchedulerConfig
-from ..registry import OPTIMIZERS
-from .errors import UsageError, explained, import_class
+from .errors import UsageError, explained, import_class, users_traceback
 from .invocation import help_for_optimizer
-from .parser import OptimArgumentParser, PresetOrFile
-from .presets import class_path, find_config, given, load_config
-from .record import RecordSettings
+from .parser import OPTIMIZER_TYPES, SCHEDULER_TYPES, OptimArgumentParser, PresetOrFile, forgets_on_change
+from .presets import class_path, given
 from .trust import check_hyperparameters
-
-# A bare name is looked up in the first type that has it, so ours come before torch's of the same name.
-_OPTIMIZER_TYPES = (*(info.cls for info in OPTIMIZERS.values()), torch.optim.Optimizer)
-_SCHEDULER_TYPES = (
-    *(getattr(schedules, name) for name in schedules.__all__),
-    ReduceLROnPlateau,
-    LRScheduler,
-)
 
 
 class OptimCLI(LightningCLI):
@@ -48,7 +39,7 @@ class OptimCLI(LightningCLI):
 
     The stock LightningCLI builds the optimizer right after the model, from nameless parameters. It does not see what
     ``configure_model`` adds, keeps training parameters that a precision plugin has replaced, and cannot route
-    matrices. This class differs in the following and takes the same arguments:
+    matrices. This class takes the same arguments, can be extended by the same methods, and differs in the following:
 
     - ``--optimizer NAME`` is any of :data:`lightning_optim.OPTIMIZERS`, before torch's of the same name, or the
       dotted path of any torch optimizer. Another name drops the arguments of the one before.
@@ -58,13 +49,14 @@ class OptimCLI(LightningCLI):
     - Without ``--optimizer``, the model's own ``configure_optimizers`` is used. With it, the model's own still says
       which parameters are trained, how the learning rates of its groups compare, and, without ``--lr_scheduler``, what
       course they take; see :class:`~lightning_optim.callbacks.OptimizerSwap`.
+    - What a project registers with ``add_optimizer_args`` and ``add_lr_scheduler_args`` is used as by LightningCLI: one
+      parameter group, a schedule that advances every epoch.
     - ``-c`` also takes the name of a preset: ``-c namo``.
     - Wrong input ends in one message with exit status 2.
     - ``--resume.override`` names the hyperparameters that a resumed run takes from the command line, and a warning
       says where the two differ otherwise; see :class:`~lightning_optim.callbacks.Resume`.
     - ``--model.ARGUMENT`` holds before the checkpoint's value, which Lightning (from 2.6) takes instead.
     - Local checkpoints are written and read by :class:`~lightning_optim.checkpoint_io.SafeCheckpointIO`.
-    - TensorBoard's hyperparameters hold optimizer, schedule and grouping beside model and data.
 
     Example:
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
@@ -73,103 +65,102 @@ class OptimCLI(LightningCLI):
         'NAMO'
     """
 
-    def __init__(
-        self,
-        model_class: type[pl.LightningModule] | Callable[..., pl.LightningModule] | None = None,
-        datamodule_class: type[pl.LightningDataModule] | Callable[..., pl.LightningDataModule] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        defaults: dict[str, Any] = {
-            "save_config_callback": RecordSettings,
-            "auto_configure_optimizers": False,
-        }
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         try:
-            super().__init__(model_class, datamodule_class, **(defaults | kwargs))
-        except (UsageError, DataError, MisconfigurationException) as error:
+            super().__init__(*args, **kwargs)
+        except (UsageError, DataError) as error:
             self.parser.error(str(error), error)
-        except CheckpointError as error:
-            self.parser.error(f"--ckpt_path {self._get(self.config, 'ckpt_path')}: {error}", error)
-        except KeyError as error:
-            if "contains only the model" not in str(error):
+        except (MisconfigurationException, CheckpointError, KeyError, RuntimeError) as error:
+            message = self._explanation(error)
+            if message is None or users_traceback(error) is not None:
                 raise
-            self.parser.error(
-                f"--ckpt_path {self._get(self.config, 'ckpt_path')} holds the model alone (save_weights_only), with "
-                "which training cannot go on. Use another checkpoint.",
-                error,
+            self.parser.error(message, error)
+
+    def _explanation(self, error: Exception) -> str | None:
+        """What Lightning, or a checkpoint, says is wrong with the arguments; ``None`` if it is something else."""
+        if isinstance(error, MisconfigurationException):
+            return None if isinstance(error, ProjectError) else str(error)
+        checkpoint = f"--ckpt_path {self._get(self.config, 'ckpt_path')}"
+        if isinstance(error, CheckpointError):
+            return f"{checkpoint}: {error}"
+        if isinstance(error, KeyError) and "contains only the model" in str(error):
+            return (
+                f"{checkpoint} holds the model alone (save_weights_only), with which training cannot go on. Use "
+                "another checkpoint."
             )
-        except RuntimeError as error:
-            if "loading state_dict" not in str(error):
-                raise
+        if isinstance(error, RuntimeError) and "loading state_dict" in str(error):
             reasons = [line.strip(" \t.")[:300] for line in str(error).splitlines()[1:]]
             more = f" and {len(reasons) - 3} more" if len(reasons) > 3 else ""
-            self.parser.error(
-                f"--ckpt_path {self._get(self.config, 'ckpt_path')} is of another model: {'; '.join(reasons[:3])}{more}"
-                ". Give --model and its arguments as in the run that wrote it.",
-                error,
+            return (
+                f"{checkpoint} is of another model: {'; '.join(reasons[:3])}{more}. Give --model and its arguments as "
+                "in the run that wrote it."
             )
+        return None
+
+    # --- arguments --------------------------------------------------------------------------------------------------
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        parser = OptimArgumentParser(**kwargs)
-        what = "Name of a preset (`lightning-optim list --presets`) or path of a YAML file; may be repeated."
+        if issubclass(OptimArgumentParser, self.parser_class):
+            self.parser_class = OptimArgumentParser
+        elif not issubclass(self.parser_class, OptimArgumentParser):  # a class of the project's own
+            both = type(self.parser_class.__name__, (self.parser_class, OptimArgumentParser), {})
+            self.parser_class = cast("type[LightningArgumentParser]", both)
+        kwargs.setdefault("dump_header", [f"lightning.pytorch=={pl.__version__}"])
+        parser = self.parser_class(**kwargs)
+        what = "Name of a preset (`lightning-optim list --presets`), path of a YAML file, or YAML; may be repeated."
         parser.add_argument("-c", "--config", action=PresetOrFile, help=what)
         return parser
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_default_arguments_to_parser(parser)
-        late: dict[str, Any] = {"as_group": False, "instantiate": False, "fail_untyped": False, "metavar": "NAME"}
-        group = parser.add_argument_group("Optimizer and learning-rate schedule")
-        group.add_subclass_arguments(
-            _OPTIMIZER_TYPES,
-            "optimizer",
-            skip={"params"},
-            help="Name or class path; `lightning-optim list` shows ours. Arguments follow as --optimizer.ARGUMENT.",
-            **late,
-        )
-        group.add_subclass_arguments(
-            _SCHEDULER_TYPES,
-            "lr_scheduler",
-            skip={"optimizer"},
-            help="Name or class path. Arguments follow as --lr_scheduler.ARGUMENT; a missing total_steps is found out.",
-            **late,
-        )
-        group.add_argument(
-            "--lr_scheduler_interval",
-            type=Optional[Literal["step", "epoch"]],  # noqa: UP045
-            help="When the schedule advances. Default: every step, and ReduceLROnPlateau every epoch.",
-        )
-        parser.add_argument("--grouping", type=Grouping, default=Grouping())
         parser.add_lightning_class_args(Resume, "resume")
+        if self.auto_configure_optimizers:
+            parser.add_argument(
+                "--lr_scheduler_interval",
+                type=Optional[Literal["step", "epoch"]],  # noqa: UP045
+                help="When the schedule advances. Default: every step, and ReduceLROnPlateau every epoch.",
+            )
+            parser.add_argument("--grouping", type=Grouping, default=Grouping())
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        self._args: list[str] = []
-        if isinstance(args, (dict, Namespace)):
-            self.config = parser.parse_object(args)
-        else:
-            self._args = sys.argv[1:] if args is None else list(args)
-            if shown := help_for_optimizer(self._args):
-                print(shown)
-                sys.exit()
-            self.config = parser.parse_args(_forget_on_change(self._args))
+        self._args = [] if isinstance(args, (dict, Namespace)) else sys.argv[1:] if args is None else list(args)
+        if shown := help_for_optimizer(self._args):
+            print(shown)
+            sys.exit()
+        with forgets_on_change():
+            super().parse_arguments(parser, args)
 
     def _parse_ckpt_path(self) -> None:
         # Lightning 2.6 puts the checkpoint's hyperparameters of the model in place of all others. Here flags hold.
         subcommand = self.config.get("subcommand")
-        if subcommand is None or any(given(self._args, "--model")):
+        if subcommand is None:
             return
-        before = self.config[subcommand].get("model")
-        self._check_ckpt_path(subcommand)
+        before = self.config.clone()
+        try:
+            self._check_ckpt_path(subcommand)
+        except CheckpointError:
+            if any(given(self._args, "--model")):  # A model that is named on purpose takes the weights alone.
+                return
+            raise
         super()._parse_ckpt_path()
-        ours, saved = class_path(before), class_path(self.config[subcommand].get("model"))
+        model = self.config[subcommand].get("model")
+        ours, saved = class_path(before[subcommand].get("model")), class_path(model)
         if ours and saved and import_class(ours) is not import_class(saved):
+            if any(given(self._args, "--model")):  # A model that is named on purpose takes the weights alone.
+                self.config = before
+                return
             raise UsageError(
                 f"--ckpt_path {self.config[subcommand].ckpt_path} is of another model: {saved}, not {ours}. Leave -c "
                 "out to go on with a run, or give the -c that belongs to it."
             )
         for arg in self._args:
-            option = re.match(r"--model\.(?:init_args\.)?(\w+)", arg)
-            for prefix in ("", "init_args."):
-                if option and prefix + option[1] in before:
-                    self.config[subcommand].model[prefix + option[1]] = before[prefix + option[1]]
+            option = re.match(r"--model\.(?:init_args\.|dict_kwargs\.)?(\w+)", arg)
+            for prefix in ("", "init_args.", "dict_kwargs."):
+                key = f"{subcommand}.model.{prefix}{option[1]}" if option else ""
+                if key and key in before:
+                    self.config[key] = before[key]
+
+    # --- model, optimizer, Trainer ----------------------------------------------------------------------------------
 
     def _check_ckpt_path(self, subcommand: str) -> None:
         """Refuse hyperparameters of the model that name other code than the settings, before it is imported."""
@@ -188,11 +179,6 @@ class OptimCLI(LightningCLI):
         self._choose_safe_strategy()
         with explained():
             super().instantiate_classes()
-        # RecordSettings logs them, and Lightning stops at names that model and data share.
-        self.model._log_hyperparams = False
-        if self.datamodule is not None:
-            self.datamodule._log_hyperparams = False
-        self._configure_late()
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         trainer = super().instantiate_trainer(**kwargs)
@@ -215,79 +201,130 @@ class OptimCLI(LightningCLI):
         if safe := SAFE_STRATEGIES.get(cls):
             trainer.strategy = Namespace(class_path=f"{safe.__module__}.{safe.__name__}", init_args=args)
 
-    def _configure_late(self) -> None:
-        model = self.model
-        optimizer = _spec(self._get(self.config, "optimizer"), OptimizerConfig)
-        scheduler = _spec(self._get(self.config, "lr_scheduler"), SchedulerConfig)
+    def _add_configure_optimizers_method_to_model(self, subcommand: str | None) -> None:
+        """Give the model a ``configure_optimizers`` that builds what the arguments say when Lightning calls it."""
+        if not self.auto_configure_optimizers:
+            return
+        parser = self._parser(subcommand)
+        optimizer_key, types = _automatic(parser._optimizers)
+        scheduler_key, scheduler_types = _automatic(parser._lr_schedulers)
+        if not optimizer_key:
+            return
+        optimizer = self._spec(optimizer_key, types, OptimizerConfig)
+        scheduler = self._spec(scheduler_key, scheduler_types, SchedulerConfig)
+        chosen = self._get(self.config_init, "grouping")
+        grouping = chosen if chosen != Grouping() else None
+        interval = self._get(self.config, "lr_scheduler_interval")
         if scheduler is not None:
-            scheduler.interval = self._get(self.config, "lr_scheduler_interval")
-        grouping = self._get(self.config_init, "grouping")
+            scheduler.interval = interval
         if optimizer is not None:
-            # Wrong arguments show now and not after the data has been prepared.
-            with explained("--optimizer: ", by=("lightning_optim", "torch")):
-                factory.build_optimizer(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), optimizer)
+            check_arguments(optimizer)
+        model = self.model
         if isinstance(model, OptimizerMixin):
             model.optimizer = optimizer or model.optimizer
             model.lr_scheduler = scheduler or model.lr_scheduler
-            model.grouping = grouping if grouping != Grouping() else model.grouping
-            configure = model.configure_optimizers
+            model.grouping = grouping or model.grouping
+            configure: Callable[[], Any] = model.configure_optimizers
         elif optimizer is not None:
-            own, chosen = model.configure_optimizers, grouping if grouping != Grouping() else None
-            configure = partial(
-                factory.replace_optimizers, model, own, optimizer, scheduler, chosen, said_by="--optimizer"
-            )
-        elif scheduler is not None or grouping != Grouping():
+            own = model.configure_optimizers
+            if not callable(own):  # None, as a project says that there is none
+                configure = partial(factory.configure_optimizers, model, optimizer, scheduler, grouping)
+            elif types is OPTIMIZER_TYPES:
+                configure = partial(
+                    factory.replace_optimizers, model, own, optimizer, scheduler, grouping, said_by="--optimizer"
+                )
+            else:  # As the project has registered it: one group, a schedule of epochs.
+                if is_overridden("configure_optimizers", model):
+                    rank_zero_warn(
+                        f"`{type(model).__name__}.configure_optimizers` will be overridden by "
+                        f"`{type(self).__name__}.configure_optimizers`."
+                    )
+                if scheduler is not None and interval is None and scheduler_types is not SCHEDULER_TYPES:
+                    scheduler.interval = "epoch"
+                grouping = grouping or Grouping(no_decay=[])
+                configure = partial(factory.configure_optimizers, model, optimizer, scheduler, grouping)
+        elif scheduler is not None or grouping is not None:
             raise UsageError(
                 f"{type(model).__name__} builds its own optimizer, to which --lr_scheduler and --grouping do not "
                 "apply: add --optimizer."
             )
         else:
             return
+        is_stock = types is OPTIMIZER_TYPES and self.configure_optimizers is LightningCLI.configure_optimizers
+        hook = None if is_stock else self.configure_optimizers
         # Not a function in here, which could not be pickled for processes that Lightning spawns.
-        model.configure_optimizers = partial(_configure_optimizers, configure)  # type: ignore[method-assign]
+        model.configure_optimizers = partial(_configure, model, configure, hook)  # type: ignore[method-assign]
+
+    def _spec(self, key: str | None, types: Any, config_class: type) -> Any:
+        """An optimizer's or schedule's configuration from what the parser makes of a class and arguments."""
+        value = self._get(self.config, key) if key else None
+        if key and not isinstance(types, tuple):  # One class, whose arguments follow the key.
+            value = Namespace(class_path=f"{types.__module__}.{types.__name__}", init_args=value or Namespace())
+        if not value:
+            return None
+        parameters = inspect.signature(import_class(value.class_path)).parameters
+        args = vars(value.get("init_args") or Namespace())
+        # The parser writes every default out. What is not given stays open, for the factory to decide.
+        chosen = {name: arg for name, arg in args.items() if name not in parameters or arg != parameters[name].default}
+        return config_class(value.class_path, chosen | dict(value.get("dict_kwargs", {})))
 
 
-def _spec(value: Any, config_class: type) -> Any:
-    """An :class:`OptimizerConfig` or :class:`SchedulerConfig` from what the parser makes of a class and arguments."""
-    if not value:
-        return None
-    cls = import_class(value.class_path)
-    parameters = inspect.signature(cls).parameters
-    args = vars(value.get("init_args") or Namespace())
-    # The parser writes every default out. What is not given stays open, for the factory to decide.
-    given = {name: arg for name, arg in args.items() if name not in parameters or arg != parameters[name].default}
-    return config_class(value.class_path, given | value.get("dict_kwargs", {}))
+class ProjectError(MisconfigurationException):
+    """A mistake in the code of a project's command line, and not in its arguments."""
 
 
-def _configure_optimizers(configure: Callable[[], Any]) -> Any:
-    with explained(by=("lightning_optim", "torch")):
-        return configure()
+def _automatic(registered: dict[str, tuple[Any, str]]) -> tuple[str | None, Any]:
+    """The key and types of the one optimizer or schedule that is not linked to an argument of the model."""
+    keys = [key for key, (_, link_to) in registered.items() if link_to == "AUTOMATIC"]
+    if len(keys) > 1:
+        raise ProjectError(
+            f"At most one optimizer and one lr_scheduler can be 'AUTOMATIC', but found {keys}. Link them to arguments "
+            "of the model with link_to, and use those in its configure_optimizers."
+        )
+    return (keys[0], registered[keys[0]][0]) if keys else (None, None)
 
 
-def _forget_on_change(args: list[str]) -> list[str]:
-    """The arguments, with a reset of optimizer and schedule before each change to another class.
+def check_arguments(config: OptimizerConfig) -> None:
+    """Check the arguments of an optimizer of this library before data and model are prepared.
 
-    jsonargparse would hand the new class all settings of the old one that it has too, such as its learning rate.
+    Those of others are checked by their own constructors, when they are built.
 
     Raises:
-        UsageError: There is no such class.
+        UsageError: An argument is out of range.
     """
-    classes = {"optimizer": factory.optimizer_class, "lr_scheduler": factory.scheduler_class}
-    completed: list[str] = []
-    current: dict[str, type] = {}
-    done = 0
-    for i, option, value in given(args, "-c", "--config", "--optimizer", "--lr_scheduler"):
-        if option in ("-c", "--config"):
-            config = load_config(find_config(value))
-        else:
-            config = {option[2:]: load_config(value) if Path(value).is_file() else yaml.safe_load(value)}
-        completed += args[done:i]
-        done = i
-        for key in config.keys() & classes.keys():
-            if path := class_path(config[key]):
-                with explained(f"--{key}: "):
-                    new = classes[key](path)
-                if current.setdefault(key, new) is not new:
-                    completed += [f"--{key}", "null"]
-                    current[key] = new
-    return completed + args[done:]
+    with explained("--optimizer: "):
+        cls = factory.optimizer_class(config.name)
+        if not issubclass(cls, RuleOptimizer):
+            return
+        bounds = {name: field.constraint for name, field in {**cls.fields, **cls.arguments}.items()}
+        args = dict(config.args)
+        if issubclass(cls, MatrixOptimizer):
+            fallback = args.get("fallback", cls.arguments["fallback"].default)
+            fallback_hyperparameters(fallback, args)
+            bounds |= {f"fallback_{name}": field.constraint for name, field in fallbacks()[fallback].fields.items()}
+        for name, value in args.items():
+            if name in bounds and value is not None and not satisfies(bounds[name], value):
+                raise UsageError(
+                    f"--optimizer: {cls.__name__}: {name} must be {bounds[name][1]}, got {name}={value!r}."
+                )
+
+
+def _configure(model: pl.LightningModule, configure: Callable[[], Any], hook: Callable[..., Any] | None) -> Any:
+    """What the model's ``configure_optimizers`` does.
+
+    Args:
+        model: The model.
+        configure: Builds the optimizer and the schedule.
+        hook: ``configure_optimizers`` of the command line, which gets them, or ``None``.
+    """
+    with explained("--optimizer: ", by=("lightning_optim", "torch")):
+        configured = configure()
+    if hook is None or not isinstance(configured, dict):
+        return configured
+    optimizer, schedule = configured["optimizer"], configured.get("lr_scheduler")
+    if hook is LightningCLI.configure_optimizers:
+        return configured if schedule else optimizer
+    scheduler: Any = schedule["scheduler"] if schedule else None
+    if schedule and schedule.get("monitor"):
+        scheduler.monitor = schedule["monitor"]  # as Lightning's own ReduceLROnPlateau has it
+    return hook(model, optimizer=optimizer, lr_scheduler=scheduler)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
@@ -19,7 +20,7 @@ def presets(kind: Literal["tasks", "optimizers"]) -> dict[str, Path]:
 
 
 def find_config(name: str) -> str:
-    """The path of a preset or of a file.
+    """The path of a preset or of a file; YAML stays as it is.
 
     Raises:
         UsageError: There is neither.
@@ -27,19 +28,19 @@ def find_config(name: str) -> str:
     known = presets("tasks") | presets("optimizers")
     if name in known:
         return str(known[name])
-    if Path(name).is_file() or "://" in name:
+    if not re.fullmatch(r"[\w.~/\\-]+", name) or Path(name).is_file():
         return name
     raise UsageError(f"-c {name}: there is no such preset or file. {nearest(name, known)}")
 
 
 def load_config(path: str) -> dict[str, Any]:
-    """The settings in a YAML file.
+    """The settings in a YAML file, or in YAML itself.
 
     Raises:
         UsageError: It holds something else.
     """
     try:
-        config = yaml.safe_load(Path(path).read_text()) or {}
+        config = yaml.safe_load(Path(path).read_text() if len(path) < 256 and Path(path).is_file() else path) or {}
     except yaml.YAMLError as error:
         raise UsageError(f"-c {path} is not valid YAML: {error}") from error
     if not isinstance(config, dict):

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import torch
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from .. import factory
@@ -20,6 +20,7 @@ from .errors import UsageError
 from .invocation import DEFAULT_ROOT, Invocation
 from .optim_cli import OptimCLI
 from .presets import class_path, load_config
+from .record import RecordSettings
 
 _GO_ON = "lightning-optim fit --ckpt_path {path}"
 
@@ -47,7 +48,21 @@ class CommandLine(OptimCLI):
             seed_everything_default=1,
             trainer_defaults={"default_root_dir": DEFAULT_ROOT, "callbacks": [RNGState(), RescueCheckpoint(_GO_ON)]},
             parser_kwargs=_help(),
+            save_config_callback=RecordSettings,
         )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        with warnings.catch_warnings():
+            # Of arguments beside those of the process, which these are, completed.
+            warnings.filterwarnings("ignore", ".*LightningCLI's args parameter.*")
+            super().parse_arguments(parser, args)
+
+    def instantiate_classes(self) -> None:
+        super().instantiate_classes()
+        # RecordSettings logs them, and Lightning stops at names that model and data share.
+        self.model._log_hyperparams = False
+        if self.datamodule is not None:
+            self.datamodule._log_hyperparams = False
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
