@@ -257,6 +257,8 @@ class Monitor(Keyed):
             StepRecorder.of(trainer).attach(self, trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for optimizer in trainer.optimizers:
+            StepRecorder.of(trainer).watch(optimizer)
         names = [clean_name(name) for name, _ in pl_module.named_parameters()]
         for argument, patterns in (("parameters", self.parameters), ("layers", self.layers)):
             for pattern in patterns:
@@ -302,7 +304,7 @@ class ProbingMonitor(Monitor):
     """A monitor that every ``probe_every_n_steps`` steps also tries out what the optimizer would do."""
 
     probe_every_n_steps: int | None = None
-    #: Whether a run that cannot be probed goes on without probes, after a warning, instead of failing.
+    #: Whether a run that does not allow probes from the start goes on without, after a warning, instead of failing.
     probes_optional = False
     _left_out = False
     #: All ranks, for verdicts that are not mixed up with what a probe itself sends.
@@ -321,24 +323,29 @@ class ProbingMonitor(Monitor):
         return super().measures(index) or self.probes(index)
 
     @contextmanager
-    def probing(self) -> Iterator[None]:
+    def probing(self, starting: bool = False) -> Iterator[None]:
         """To be entered, by all processes, for whatever a run may not allow that cannot be probed.
 
         What fails on one rank fails on all of them. Where others wait inside for a collective of the rank that failed,
-        all end with an error after :data:`PATIENCE`.
+        all end with an error after :data:`PATIENCE`. A probe that fails never ends the run: probes are left out of the
+        rest of it, after a warning.
+
+        Args:
+            starting: Whether training has not begun yet, so that probes that were asked for can be refused.
         """
         failure: Exception | None = None
         try:
             yield
-        except (MisconfigurationException, RuntimeError) as error:
+        except Exception as error:  # A probe runs code of the user's, which may raise anything.
             failure = error
         if not self._failed_somewhere(failure is not None):
             return
         failure = failure or RuntimeError("another process failed to make one.")
-        if not self.probes_optional:
+        if starting and not self.probes_optional:
             raise failure
         self._left_out = True
-        rank_zero_warn(f"{type(self).__name__} leaves probes out of this run: {failure}")
+        reason = str(failure) if isinstance(failure, (MisconfigurationException, RuntimeError)) else repr(failure)
+        rank_zero_warn(f"{type(self).__name__} leaves probes out of this run: {reason}")
 
     def _failed_somewhere(self, failed: bool) -> bool:
         try:

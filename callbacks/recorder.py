@@ -16,11 +16,12 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -81,6 +82,7 @@ class Step:
     loss_scale: float
     shards: ShardSums
     _changes: dict[Tensor, Tensor] = field(default_factory=dict)
+    _gradients: dict[Tensor, Tensor] = field(default_factory=dict)
     _unclipped_sq: Tensor | None = None
     _change: Change | None = None
 
@@ -121,9 +123,9 @@ class Step:
             parameters = [w.parameter for w in self.watched]
             self._change = Change(
                 self.names,
-                [local(p.detach()) for p in parameters],
+                [_real(local(p.detach())) for p in parameters],
                 [self._changes[p] for p in parameters if p in self._changes],
-                [_gradient(p) for p in parameters],
+                [self._gradients[p] if p in self._gradients else _gradient(p) for p in parameters],
                 [float(w.group["lr"]) for w in self.watched],
             )
         return self._change
@@ -143,7 +145,12 @@ def dense(x: Tensor) -> Tensor:
 def _gradient(p: Tensor) -> Tensor:
     if p.grad is None:
         return torch.zeros_like(p)
-    return dense(local(p.grad))
+    return _real(dense(local(p.grad)))
+
+
+def _real(x: Tensor) -> Tensor:
+    """A complex tensor as its real view, with a last dimension of size 2."""
+    return torch.view_as_real(x) if x.is_complex() else x
 
 
 def _to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -166,7 +173,10 @@ class StepRecorder:
 
     def __init__(self) -> None:
         self.monitors: list[Monitor] = []
-        self._handles: WeakKeyDictionary[Optimizer, Any] = WeakKeyDictionary()
+        self._handles: WeakKeyDictionary[Optimizer, list[Any]] = WeakKeyDictionary()
+        #: Optimizers that were seen not to write to gradients in their step; of the others copies are kept.
+        self._leave_gradients: WeakSet[Optimizer] = WeakSet()
+        self._failed: set[str] = set()
         self._watched: WeakKeyDictionary[Optimizer, tuple[list[Watched], ShardSums]] = WeakKeyDictionary()
         self._open: _OpenStep | None = None
         self._values: list[tuple[Monitor, Mapping[str, float]]] = []
@@ -210,9 +220,11 @@ class StepRecorder:
             self.monitors.remove(monitor)
         if not self.monitors:
             self._discard()
-            for handle in self._handles.values():
-                handle.remove()
+            for handles in self._handles.values():
+                for handle in handles:
+                    handle.remove()
             self._handles.clear()
+            self._failed.clear()
             self._watched.clear()
 
     # --- one step -----------------------------------------------------------------------------------------------
@@ -224,14 +236,21 @@ class StepRecorder:
         self._settle()
         self._clock.batch_end()
 
+    def watch(self, optimizer: Optimizer) -> None:
+        """Hear of an optimizer's steps, from the next one on also right before it begins to work."""
+        if optimizer not in self._handles:
+            self._handles[optimizer] = [
+                optimizer.register_step_pre_hook(self._at_step),
+                optimizer.register_step_post_hook(self._after),
+            ]
+
     @torch.no_grad()
     def before(self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Optimizer) -> None:
         """Called in ``on_before_optimizer_step``."""
         if self._open is not None and self._open.optimizer is optimizer and _scaler(trainer) is None:
             return  # LBFGS calls its closure, and with it this, several times in a step.
         self._settle()
-        if optimizer not in self._handles:
-            self._handles[optimizer] = optimizer.register_step_post_hook(self._after)
+        self.watch(optimizer)
         label = label_of(trainer, optimizer)
         due = [(monitor, index) for monitor in self.monitors if (index := monitor.count(label))]
         self._open = _OpenStep(trainer, optimizer, label, due)
@@ -249,7 +268,9 @@ class StepRecorder:
             key = (index, monitor.needs_matrices, monitor.parameters)
             if key not in views:
                 tracked = monitor.select(watched)
-                views[key] = Step(optimizer, opened.label, index, tracked, scale, shards, opened.changes)
+                views[key] = Step(
+                    optimizer, opened.label, index, tracked, scale, shards, opened.changes, opened.gradients
+                )
             opened.steps.append((monitor, views[key]))
         opened.own_skips = _own_skips(optimizer)
         observers = [monitor for monitor, _ in opened.due if monitor.needs_observations]
@@ -260,9 +281,77 @@ class StepRecorder:
         # what is watched must be the same everywhere.)
         for step in views.values():
             step.watched = [w for w in step.watched if shards.flat or w.parameter.grad is not None]
-        opened.steps = [(m, step) for m, step in opened.steps if m.before_step(trainer, module, step) is not False]
+        opened.steps = [
+            (m, step)
+            for m, step in opened.steps
+            if self._attempt(m, step, partial(m.before_step, trainer, module, step), False) is not False
+        ]
         updated = {w.parameter for monitor, step in opened.steps if monitor.needs_updates for w in step.watched}
         opened.changes.update({p: _value(optimizer, p).clone() for p in updated})
+
+    def _at_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        """Called by torch when ``optimizer.step`` begins. Gradients are final there, or when its closure has run."""
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._keep_gradients(optimizer)
+            return None
+
+        def then_keep() -> Any:
+            loss = closure()
+            self._keep_gradients(optimizer)
+            return loss
+
+        if len(args) > 1:
+            return (args[0], then_keep, *args[2:]), kwargs
+        return args, {**kwargs, "closure": then_keep}
+
+    @torch.no_grad()
+    def _keep_gradients(self, optimizer: Optimizer) -> None:
+        """Keep what a step that is measured consumes, since optimizers may work in ``p.grad``.
+
+        torch's own do where they run for many tensors at once (``foreach``, the default on GPUs). Whether an optimizer
+        does is seen in the first measured step by the versions of the gradients; one that does not is trusted from then
+        on, so that gradients are copied once, and looked at in every measured step.
+        """
+        opened = self._open
+        if opened is None or opened.optimizer is not optimizer or not opened.changes or opened.versions:
+            return  # Steps within a step, as of a subclass that calls its base's, begin later than the step.
+        if _loss_scale(opened.trainer, optimizer) != 1:
+            return  # It divides gradients by the loss scale in its step, in place, and works with what comes of that.
+        with self._clock:
+            opened.versions = {p: _version(p) for p in opened.changes if p.grad is not None}
+            if not isinstance(optimizer, RuleOptimizer) and optimizer not in self._leave_gradients:
+                opened.gradients.update({p: _gradient(p).clone() for p in opened.versions})
+
+    def _check_gradients(self, opened: _OpenStep) -> bool:
+        """Whether what is known of the gradients is what the step consumed."""
+        unchanged = all(p.grad is not None and _version(p) == before for p, before in opened.versions.items())
+        if not unchanged:
+            self._leave_gradients.discard(opened.optimizer)
+        elif opened.gradients:
+            self._leave_gradients.add(opened.optimizer)
+        return unchanged or bool(opened.gradients) or not opened.versions
+
+    def _attempt(self, monitor: Monitor, step: Step, work: Callable[[], Any], otherwise: Any) -> Any:
+        """Do something for a monitor. If it fails, say so once and go on without: it must not end the run.
+
+        Where ranks hold shards, an error passes: the other ranks would wait for this one's sums.
+        """
+        try:
+            return work()
+        except MisconfigurationException:
+            raise
+        except Exception as error:
+            if step.shards.groups:
+                raise
+            name = type(monitor).__name__
+            if name not in self._failed:
+                self._failed.add(name)
+                rank_zero_warn(
+                    f"{name} could not measure a step and leaves such steps out ({type(error).__name__}: {error}). "
+                    f"Parameters: {', '.join(step.names[:5])}{', ...' if len(step.names) > 5 else ''}."
+                )
+            return otherwise
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Called by torch after the step."""
@@ -278,13 +367,18 @@ class StepRecorder:
             self._discard()
             return
         with self._clock, torch.no_grad():
-            _to_changes(opened.changes, optimizer)
-            self._measure(opened)
+            if self._check_gradients(opened):
+                _to_changes(opened.changes, optimizer)
+                self._measure(opened)
             self._discard()
             self._log(opened.trainer)
 
     def _measure(self, opened: _OpenStep) -> None:
-        asked = [(monitor, step, monitor.sums(step)) for monitor, step in opened.steps if step.watched]
+        asked = [
+            (monitor, step, sums)
+            for monitor, step in opened.steps
+            if step.watched and (sums := self._attempt(monitor, step, partial(monitor.sums, step), None)) is not None
+        ]
         shards = opened.steps[0][1].shards
         parts = [step.counted(list(sums.values())) for _, step, sums in asked]
         added = iter(shards.add(list(chain.from_iterable(parts))))
@@ -294,8 +388,10 @@ class StepRecorder:
         ]
         on_host = iter(_to_host([x for _, _, sums in condensed for x in sums.values()]))
         for monitor, step, sums in condensed:
-            results = monitor.results(step, {name: next(on_host) for name in sums})
-            self.add(monitor, monitor.tagged(step.label, results))
+            numbers = {name: next(on_host) for name in sums}
+            results = self._attempt(monitor, step, partial(monitor.results, step, numbers), None)
+            if results is not None:
+                self.add(monitor, monitor.tagged(step.label, results))
 
     def _settle(self) -> None:
         """A step that was announced and did not come was skipped by the loss scaler."""
@@ -387,6 +483,8 @@ class _OpenStep:
     due: list[tuple[Monitor, int]]
     steps: list[tuple[Monitor, Step]] = field(default_factory=list)
     changes: dict[Tensor, Tensor] = field(default_factory=dict)
+    gradients: dict[Tensor, Tensor] = field(default_factory=dict)
+    versions: dict[Tensor, int] = field(default_factory=dict)
     own_skips: int = 0
     restore_observer: Callable[[], None] = lambda: None
 
@@ -398,7 +496,9 @@ class _Clock(AbstractContextManager[None]):
         self.device = torch.device("cpu")
         self._own = self._training = 0.0
         self._batch_start: float | None = None
-        self._read = (0.0, 0.0)
+        self._batches = 0
+        self._read: tuple[float, float] | None = None
+        self._batches_read = 0
 
     def __enter__(self) -> None:
         self._wait()
@@ -420,36 +520,49 @@ class _Clock(AbstractContextManager[None]):
         if self._batch_start is not None:
             self._training += time.perf_counter() - self._batch_start
             self._batch_start = None
+            self._batches += 1
 
     def read(self) -> dict[str, float]:
         """Milliseconds since it was read last, and the share of the time spent in training batches.
 
-        To be called between ``__enter__`` and ``__exit__``.
+        Nothing where no batch has ended since: a second optimizer's step in the same batch would be compared with the
+        time since the first one's. To be called between ``__enter__`` and ``__exit__``.
         """
+        if self._read is not None and self._batches == self._batches_read:
+            return {}
         now = time.perf_counter()
         own = self._own + now - self._start
         training = self._training + (now - self._batch_start if self._batch_start is not None else 0.0)
-        own_since, training_since = own - self._read[0], training - self._read[1]
-        self._read = own, training
+        own_before, training_before = self._read or (0.0, 0.0)
+        own_since, training_since = own - own_before, training - training_before
+        self._read, self._batches_read = (own, training), self._batches
         share = own_since / training_since if training_since else 0.0
         return {"diagnostics/overhead_ms": 1e3 * own_since, "diagnostics/overhead_share": share}
 
 
 def _value(optimizer: Optimizer, p: Tensor) -> Tensor:
     """A parameter, with what an optimizer of ours keeps of it where its precision ends."""
-    return local(optimizer.exact(p) if isinstance(optimizer, RuleOptimizer) else p.detach())
+    return _real(local(optimizer.exact(p) if isinstance(optimizer, RuleOptimizer) else p.detach()))
+
+
+def _version(p: Tensor) -> int:
+    """How often a gradient has been written to."""
+    assert p.grad is not None
+    g = local(p.grad)
+    return 0 if g.is_inference() else g._version
 
 
 def _to_changes(copies: dict[Tensor, Tensor], optimizer: Optimizer) -> None:
     """Turn copies of parameters into their changes since, in place where the copies are precise enough."""
     wide = (torch.float32, torch.float64)
-    exact = [(p, before) for p, before in copies.items() if before.dtype == p.dtype and p.dtype in wide]
+    real = {p: _real(local(p.detach())) for p in copies}
+    exact = [(p, before) for p, before in copies.items() if before.dtype == real[p].dtype and before.dtype in wide]
     if exact:
         parameters, before = zip(*exact)
         torch._foreach_neg_(before)
-        torch._foreach_add_(before, [local(p.detach()) for p in parameters])
+        torch._foreach_add_(before, [real[p] for p in parameters])
     for p, copy in copies.items():
-        if p.dtype not in wide:
+        if real[p].dtype not in wide:
             copies[p] = _value(optimizer, p).float() - copy.float()
 
 

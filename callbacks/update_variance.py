@@ -28,7 +28,9 @@ from lightning_optim.diagnostics.update_variance import (
 )
 from lightning_optim.diagnostics.what_if import VirtualOptimizer, fork_rng, gradients_of, parameters_of
 from lightning_optim.processes import all_gather_equal, local, strategies, world
+from lightning_optim.trainer import is_lightning
 
+from .isolation import StandInTrainer, kept_globals, not_isolated
 from .monitor import ProbingMonitor, Results, layers_of
 from .recorder import Step, StepRecorder
 
@@ -178,7 +180,7 @@ class UpdateVariance(ProbingMonitor):
         super().on_train_start(trainer, pl_module)
         if self.probe_every_n_steps is None:
             return
-        with self.probing():
+        with self.probing(starting=True):
             if not pl_module.automatic_optimization:
                 raise MisconfigurationException(
                     "UpdateVariance: a probe repeats what automatic optimization does, which "
@@ -340,7 +342,12 @@ class _Batches(_Source):
 
     def collect(self, step: Step) -> list[list[Tensor]]:
         optimizer = self.trainer.optimizers[0]
-        with isolate_rng(include_cuda=False), fork_rng(self.module.device), torch.enable_grad():
+        with (
+            kept_globals(self.module),
+            isolate_rng(include_cuda=False),
+            fork_rng(self.module.device),
+            torch.enable_grad(),
+        ):
             module = self._copy()
             real: dict[Tensor, Tensor] = dict(zip(module.parameters(), self.module.parameters()))
             updates = []
@@ -364,9 +371,15 @@ class _Batches(_Source):
             ) from error
         if module._compiler_ctx is not None:  # Its compiled steps are still those of the real module.
             to_uncompiled(module)
-        module.trainer = self.trainer
+        if reason := not_isolated(module):
+            raise MisconfigurationException(
+                f"UpdateVariance(source='batches') runs a copy of {type(self.module).__name__}, and {reason}, which "
+                "the copy would share with the module that is trained. Use source='accumulation' or 'ranks'."
+            )
+        self._trainer = StandInTrainer(self.trainer)
+        module.trainer = self._trainer  # type: ignore[assignment]
         for part in module.modules():
-            if isinstance(part, pl.LightningModule):  # What it logs is not that of the run.
+            if is_lightning(part, "LightningModule"):  # What it logs is not that of the run.
                 part.log = part.log_dict = lambda *args, **kwargs: None  # type: ignore[method-assign, assignment]
         return module
 
