@@ -148,8 +148,11 @@ def help_for_optimizer(args: Sequence[str]) -> str | None:
         from ..registry import OPTIMIZERS  # here, because it imports torch
         from .optimizer_page import page
 
-        if name in OPTIMIZERS:
-            return page(OPTIMIZERS[name])
+        bare = name.rpartition(".")[2]
+        package = "torch.optim" if bare in ("SGD", "Adam", "AdamW") else "lightning_optim"
+        info = OPTIMIZERS.get(bare)
+        if info and name in (bare, f"{package}.{bare}"):
+            return page(info)
     return None
 
 

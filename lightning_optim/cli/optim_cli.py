@@ -220,6 +220,7 @@ class OptimCLI(LightningCLI):
         if optimizer is not None:
             check_arguments(optimizer)
         model = self.model
+        is_stock = types is OPTIMIZER_TYPES and self.configure_optimizers is LightningCLI.configure_optimizers
         if isinstance(model, OptimizerMixin):
             model.optimizer = optimizer or model.optimizer
             model.lr_scheduler = scheduler or model.lr_scheduler
@@ -227,7 +228,8 @@ class OptimCLI(LightningCLI):
             configure: Callable[[], Any] = model.configure_optimizers
         elif optimizer is not None:
             own = model.configure_optimizers
-            if not callable(own):  # None, as a project says that there is none
+            # There may be none (a project sets it to None), or a hook of the project's command line decides.
+            if not callable(own) or (types is OPTIMIZER_TYPES and not is_stock):
                 configure = partial(factory.configure_optimizers, model, optimizer, scheduler, grouping)
             elif types is OPTIMIZER_TYPES:
                 configure = partial(
@@ -250,7 +252,6 @@ class OptimCLI(LightningCLI):
             )
         else:
             return
-        is_stock = types is OPTIMIZER_TYPES and self.configure_optimizers is LightningCLI.configure_optimizers
         hook = None if is_stock else self.configure_optimizers
         # Not a function in here, which could not be pickled for processes that Lightning spawns.
         model.configure_optimizers = partial(_configure, model, configure, hook)  # type: ignore[method-assign]

@@ -115,7 +115,8 @@ def forgets_on_change() -> Iterator[None]:
             old, new = import_class(before["class_path"]), import_class(now["class_path"])
             if old is new:  # by another path
                 return
-            if any(issubclass(old, some) and issubclass(new, some) for some in _FORGOTTEN):
+            are_classes = isinstance(old, type) and isinstance(new, type)  # and not functions that make an object
+            if are_classes and any(issubclass(old, some) and issubclass(new, some) for some in _FORGOTTEN):
                 for key in ("init_args", "dict_kwargs"):
                     if before.get(key):
                         for argument in list(before[key].keys()):

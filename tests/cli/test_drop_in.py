@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -69,6 +69,7 @@ def overridden_hook(base: type[LightningCLI]) -> Any:
         def configure_optimizers(lightning_module: Any, optimizer: Any, lr_scheduler: Any = None) -> Any:
             return type(lightning_module), type(optimizer), type(lr_scheduler)
 
+    assert CLI(BoringModel, run=False, args=["--optimizer=Adam"]).model.configure_optimizers()[2] is type(None)
     cli = CLI(Plain, run=False, args=["--optimizer=Adam", "--lr_scheduler=ConstantLR"])
     return cli.model.configure_optimizers()
 
@@ -162,10 +163,27 @@ def own_parser(base: type[LightningCLI]) -> Any:
     return isinstance(cli.parser, Parser), cli.trainer.max_epochs
 
 
+def callable_arguments(base: type[LightningCLI]) -> Any:
+    class Model(BoringModel):
+        def __init__(
+            self,
+            first: OptimizerCallable = torch.optim.Adam,
+            second: OptimizerCallable = lambda p: torch.optim.SGD(p, lr=0.5),
+            scheduler: LRSchedulerCallable = torch.optim.lr_scheduler.ConstantLR,
+        ) -> None:
+            super().__init__()
+            self.made = first(self.parameters()), second(self.parameters())
+            self.scheduler = scheduler(self.made[0])
+
+    args = ["--model.first=Adagrad", "--model.scheduler=ExponentialLR", "--model.scheduler.gamma=0.3"]
+    model = base(Model, run=False, auto_configure_optimizers=False, args=args).model
+    return [type(made) for made in model.made], model.scheduler.gamma
+
+
 USES: list[Callable[[type[LightningCLI]], Any]] = [
     registered, registered_types, overridden_hook, linked, without_automatic, inline_config, config_before_the_command,
     nested_file, files_in_order, dictionary, hparams, hook_with_an_error, config_of_another_run, header, two_automatic,
-    own_parser,
+    own_parser, callable_arguments,
 ]  # fmt: skip
 
 
