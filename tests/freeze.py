@@ -18,6 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_optim.engine.rule import RULES
+from lightning_optim.engine.two_rules import MatrixOptimizer
+from lightning_optim.registry import OPTIMIZERS
 from tests.optimizers.rows import CONFIGURATIONS, build, network, run
 
 STEPS = 20
@@ -46,12 +49,23 @@ def cases() -> Iterator[tuple[str, dict[str, Any]]]:
                     yield label, dict(name=name, arguments=arguments, backend=backend, dtype=dtype, rounding=rounding)
 
 
+def fallback_arguments(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The hyperparameters of a matrix optimizer's fallback, given: a rule's own defaults, whatever a fallback's are."""
+    cls: Any = OPTIMIZERS[name].cls
+    if not issubclass(cls, MatrixOptimizer):
+        return {}
+    own = RULES[arguments.get("fallback", cls.arguments["fallback"].default)].hyperparameters()
+    return {f"fallback_{key}": own[key] for key in ("lr", "betas", "eps", "weight_decay") if key in own}
+
+
 def trajectory(
     name: str, arguments: dict[str, Any], backend: str, dtype: torch.dtype, rounding: str
 ) -> dict[str, Tensor]:
     """Parameters and state after :data:`STEPS` steps."""
     params = list(network(dtype).parameters())
-    optimizer = build(name, params, backend=backend, rounding=rounding, **arguments)
+    optimizer = build(
+        name, params, backend=backend, rounding=rounding, **fallback_arguments(name, arguments), **arguments
+    )
     run(optimizer, params, range(1, STEPS + 1))
     found = {f"parameter {i}": p.detach() for i, p in enumerate(params)}
     for i, p in enumerate(params):
