@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import processes
-from .batch import Tick
+from .batch import SharedStep
 from .compile import is_number
 from .optimizer import RuleOptimizer, Work
 from .rule import Scalars
@@ -77,9 +77,9 @@ class _Graph:
 
 @dataclass
 class _Recording:
-    """What is known of steps with tensors in certain places: the last ticks, and a graph for each form of them."""
+    """What is known of steps with tensors in certain places: the last steps, and a graph for each form of them."""
 
-    ticks: list[Tick]
+    steps: list[SharedStep]
     graphs: dict[Any, _Graph] = field(default_factory=dict)
 
 
@@ -116,7 +116,7 @@ class StepGraphs:
                     f"{name}: the rule {rule.name!r} decomposes matrices, which cannot be captured; {remedy}."
                 )
 
-    def __call__(self, work: Work) -> tuple[bool | Tensor, list[Tick]]:
+    def __call__(self, work: Work) -> tuple[bool | Tensor, list[SharedStep]]:
         """Make a step, as :meth:`.optimizer.RuleOptimizer._run` does."""
         optimizer = self.optimizer
         recording = self._recordings.get(self._find_layout(work))
@@ -125,27 +125,27 @@ class StepGraphs:
         self._moves = 0
         if optimizer.observer is not None:
             return optimizer._run(work)
-        ticks = [tick.next() for tick in recording.ticks]
-        numbers = [_numbers(tick.scalars) for tick in ticks]
-        forms = tuple(_form(tick.scalars) for tick in ticks)
+        steps = [step.next() for step in recording.steps]
+        numbers = [_numbers(step.scalars) for step in steps]
+        forms = tuple(_form(step.scalars) for step in steps)
         host = torch.tensor([x for each in numbers for x in each.values()], dtype=torch.float64, device="cpu")
         graph = recording.graphs.get(forms)
         if graph is not None:
             _send(host, graph.values)
             graph.replay()
-            return graph.finite, ticks
+            return graph.finite, steps
         # Made once without a graph, so that kernels are compiled and libraries loaded; recording does not run it again.
         device = work[0][1][0].device
         values = torch.empty_like(host, device=device)
         _send(host, values)
         rest = iter(values.unbind())
-        given = [tick.scalars | {name: next(rest) for name in each} for tick, each in zip(ticks, numbers)]
+        given = [step.scalars | {name: next(rest) for name in each} for step, each in zip(steps, numbers)]
         finite, _ = optimizer._run(work, iter(given))
         replay, recorded = record(lambda: optimizer._run(work, iter(given))[0], device)
         recording.graphs[forms] = _Graph(values, recorded, replay)
-        return finite, ticks
+        return finite, steps
 
-    def _start(self, work: Work) -> tuple[bool | Tensor, list[Tick]]:
+    def _start(self, work: Work) -> tuple[bool | Tensor, list[SharedStep]]:
         """Make the first step with these tensors, whose state may not be there yet."""
         self.check()
         self._moves += 1
@@ -156,11 +156,11 @@ class StepGraphs:
                 "zero_grad(set_to_none=False), and give the same parameters a gradient at every step.",
                 stacklevel=2,
             )
-        finite, ticks = self.optimizer._run(work)
+        finite, steps = self.optimizer._run(work)
         while len(self._recordings) >= _PLACES:
             del self._recordings[next(iter(self._recordings))]
-        self._recordings[self._find_layout(work)] = _Recording(ticks)
-        return finite, ticks
+        self._recordings[self._find_layout(work)] = _Recording(steps)
+        return finite, steps
 
     def _find_layout(self, work: Work) -> Any:
         """What a graph is bound to, but for the forms of the rules: tensors in memory, and settings."""

@@ -30,7 +30,7 @@ from .. import processes
 from ..processes import Group, Sharding, TensorSpec
 from . import matrices
 from .batch import Batch, Task
-from .elementwise import packs
+from .elementwise import split_by_size
 from .matrices import ParameterObserver, Report, Stack
 from .rounding import RESIDUAL
 from .rule import LIKE_PARAMETER, Move, Polar
@@ -154,7 +154,7 @@ def _cost(m: int, n: int) -> float:
 def _waves(cuts: Sequence[_Cut], plain: bool) -> Iterator[list[_Cut]]:
     cuts = sorted(cuts, key=lambda c: -_cost(*c.matrix))
     sizes = [c.parameter.numel() for c in cuts]
-    return packs(cuts, sizes, 0 if plain else matrices.wave_limit(sizes, cuts[0].cut.ranks))
+    return split_by_size(cuts, sizes, 0 if plain else matrices.wave_limit(sizes, cuts[0].cut.ranks))
 
 
 # --- every process has everything ------------------------------------------------------------------------------------

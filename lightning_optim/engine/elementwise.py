@@ -23,13 +23,12 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from .. import processes
+from .. import private, processes
 from . import compile
 from .batch import Batch, Task
 from .call import call
-from .rounding import joined_numbers, numbers
+from .rounding import joined_positions, stream_positions
 from .rule import ElementwiseRule, GroupRule
 from .state import compute_dtype, tensor_names
 
@@ -57,7 +56,7 @@ class Piece:
 
     p: Tensor
     g: Tensor
-    gain: float | Tensor
+    grad_scale: float | Tensor
     state: dict[str, Tensor]
     noise: Tensor | None
 
@@ -122,7 +121,7 @@ class Alike:
         if small not in self.packs:
             short = [task for task in self.tasks if task.p.numel() <= small]
             limit = _of(CHUNK, self.tasks[0].p)
-            parts = packs(short, [task.p.numel() for task in short], limit)
+            parts = split_by_size(short, [task.p.numel() for task in short], limit)
             joined = [Pack(some, self.names) for some in parts]
             self.packs[small] = joined, [task for task in self.tasks if task.p.numel() > small]
         return self.packs[small]
@@ -130,15 +129,15 @@ class Alike:
 
 def _alike(batch: Batch) -> list[Alike]:
     """A batch in parts that one call can take together, without those of which this rank has no element."""
-    gains = [task.gain for task in batch.tasks]
-    same = not isinstance(gains[0], Tensor) and gains.count(gains[0]) == len(gains)
+    grad_scales = [task.grad_scale for task in batch.tasks]
+    same = not isinstance(grad_scales[0], Tensor) and grad_scales.count(grad_scales[0]) == len(grad_scales)
     if same and "alike" in batch.cache:
         return batch.cache["alike"]
     groups: dict[Any, list[Task]] = {}
     for task in batch.tasks:
         if task.p.numel():
-            gain = task.gain if isinstance(task.gain, float) else None
-            key = (id(task.scalars), task.p.dtype, task.g.dtype, task.p.device, gain)
+            grad_scale = task.grad_scale if isinstance(task.grad_scale, float) else None
+            key = (id(task.scalars), task.p.dtype, task.g.dtype, task.p.device, grad_scale)
             groups.setdefault(key, []).append(task)
     # Parameters of one group can be of several precisions, and then only some have a residual.
     found = [Alike(tasks, _tensor_names(batch, tasks[0])) for tasks in groups.values()]
@@ -171,7 +170,7 @@ def _each(
     if backend.startswith("compiled"):
         state = {name: first.state[name] for name in alike.names}
         compiled = compile_or_warn(
-            partial(compile.runner, function, first.p, first.g, first.gain, finite, state, scalars, noisy, moves),
+            partial(compile.runner, function, first.p, first.g, first.grad_scale, finite, state, scalars, noisy, moves),
             backend,
         )
     # Random numbers are eight bytes for each element, which should not leave the cache.
@@ -179,8 +178,8 @@ def _each(
     small = _of(SMALL_EAGER if compiled is None else SMALL, first.p)
     pieces = _whole(alike, noisy) if backend == "plain" else plan(alike, small, limit, noisy, moves)
     if compiled is not None:
-        return [compiled(x.p, x.g, x.gain, x.state, x.noise) for x in pieces]
-    return [call(function, x.p, x.g, x.gain, finite, x.state, scalars, x.noise, moves) for x in pieces]
+        return [compiled(x.p, x.g, x.grad_scale, x.state, x.noise) for x in pieces]
+    return [call(function, x.p, x.g, x.grad_scale, finite, x.state, scalars, x.noise, moves) for x in pieces]
 
 
 def compile_or_warn(make: Callable[[], Item], backend: str) -> Item | None:
@@ -241,7 +240,7 @@ class _Grouped:
             if not parts:  # This rank has no element of them, but the others wait for its zeros.
                 task = tasks[0]
                 state = {name: task.state[name] for name in _tensor_names(self.batch, task)}
-                parts = [call(self.rule.sums, task.p, task.g, task.gain, None, state, task.scalars, moves=False)]
+                parts = [call(self.rule.sums, task.p, task.g, task.grad_scale, None, state, task.scalars, moves=False)]
             sums[key] = torch.stack([torch.stack([x.to(self.device) for x in column]).sum(0) for column in zip(*parts)])
         return sums
 
@@ -263,7 +262,7 @@ class _Grouped:
         for name, value in new.items():
             if finite is not None:
                 value = torch.where(finite.to(self.device), value, old[name])
-            torch._foreach_copy_([state[name] for state in states], [value] * len(states))
+            private.copy_each_([state[name] for state in states], [value] * len(states))
 
     def _call(
         self, function: Callable[..., Any], alike: Alike, coefficients: dict[str, Any], moves: bool = True
@@ -290,7 +289,7 @@ def _run_groups(grouped: Sequence[_Grouped], groups: tuple[processes.Group, ...]
 def _whole(alike: Alike, noisy: bool) -> Iterator[Piece]:
     for task in alike.tasks:
         noise = _noise(task, 0, task.p.numel()).view(task.p.shape) if noisy else None
-        yield Piece(task.p, task.g, task.gain, {name: task.state[name] for name in alike.names}, noise)
+        yield Piece(task.p, task.g, task.grad_scale, {name: task.state[name] for name in alike.names}, noise)
 
 
 def plan(alike: Alike, small: int, limit: int | None, noisy: bool = False, moves: bool = True) -> Iterator[Piece]:
@@ -321,10 +320,10 @@ def _of(limits: Mapping[str, int], x: Tensor) -> int:
     return limits.get(x.device.type, limits["cuda"])
 
 
-def packs(items: Sequence[Item], sizes: Sequence[int], limit: int) -> Iterator[list[Item]]:
+def split_by_size(items: Sequence[Item], sizes: Sequence[int], limit: int) -> Iterator[list[Item]]:
     """Split ``items`` into runs whose ``sizes`` add up to at most ``limit``, or that are one item.
 
-    >>> list(packs(["a", "b", "c"], [2, 2, 1], 4))
+    >>> list(split_by_size(["a", "b", "c"], [2, 2, 1], 4))
     [['a', 'b'], ['c']]
     """
     pack: list[Item] = []
@@ -341,7 +340,7 @@ def packs(items: Sequence[Item], sizes: Sequence[int], limit: int) -> Iterator[l
 
 def _noise(task: Task, start: int, stop: int) -> Tensor:
     assert task.noise is not None
-    return numbers(task.noise, start, stop, task.p.device)
+    return stream_positions(task.noise, start, stop, task.p.device)
 
 
 class Pack:
@@ -363,43 +362,43 @@ class Pack:
     def piece(self, noisy: bool) -> Piece:
         """The vectors."""
         tasks = self.tasks
-        p, g = _flatten_dense_tensors(self.params), _flatten_dense_tensors([task.g for task in tasks])
+        p, g = private.flatten(self.params), private.flatten([task.g for task in tasks])
         if self.owns_state:
             state = self._state = self._state or {name: _joined_state(tasks, name, self.sizes) for name in self.names}
         else:
-            state = {name: _flatten_dense_tensors([task.state[name] for task in tasks]) for name in self.names}
-        gain = tasks[0].gain
-        if isinstance(gain, Tensor):
-            gains = torch.cat([task.gain.expand(n) for task, n in zip(tasks, self.sizes)])  # type: ignore[union-attr]
-            g, gain = g.mul_(gains), torch.ones_like(gain)  # In place: a kernel is for the dtype of the gradients.
+            state = {name: private.flatten([task.state[name] for task in tasks]) for name in self.names}
+        grad_scale = tasks[0].grad_scale
+        if isinstance(grad_scale, Tensor):
+            scales = [task.grad_scale.expand(n) for task, n in zip(tasks, self.sizes)]  # type: ignore[union-attr]
+            # In place, since a compiled kernel expects the gradients' dtype.
+            g, grad_scale = g.mul_(torch.cat(scales)), torch.ones_like(grad_scale)
         firsts = [task.noise for task in tasks if task.noise is not None] if noisy else []
-        return Piece(p, g, gain, state, joined_numbers(firsts, self.sizes, p.device) if noisy else None)
+        return Piece(p, g, grad_scale, state, joined_positions(firsts, self.sizes, p.device) if noisy else None)
 
     def write_back(self, piece: Piece) -> None:
         """Copy the vectors back to what they were made of."""
-        torch._foreach_copy_(self.params, _unflatten_dense_tensors(piece.p, self.params))
+        private.copy_each_(self.params, private.unflatten(piece.p, self.params))
         if not self.owns_state:
             for name in self.names:
                 xs = [task.state[name] for task in self.tasks]
-                torch._foreach_copy_(xs, _unflatten_dense_tensors(piece.state[name], xs))
+                private.copy_each_(xs, private.unflatten(piece.state[name], xs))
 
 
 def _joined_state(tasks: Sequence[Task], name: str, sizes: Sequence[int]) -> Tensor:
     """A vector of which the state tensors of some tasks are the parts, one after another."""
     xs = [task.state[name] for task in tasks]
-    vector = xs[0]._base
+    vector = private.base(xs[0])
     if vector is None or not _are_parts(xs, sizes, vector):
         # New, from a checkpoint, or of other parameters than the last time.
-        vector = _flatten_dense_tensors(xs)
-        for task, part in zip(tasks, _unflatten_dense_tensors(vector, xs)):
+        vector = private.flatten(xs)
+        for task, part in zip(tasks, private.unflatten(vector, xs)):
             task.state[name] = part
     return vector
 
 
 def _are_parts(xs: Sequence[Tensor], sizes: Sequence[int], vector: Tensor) -> bool:
     *starts, end = accumulate(sizes, initial=0)
-    views = all(x._base is vector and x.storage_offset() == i for x, i in zip(xs, starts))
-    return views and vector.shape == (end,)
+    return vector.shape == (end,) and private.are_views(xs, starts, vector)
 
 
 def _slices(task: Task, names: Sequence[str], limit: int | None, noisy: bool, moves: bool) -> Iterator[Piece]:
@@ -410,7 +409,7 @@ def _slices(task: Task, names: Sequence[str], limit: int | None, noisy: bool, mo
         for start in range(0, n, length):
             p, g, *state = vectors if length >= n else [x[start : start + length] for x in vectors]
             noise = _noise(task, start, start + p.numel()) if noisy else None
-            yield Piece(p, g, task.gain, dict(zip(names, state)), noise)
+            yield Piece(p, g, task.grad_scale, dict(zip(names, state)), noise)
         return
     # Other strides than the state's: rows are copied, as many as a chunk holds.
     width = n // p.shape[0]
@@ -419,7 +418,7 @@ def _slices(task: Task, names: Sequence[str], limit: int | None, noisy: bool, mo
         part, g_part = (x[i : i + rows].reshape(-1).contiguous() for x in (p, g))
         rows_state = {name: task.state[name][i : i + rows].view(-1) for name in names}
         noise = _noise(task, i * width, i * width + len(part)) if noisy else None
-        yield Piece(part, g_part, task.gain, rows_state, noise)
+        yield Piece(part, g_part, task.grad_scale, rows_state, noise)
         if moves:
             p[i : i + rows].copy_(part.view_as(p[i : i + rows]))
 
@@ -431,7 +430,7 @@ def largest(xs: Sequence[Tensor], backend: str) -> float:
     """The largest absolute value in tensors on the CPU, NaN if they hold one."""
     sizes = [x.numel() for x in xs]
     if sum(sizes) <= SMALL_EAGER["cpu"] and len({x.dtype for x in xs}) == 1 and any(sizes):
-        least, most = torch.aminmax(_flatten_dense_tensors(xs))  # NaN both if there is one.
+        least, most = torch.aminmax(private.flatten(xs))  # NaN both if there is one.
         return max(float(most), -float(least))
     kinds: dict[Any, list[Tensor]] = {}
     for x in xs:
@@ -448,7 +447,7 @@ def largest(xs: Sequence[Tensor], backend: str) -> float:
             some = [x for x in some if x.numel() < LONG or not x.is_contiguous()]
         small = [x for x in some if x.numel() <= SMALL["cpu"]]
         rest = [x for x in some if x.numel() > SMALL["cpu"]]
-        rest += [_flatten_dense_tensors(pack) for pack in packs(small, [x.numel() for x in small], CHUNK["cpu"])]
+        rest += [private.flatten(pack) for pack in split_by_size(small, [x.numel() for x in small], CHUNK["cpu"])]
         for x in rest:
             extremes += torch.aminmax(x)  # Without a temporary, and in several threads.
         peaks.append(torch.stack(extremes).abs().max().to(compute_dtype(dtype)))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import processes
+from .. import private, processes
 from ..processes import Group
 from .arithmetic import largest_gradient
 from .elementwise import largest
@@ -66,7 +66,7 @@ def _peaks(grads: list[Tensor], groups: Sequence[Group], alike: bool) -> Tensor:
         if g.numel():
             kinds.setdefault((g.device, g.dtype), []).append(i)
     for indices in kinds.values():
-        some = torch.stack(torch._foreach_norm([grads[i] for i in indices], math.inf)).to(home, dtype)
+        some = torch.stack(private.norms([grads[i] for i in indices], math.inf)).to(home, dtype)
         for i, peak in zip(indices, some.unbind()):
             peaks[i] = peak
     stacked = torch.stack(peaks)

@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import private
 from ..polar import orthogonalize
 from .batch import Batch, Task
-from .elementwise import packs
-from .rounding import RESIDUAL, joined_numbers, load, numbers, store_
+from .elementwise import split_by_size
+from .rounding import RESIDUAL, joined_positions, load, store_, stream_positions
 from .rule import LIKE_PARAMETER, MatrixRule, Move, Polar, buffers_of, hyperparameters_of, ignore
 from .state import block_shape, compute_dtype, from_blocks, to_blocks
 
@@ -153,7 +154,7 @@ def _waves(batches: list[Batch], plain: bool, processes: int) -> list[list[Stack
         alike = list(some)
         sizes = [stack.elements for stack in alike]
         limit = lot(alike[0].tasks[0].g.device) if processes == 1 else wave_limit(sizes, processes)
-        waves += packs(alike, sizes, 0 if plain else limit)
+        waves += split_by_size(alike, sizes, 0 if plain else limit)
     if lasting:
         batches[0].cache[key] = waves
     return waves
@@ -181,7 +182,7 @@ def split(batch: Batch, plain: bool) -> Iterator[Stack]:
         key = (*task.scalars.items(), g.shape, task.p.dtype, g.dtype, g.device) if small else i
         alike.setdefault(key, []).append(task)
     for tasks in alike.values():
-        for some in packs(tasks, [task.g.numel() for task in tasks], lot(tasks[0].g.device)):
+        for some in split_by_size(tasks, [task.g.numel() for task in tasks], lot(tasks[0].g.device)):
             yield Stack(rule, batch.group, some)
 
 
@@ -229,10 +230,10 @@ def _gradient(stack: Stack) -> Tensor:
     tasks = stack.tasks
     dtype = compute_dtype(tasks[0].p.dtype)
     g = _join([stack.view(task.g) for task in tasks]).to(dtype)
-    gains = [task.gain for task in tasks]
-    if not isinstance(gains[0], Tensor) and gains.count(1.0) == len(gains):
+    grad_scales = [task.grad_scale for task in tasks]
+    if not isinstance(grad_scales[0], Tensor) and grad_scales.count(1.0) == len(grad_scales):
         return g
-    factors = torch.stack([torch.as_tensor(gain, dtype=dtype, device=g.device) for gain in gains])
+    factors = torch.stack([torch.as_tensor(grad_scale, dtype=dtype, device=g.device) for grad_scale in grad_scales])
     return g * factors.repeat_interleave(stack.group["blocks"]).view(-1, *(1 for _ in g.shape[1:]))
 
 
@@ -242,8 +243,8 @@ def _noise(stack: Stack) -> Tensor | None:
     if not firsts:
         return None
     p = stack.tasks[0].p
-    element = stack.view(numbers(0, 0, p.numel(), p.device).view(p.shape))
-    shifts = joined_numbers(firsts, [1] * len(firsts), p.device)
+    element = stack.view(stream_positions(0, 0, p.numel(), p.device).view(p.shape))
+    shifts = joined_positions(firsts, [1] * len(firsts), p.device)
     return (element + shifts.view(-1, *(1 for _ in element.shape))).flatten(0, 1)
 
 
@@ -254,7 +255,7 @@ def _store(stacked: Tensor, targets: list[Tensor], group: Mapping[str, Any] | No
     parts = stacked.split(stacked.shape[0] // len(targets))
     if group is not None:
         parts = tuple(from_blocks(part, target.shape, group) for part, target in zip(parts, targets))
-    torch._foreach_copy_(targets, list(parts))
+    private.copy_each_(targets, list(parts))
 
 
 def _report(report: Report, stack: Stack, name: str, x: Tensor) -> None:

@@ -17,7 +17,7 @@ from ..polar import orthogonalize
 from .arithmetic import regularize
 from .batch import Batch, Task
 from .matrices import ParameterObserver
-from .rounding import RESIDUAL, load, numbers, store_
+from .rounding import RESIDUAL, load, store_, stream_positions
 from .rule import LIKE_PARAMETER, GroupRule, MatrixRule, Move, ignore
 from .state import compute_dtype, from_blocks, state_shapes, to_blocks
 
@@ -115,7 +115,7 @@ def _orthogonalize(update: Any, observe: Callable[[str, Tensor], None]) -> Move:
 
 def _gradient(task: Task) -> Tensor:
     g = task.g.to(compute_dtype(task.p.dtype))
-    return g if task.gain == 1.0 else g * task.gain
+    return g if task.grad_scale == 1.0 else g * task.grad_scale
 
 
 def _state(batch: Batch, task: Task) -> SimpleNamespace:
@@ -128,8 +128,10 @@ def _store(task: Task, value: Tensor) -> None:
     if task.p.dtype == value.dtype:
         _copy(task.p, value)
         return
-    noise = None if task.noise is None else numbers(task.noise, 0, task.p.numel(), task.p.device).view(task.p.shape)
-    store_(task.p, value, task.state.get(RESIDUAL), noise)
+    p, noise = task.p, None
+    if task.noise is not None:
+        noise = stream_positions(task.noise, 0, p.numel(), p.device).view(p.shape)
+    store_(p, value, task.state.get(RESIDUAL), noise)
 
 
 def _copy(target: Tensor, value: Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import private
 from .minimax import Coefficients
 from .presets import Iteration, find
 from .products import symmetric_product
@@ -77,14 +78,9 @@ def iteration_dtype(x: Tensor) -> torch.dtype:
         return torch.float64
     if x.device.type == "cuda":
         return torch.float16
-    if x.device.type == "cpu" and min(x.shape[-2:]) >= 256 and _cpu_has_bfloat16_units():
+    if x.device.type == "cpu" and min(x.shape[-2:]) >= 256 and private.has_matrix_tiles():
         return torch.bfloat16
     return torch.float32
-
-
-def _cpu_has_bfloat16_units() -> bool:
-    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)  # torch has no public one.
-    return probe is not None and probe()
 
 
 def _stack_size(x: Tensor) -> int:
