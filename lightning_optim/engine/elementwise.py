@@ -131,7 +131,7 @@ class JointTasks:
 
 
 def _joint_tasks(batch: Batch) -> list[JointTasks]:
-    """The tasks of a batch, in sets that one call can take together; without those of which this rank has no elements."""
+    """The tasks of a batch in sets that one call can take together, except those without elements on this rank."""
     grad_scales = [task.grad_scale for task in batch.tasks]
     same = not isinstance(grad_scales[0], Tensor) and grad_scales.count(grad_scales[0]) == len(grad_scales)
     if same and "joint" in batch.cache:
