@@ -129,7 +129,7 @@ def write_step_counts(steps: Sequence[SharedStep]) -> None:
     while done < len(steps):
         step = steps[done]
         same = [other for other in steps[done:] if other.counters is step.counters and other.after == step.after]
-        if sum(len(other.indices) for other in same) == step.counters["step"].numel():
+        if sum([len(other.indices) for other in same]) == step.counters["step"].numel():
             step.write(whole_group=True)
             done += len(same)
         else:
@@ -201,7 +201,7 @@ class PreparedGroup:
         return list(found.values())
 
     def _counts(self) -> list[tuple[float, ...]]:
-        return list(zip(*(vector.tolist() for vector in self.counters.values())))
+        return list(zip(*[vector.tolist() for vector in self.counters.values()]))
 
     def holds(self, params: list[Tensor], states: list[State], rounding: str) -> bool:
         """Whether parameters, state tensors, dtypes and devices are those of :meth:`seal`.

@@ -154,10 +154,12 @@ def stack_jobs(batches: Iterable[Batch], step: StackStep) -> Iterator[Iterator[N
 def _stack_buckets(batches: list[Batch], plain: bool, ranks: int) -> list[list[Stack]]:
     """Stacks that run concurrently, bucket by bucket. Cached where scalars depend on the shape alone."""
     key = ("buckets", plain, ranks)
-    lasting = len(batches) == 1 and not _phases(batches[0])
-    if lasting and key in batches[0].cache:
+    if len(batches) == 1 and key in batches[0].cache:
         return batches[0].cache[key]
+    lasting = len(batches) == 1 and not _phases(batches[0])
     stacks = [stack for batch in batches for stack in stacks_of(batch, plain)]
+    if not stacks:  # A rank that owns no parameter of a bucket.
+        return []
     stacks.sort(key=lambda stack: stack.shape, reverse=True)
     buckets: list[list[Stack]] = []
     small = sum(stack.elements for stack in stacks) <= working_set(stacks[0].tasks[0].g.device)
@@ -216,10 +218,10 @@ def _update_stack(stack: Stack, step: StackStep) -> Iterator[Polar]:
     rule, group, tasks = stack.rule, stack.group, stack.tasks
     finite = None if step.finite is None else step.finite.to(tasks[0].g.device)
     shapes = stack.shapes
-    state = {name: [task.state[name] for task in tasks] for name in shapes}
-    stacked = {
-        name: stack.joined(name, xs) if shapes[name] is LIKE_PARAMETER else _join(xs) for name, xs in state.items()
-    }
+    state, stacked = {}, {}
+    for name, shape in shapes.items():
+        xs = state[name] = [task.state[name] for task in tasks]
+        stacked[name] = stack.joined(name, xs) if shape is LIKE_PARAMETER else _join(xs)
     g = _stack_gradient(stack)
     if finite is not None:
         g = torch.where(finite, g, 0.0)  # Decompositions raise an error on NaN, which the host does not know of yet.
@@ -251,9 +253,9 @@ def _stack_gradient(stack: Stack) -> Tensor:
 
 def _stack_noise(stack: Stack) -> Tensor | None:
     """Stream positions of the elements of a stack; ``None`` without stochastic rounding."""
-    firsts = [task.noise for task in stack.tasks if task.noise is not None]
-    if not firsts:
+    if stack.tasks[0].noise is None:
         return None
+    firsts = [task.noise for task in stack.tasks if task.noise is not None]
     p = stack.tasks[0].p
     element = stack.view(stream_positions(0, 0, p.numel(), p.device).view(p.shape))
     shifts = joined_positions(firsts, [1] * len(firsts), p.device)
