@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lightning_optim.engine.matrices import wave_limit
+from lightning_optim.engine.matrices import bucket_limit
 from lightning_optim.polar import find
 from lightning_optim.processes import assign_owners
 
@@ -123,8 +123,8 @@ def step_seconds(
         sent = _FLOAT * elements * (together - 1) / together * (2 / together if sharded else 1)
         peers = together - 1 if sharded else math.log2(together)
         sizes = [m * n for m, n in model.matrices]
-        waves = math.ceil(elements / wave_limit(sizes, together))
-        latency = waves * (2 if sharded else 1) * (cluster.latency + cluster.latency_per_peer * peers)
+        buckets = math.ceil(elements / bucket_limit(sizes, together))
+        latency = buckets * (2 if sharded else 1) * (cluster.latency + cluster.latency_per_peer * peers)
     held = model.parameters / gpus if sharded else model.parameters
     mine = largest_share(costs, together) if costs else 0.0
     return {

@@ -62,7 +62,8 @@ class Copies:
                 p, residual, noise = self.parameters[way][i], self.residuals[way][i], None
                 if _NAMES.get(way, way) == "stochastic":
                     with _numbers_of(way):
-                        noise = rounding.numbers(rounding.first_number(t, i), 0, p.numel(), p.device).view(p.shape)
+                        first = rounding.stream_start(t, i)
+                        noise = rounding.stream_positions(first, 0, p.numel(), p.device).view(p.shape)
                 rounding.store_(p, rounding.load(p, residual, torch.float32) + update, residual, noise)
 
     def rows(self, experiment: str, wide: list[Tensor]) -> Iterator[dict[str, Any]]:

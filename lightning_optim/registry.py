@@ -41,7 +41,7 @@ class OptimizerInfo:
 
     @property
     def internals(self) -> Mapping[str, Internal]:
-        """Scalars of its own that are worth watching, by name.
+        """Scalars that it offers to diagnostics, by name.
 
         >>> {name: internal.description for name, internal in OPTIMIZERS["Anon"].internals.items()}["refreshes"]
         'number of refreshes of the scale so far'
@@ -74,13 +74,13 @@ _TORCH_INTERNALS = {"gradient_to_variance": gradient_to_variance("exp_avg_sq")}
 
 
 def internals_of(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> Mapping[str, Internal]:
-    """The scalars worth watching of the rule that runs on a parameter group; none if the optimizer is unknown."""
+    """The scalars that the rule of a parameter group offers to diagnostics; none if the optimizer is unknown."""
     if isinstance(optimizer, RuleOptimizer):
         return optimizer.rule(group).internals
     return _TORCH_INTERNALS if isinstance(optimizer, torch.optim.Adam) else {}
 
 
-#: Every optimizer by name: this library's, then torch's that are offered beside them.
+#: Every optimizer by name: this library's, then those of torch that are offered as well.
 OPTIMIZERS: dict[str, OptimizerInfo] = {
     info.name: info
     for info in (
@@ -120,7 +120,7 @@ def table() -> str:
 
 
 def stub() -> str:
-    """What ``optimizers/__init__.py`` exports, as type checkers and editors, which run nothing, have to be told it."""
+    """The exports of ``optimizers/__init__.py`` as a stub, for type checkers and editors, which run no code."""
     modules: dict[str, list[str]] = {}
     for name, cls in ALGORITHMS.items():
         modules.setdefault(cls.__module__.rpartition(".")[2], []).append(name)

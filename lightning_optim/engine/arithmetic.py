@@ -1,7 +1,7 @@
 """The arithmetic that rules are written in.
 
-In-place operations whose coefficients may be floats or 0-d tensors: eager steps pass floats, which need no temporaries;
-a compiled kernel and a captured step pass tensors, so that they do not depend on the values.
+Operations whose coefficients may be floats or 0-d tensors. Eager steps pass floats, which need no temporaries; compiled
+kernels and CUDA graphs pass tensors, so that they do not depend on the values.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def largest_gradient(dtype: torch.dtype) -> float:
-    """The largest gradient whose powers, as rules take them, stay finite in arithmetic of a precision."""
+    """The largest gradient whose powers, as rules compute them, stay finite in a dtype."""
     return torch.finfo(dtype).max ** 0.4
 
 
@@ -23,7 +23,7 @@ def shrink_(p: Tensor, keep: Any) -> Tensor:
 
 
 def regularize(g: Tensor, p: Tensor, l2: Any) -> Tensor:
-    """``g + l2 * p``, bounded as gradients are; ``g`` where ``l2`` is ``None``."""
+    """``g + l2 * p``, clamped to the bound of gradients; ``g`` where ``l2`` is ``None``."""
     if l2 is None:
         return g
     limit = largest_gradient(g.dtype)
@@ -34,7 +34,7 @@ def regularize(g: Tensor, p: Tensor, l2: Any) -> Tensor:
 
 
 def is_number(coefficient: Any, value: float) -> bool:
-    """Whether a coefficient is a number of a certain value, known on the host."""
+    """Whether a coefficient is a number on the host and equals ``value``."""
     return isinstance(coefficient, (int, float)) and coefficient == value
 
 
@@ -73,7 +73,7 @@ def add_quotient_(p: Tensor, x: Tensor, y: Tensor, factor: Any) -> Tensor:
 
 def mix(g: Tensor, m: Tensor, beta: Any) -> Tensor:
     """Nesterov's look-ahead ``(1 - beta) * g + beta * m``."""
-    return torch.lerp(m, g, 1 - beta)  # The small weight: float32 does not tell 1 - 1e-7 well from 1.
+    return torch.lerp(m, g, 1 - beta)  # Takes the small weight 1 - beta: float32 resolves it better than beta near 1.
 
 
 def squared_difference(x: Tensor, y: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ def squared_difference(x: Tensor, y: Tensor) -> Tensor:
 
 def squared_norm(x: Tensor, axes: tuple[int, ...] = (-2, -1)) -> Tensor:
     """Sum of squares over some of the last two axes, which are kept with size 1."""
-    if -1 in axes:  # Row by row: without a temporary of the size of ``x``, and no sum is long.
+    if -1 in axes:  # Row by row: no temporary of the size of ``x``, and no long sums.
         rows = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
         return rows.sum(-2, keepdim=True) if -2 in axes else rows
     return x.square().sum(-2, keepdim=True)

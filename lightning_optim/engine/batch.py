@@ -1,9 +1,10 @@
-"""The parameters of a group that take part in a step: looked up once, and used until something about them changes."""
+"""The parameters of a group that a step updates: prepared once, and used until something about them changes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 from operator import is_
 from types import SimpleNamespace
 from typing import Any
@@ -11,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import processes
-from .rounding import RESIDUAL, first_number, prepare_residual
+from .. import private, processes
+from .rounding import RESIDUAL, prepare_residual, stream_start
 from .rule import MatrixRule, Rule, Scalars, hyperparameters_of, numbers_of
 from .state import State, block_shape, compute_dtype, follow, has_begun, new_state, real_view, state_shapes
 
@@ -25,20 +26,21 @@ class Task:
         t: The number of this step for the parameter, from 1.
         p: The parameter, or this rank's shard of it.
         g: Its gradient; read only.
-        gain: What the gradient is multiplied by: -1 to ascend, less than 1 in size to bound it. A 0-d tensor where
-            the host does not know it.
+        grad_scale: What the gradient is multiplied by: -1 to ascend, below 1 in magnitude to bound it. A 0-d tensor
+            where the host does not know it.
         state: The rule's state tensors, or this rank's shards of them.
         scalars: The numbers of the step; the same object for all parameters that share them.
         parameter: The parameter as the optimizer has it, a complex one as its real view.
-        first: The first of its matrices that the task is about, if not all.
-        noise: The number of the first element in the stream of random numbers; ``None`` where none are needed.
-        owner: The rank that has the state and runs the rule, where several hold shards of the parameter and one does.
+        first: Index of the first of the parameter's matrices that ``p`` holds.
+        noise: Position of the first element in the random stream (see :func:`.rounding.stream_start`); ``None``
+            without stochastic rounding.
+        owner: The rank that keeps the state and runs the rule for all shards of the parameter, if one does.
     """
 
     t: int
     p: Tensor
     g: Tensor
-    gain: float | Tensor
+    grad_scale: float | Tensor
     state: State
     scalars: Scalars
     parameter: Tensor
@@ -54,11 +56,11 @@ class Batch:
     Args:
         rule: Their rule.
         group: Their parameter group.
-        tasks: What is to be done, for one parameter at least.
-        idle: States of the group's other parameters that have one.
+        tasks: One for each parameter; at least one.
+        idle: States of the group's other parameters, where they have any.
 
     Attributes:
-        cache: What those who run it found out about its tasks, which holds as long as the batch does.
+        cache: What the code that runs it derived from its tasks; valid as long as the batch is.
     """
 
     rule: type[Rule]
@@ -69,29 +71,29 @@ class Batch:
 
 
 @dataclass
-class Tick:
-    """A step of all parameters of a group that have made equally many, and whose numbers are the same.
+class SharedStep:
+    """A step of those parameters of a group that share its number and its scalars.
 
     Args:
         rule: Their rule.
         group: Their group.
-        details: What the rule's ``scalars`` gets beside the step and the hyperparameters.
+        details: What the rule's ``scalars`` takes besides the step and the hyperparameters.
         before: Step count and host state before the step.
-        clocks: Where those of the group's parameters are kept; see :func:`clocks_of`.
-        indices: Which entries of it are those of this tick's parameters.
+        counters: Step counts and host state of all parameters of the group; see :func:`counters_of`.
+        indices: The entries of these parameters in each counter.
         h: Hyperparameters as attributes.
 
     Attributes:
         t: The number of the step.
         scalars: The numbers of the step; see :func:`.rule.numbers_of`.
-        clock: Step count and host state after the step.
+        after: Step count and host state after the step.
     """
 
     rule: type[Rule]
     group: Mapping[str, Any]
     details: Sequence[Any]
     before: tuple[float, ...]
-    clocks: Mapping[str, Tensor]
+    counters: Mapping[str, Tensor]
     indices: list[int]
     h: SimpleNamespace
 
@@ -100,52 +102,52 @@ class Tick:
         host = dict(zip(self.rule.host_state, self.before[1:]))
         details = [*self.details, *([host] if host else [])]
         self.scalars: Scalars = numbers_of(self.rule, self.t, self.h, *details)
-        self.clock: dict[str, float] = {"step": self.t, **host}
+        self.after: dict[str, float] = {"step": self.t, **host}
 
-    def next(self) -> Tick:
-        """The step after this one, or the same again if it was skipped."""
-        before = tuple(vector[self.indices[0]].item() for vector in self.clocks.values())
+    def next(self) -> SharedStep:
+        """The step after this one, or this one again if it was skipped."""
+        before = tuple(vector[self.indices[0]].item() for vector in self.counters.values())
         return replace(self, before=before, h=hyperparameters_of(self.rule, self.group))
 
-    def settle(self, everyone: bool = False) -> None:
-        """Write step count and host state down: the step was made.
+    def write(self, whole_group: bool = False) -> None:
+        """Write step count and host state after the step to the state.
 
         Args:
-            everyone: Whether those of all parameters of the group are the same.
+            whole_group: Whether they are the same for all parameters of the group.
         """
-        for name, value in self.clock.items():
-            vector = self.clocks[name]
-            if everyone or len(self.indices) == vector.numel():
+        for name, value in self.after.items():
+            vector = self.counters[name]
+            if whole_group or len(self.indices) == vector.numel():
                 vector.fill_(value)
             else:
                 vector[self.indices] = value
 
 
-def settle(ticks: Sequence[Tick]) -> None:
-    """Write down the step counts and host states of a step that was made."""
+def write_step_counts(steps: Sequence[SharedStep]) -> None:
+    """Write the step counts and host state of a step that was made to the state."""
     done = 0
-    while done < len(ticks):
-        tick = ticks[done]
-        same = [other for other in ticks[done:] if other.clocks is tick.clocks and other.clock == tick.clock]
-        if sum(len(other.indices) for other in same) == tick.clocks["step"].numel():
-            tick.settle(everyone=True)
+    while done < len(steps):
+        step = steps[done]
+        same = [other for other in steps[done:] if other.counters is step.counters and other.after == step.after]
+        if sum([len(other.indices) for other in same]) == step.counters["step"].numel():
+            step.write(whole_group=True)
             done += len(same)
         else:
-            tick.settle()
+            step.write()
             done += 1
 
 
 class PreparedGroup:
-    """What a parameter group has to do in a step, prepared: its state exists, in the right precision and place.
+    """A parameter group ready for a step: its state exists, with the right dtype and on the right device.
 
     Args:
         rule: The group's rule.
         group: The parameter group.
-        params: Those of its parameters that take part.
-        states: The optimizer's states of these parameters; empty ones are filled.
-        owners: The rank that keeps the state of each parameter, ``None`` where every rank has its own.
+        params: Those of its parameters that the step updates.
+        states: The optimizer's states of these parameters; empty ones are initialised.
+        owners: The rank that keeps the state of each parameter; ``None`` where every rank has its own.
         rounding: See :class:`.optimizer.RuleOptimizer`.
-        positions: Positions in the optimizer of the parameters that are rounded at random.
+        positions: Positions in the optimizer of the parameters with stochastic rounding.
     """
 
     def __init__(
@@ -168,12 +170,12 @@ class PreparedGroup:
         self.rule, self.group = rule, group
         self.params, self.states = params, states
         self.rounding = rounding
-        self.clocks = clocks_of(states, ("step", *rule.host_state))
-        self._names = (*state_shapes(rule, params[0], group), *self.clocks, RESIDUAL)
+        self.counters = counters_of(states, ("step", *rule.host_state))
+        self._names = (*state_shapes(rule, params[0], group), *self.counters, RESIDUAL)
         self._layout = _layout(params)
         self._tensors: list[Any] = []
-        self._noisy = [(i, positions[p], processes.flat_offset(p)) for i, p in enumerate(params) if p in positions]
-        self._parts = self._dealt()
+        self._stochastic = [(i, positions[p], processes.flat_offset(p)) for i, p in enumerate(params) if p in positions]
+        self._parts = self._by_scalars()
         self._has_views = any(p.is_complex() for p in params)
         tasks = [
             Task(0, processes.local(p), p, 1.0, processes.local_state(p, state), {}, p, owner=owner)
@@ -181,30 +183,30 @@ class PreparedGroup:
         ]
         self.batch = Batch(rule, group, tasks)
 
-    def _dealt(self) -> list[tuple[list[Any], list[int]]]:
-        """Which parameters have the same numbers: those of one clock, for matrix rules also of one shape and schedule.
+    def _by_scalars(self) -> list[tuple[list[Any], list[int]]]:
+        """Parameters that share their scalars: equal step counts and, for matrix rules, equal shape and phase.
 
         Returns:
-            For each set what ``scalars`` gets beside the step and the hyperparameters, and indices of its parameters.
+            For each set, what ``scalars`` takes besides step and hyperparameters, and the indices of its parameters.
         """
         rule = self.rule
         phases = rule.phases(hyperparameters_of(rule, self.group)) if issubclass(rule, MatrixRule) else 0
         place = {p: i % phases for i, p in enumerate(self.group["params"])} if phases else {}
         found: dict[Any, tuple[list[Any], list[int]]] = {}
-        for i, (p, clock) in enumerate(zip(self.params, self._now())):
+        for i, (p, counts) in enumerate(zip(self.params, self._counts())):
             details: list[Any] = [block_shape(p.shape, self.group)] if issubclass(rule, MatrixRule) else []
             if place:
                 details.append(place[p])
-            found.setdefault((clock, *details), (details, []))[1].append(i)
+            found.setdefault((counts, *details), (details, []))[1].append(i)
         return list(found.values())
 
-    def _now(self) -> list[tuple[float, ...]]:
-        return list(zip(*(vector.tolist() for vector in self.clocks.values())))
+    def _counts(self) -> list[tuple[float, ...]]:
+        return list(zip(*[vector.tolist() for vector in self.counters.values()]))
 
     def holds(self, params: list[Tensor], states: list[State], rounding: str) -> bool:
-        """Whether nothing has changed since :meth:`seal`: parameters, tensors of state, precisions and devices.
+        """Whether parameters, state tensors, dtypes and devices are those of :meth:`seal`.
 
-        Step counts change together; whether they still do is looked at by :meth:`begin`.
+        :meth:`begin` checks that step counts which were equal still are.
         """
         if rounding != self.rounding or len(params) != len(self.params):
             return False
@@ -217,42 +219,43 @@ class PreparedGroup:
         return all(map(is_, self._tensors, [state.get(name) for state in states for name in self._names]))
 
     def seal(self) -> None:
-        """Remember the tensors of state, once the first step has put them where it wants them."""
+        """Remember the state tensors, after the first step, which may have replaced them (by views of joined ones)."""
         if not self._tensors:
             self._tensors = [state.get(name) for state in self.states for name in self._names]
 
     def begin(
-        self, grads: Iterable[Tensor], gains: Iterable[Any], given: Iterator[Scalars] | None = None
-    ) -> list[Tick] | None:
+        self, grads: Iterable[Tensor], grad_scales: Iterable[Any], given: Iterator[Scalars] | None = None
+    ) -> list[SharedStep] | None:
         """Set the gradients and numbers of a step.
 
         Args:
             grads: The parameters' gradients.
-            gains: What they are multiplied by.
-            given: What to use for the numbers of each tick, if not those that the rule computes.
+            grad_scales: What they are multiplied by.
+            given: Scalars to use instead of those that the rule computes, one set for each shared step.
 
         Returns:
-            What the step will do to step counts; ``None`` if these have parted ways: the group is to be prepared anew.
+            The shared steps; ``None`` if step counts that were equal no longer are, and the group must be prepared
+            again.
         """
-        now, h = self._now(), hyperparameters_of(self.rule, self.group)
-        ticks = []
+        counts, h = self._counts(), hyperparameters_of(self.rule, self.group)
+        steps = []
         tasks = self.batch.tasks
         for details, indices in self._parts:
-            before = now[indices[0]]
-            if len(indices) > 1 and [now[i] for i in indices].count(before) < len(indices):
+            before = counts[indices[0]]
+            if len(indices) > 1 and [counts[i] for i in indices].count(before) < len(indices):
                 return None
-            tick = Tick(self.rule, self.group, details, before, self.clocks, indices, h)
+            step = SharedStep(self.rule, self.group, details, before, self.counters, indices, h)
             if given is not None:
-                tick.scalars = next(given)
+                step.scalars = next(given)
             for i in indices:
-                tasks[i].t, tasks[i].scalars = tick.t, tick.scalars
-            ticks.append(tick)
+                tasks[i].t, tasks[i].scalars = step.t, step.scalars
+            steps.append(step)
         sign = -1.0 if self.group["maximize"] else 1.0
-        for task, g, gain in zip(tasks, grads, gains):
-            task.g, task.gain = g, gain * sign
-        for i, position, offset in self._noisy:
-            tasks[i].noise = first_number(tasks[i].t, position) + offset
-        return ticks
+        for task, g, grad_scale in zip(tasks, grads, grad_scales):
+            task.g, task.grad_scale = g, grad_scale * sign
+        for i, position, offset in self._stochastic:
+            tasks[i].noise = stream_start(tasks[i].t, position) + offset
+        return steps
 
 
 def _layout(params: list[Tensor]) -> list[Any]:
@@ -262,7 +265,8 @@ def _layout(params: list[Tensor]) -> list[Any]:
 def local_gradient(p: Tensor) -> Tensor:
     """This rank's shard of a parameter's gradient, zero where it has none.
 
-    One of more precision than the arithmetic is converted: what is beyond its range becomes infinite and is found.
+    A float64 gradient of a parameter with float32 arithmetic is converted: a value out of range becomes infinite, and
+    the check for non-finite gradients finds it.
     """
     if p.grad is None:
         return torch.zeros_like(real_view(p))
@@ -270,25 +274,21 @@ def local_gradient(p: Tensor) -> Tensor:
     return g.to(compute_dtype(p.dtype)) if g.dtype == torch.float64 else g
 
 
-def clocks_of(states: list[State], names: Iterable[str]) -> dict[str, Tensor]:
-    """Scalar state that the host computes with, one vector per name, of which the state's tensors are the entries.
+def counters_of(states: list[State], names: Iterable[str]) -> dict[str, Tensor]:
+    """Scalar state that the host computes with: one vector per name, whose entries are the tensors in the state.
 
-    To read and write it as a whole is one operation, whatever the number of parameters.
+    All parameters' values are read, or written, in one operation.
     """
     vectors = {}
     for name in names:
         column = [state[name] for state in states]
-        vector = column[0]._base
-        if vector is None or vector.shape != (len(column),) or not _are_entries(column, vector):
-            # New, from a checkpoint (which may have been moved as a whole), or of other parameters than the last time.
-            # A count that a wrapper has written as a float, too, counts beyond 2^24.
+        vector = private.base(column[0])
+        if vector is None or vector.shape != (len(column),) or not private.are_views(column, count(), vector):
+            # New state, state from a checkpoint, or another selection of parameters than last time. Wrappers may have
+            # written a count as a float, too; it has to count beyond 2^24.
             dtype = torch.int64 if name == "step" else torch.float64
             vector = torch.stack([x.to("cpu", dtype) for x in column])
             for i, state in enumerate(states):
                 state[name] = vector[i]
         vectors[name] = vector
     return vectors
-
-
-def _are_entries(column: Sequence[Tensor], vector: Tensor) -> bool:
-    return all(x._base is vector and x.storage_offset() == i for i, x in enumerate(column))

@@ -1,4 +1,4 @@
-"""One call of a rule's function, as it is run eagerly and as it is compiled."""
+"""One call of a rule's function: the code that runs eagerly is the code that is compiled."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ def call(
     function: Callable[..., Any],
     p: Tensor,
     g: Tensor,
-    gain: float | Tensor,
+    grad_scale: float | Tensor,
     finite: Tensor | None,
     state: Mapping[str, Tensor],
     scalars: Mapping[str, Any],
     noise: Tensor | None = None,
     moves: bool = True,
 ) -> Any:
-    """``function(gain * g + l2 * p, state, scalars)`` in the precision of the arithmetic, and the move that it returns.
+    """Call ``function(grad_scale * g + l2 * p, state, scalars)``, in float32 or float64, and apply its move.
 
     Args:
-        function: Updates the state in place and returns a :class:`.rule.Move`; or one that changes nothing.
-        p: A parameter or a part of some, of any precision.
+        function: Updates the state in place and returns a :class:`.rule.Move`, or changes nothing; see ``moves``.
+        p: A parameter, or a vector of elements of one or more, of any floating-point dtype.
         g: The gradient.
-        gain: What the gradient is multiplied by.
+        grad_scale: What the gradient is multiplied by.
         finite: ``None``, or a 0-d boolean tensor: where it is ``False`` nothing changes.
         state: State tensors of the parameter's size.
         scalars: The numbers of the step; see :func:`.rule.numbers_of`.
         noise: See :func:`.rounding.store_`.
-        moves: Whether the function returns a move; otherwise what it returns is passed on.
+        moves: Whether the function returns a move.
 
     Returns:
-        What the function returned, if that is not a move.
+        The function's result if that is not a move, else ``None``.
     """
     dtype, residual = compute_dtype(p.dtype), state.get(RESIDUAL)
     work = load(p, residual, dtype)
@@ -47,7 +47,7 @@ def call(
     written = [*state.values(), *([work] if p.dtype == dtype else [])]
     before = [x.clone() for x in written] if finite is not None else []
     g = g.to(dtype)
-    g = regularize(g if isinstance(gain, float) and gain == 1.0 else g * gain, work, scalars["l2"])
+    g = regularize(g if isinstance(grad_scale, float) and grad_scale == 1.0 else g * grad_scale, work, scalars["l2"])
     result = function(g, SimpleNamespace(**state), SimpleNamespace(**scalars))
     if not moves:
         return result

@@ -1,4 +1,4 @@
-"""Steps as CUDA graphs: what the host would launch kernel by kernel, recorded once and replayed by one call."""
+"""Steps as CUDA graphs: the kernels of a step, recorded once and replayed by one launch."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ import torch
 from torch import Tensor
 
 from .. import processes
-from .batch import Tick
+from .batch import SharedStep
 from .compile import is_number
 from .optimizer import RuleOptimizer, Work
 from .rule import Scalars
 
-#: Numbers that stay what they are, as switches do: rules leave out what has no effect with them.
+#: Numbers that a graph depends on, like switches: rules skip operations that have no effect with them.
 _PLAIN = (0.0, 1.0, inf)
-#: Places of tensors (gradients may take turns) for which graphs are kept.
+#: Sets of tensor addresses for which graphs are kept (gradients may alternate between several).
 _PLACES = 4
-#: Steps in a row without a graph after which to say why.
+#: Steps in a row without a graph after which to warn.
 _PATIENCE = 10
 
 
 def capture_step(optimizer: RuleOptimizer) -> None:
-    """From now on ``optimizer.step()`` replays a CUDA graph where it can.
+    """Make ``optimizer.step()`` replay a CUDA graph where it can.
 
-    It saves the host the time of launching many short kernels. What changes from step to step (learning rates, bias
-    corrections) is computed on the host as ever, in double precision, and copied to the device in one piece before the
-    graph runs; schedules and edits of ``param_groups`` work as ever.
+    This saves the host the time of launching many short kernels. Numbers that change from step to step (learning rates,
+    bias corrections) are still computed on the host, in float64, and copied to the device at once before the graph
+    runs; schedules and edits of ``param_groups`` work as before.
 
-    A graph knows its tensors by their place in memory. A step is made without one, and one recorded, where parameters,
-    gradients or state lie where they have not been in the last few steps; one that an observer watches is made without.
-    So **gradients have to stay where they are**: call ``zero_grad(set_to_none=False)``. A rule that works differently
-    at some steps (Anon's refreshes, PNM's odd ones, AdaBelief's first five) gets a graph for each of its forms.
+    A graph is bound to the addresses of its tensors. If parameters, gradients or state are at addresses that the last
+    few steps did not have, the step runs without a graph and records one; a step with an observer runs without a graph.
+    So **gradients have to keep their memory**: call ``zero_grad(set_to_none=False)``. A rule whose steps differ
+    (Anon's refreshes, PNM's odd steps, AdaBelief's first five) gets a graph for each form.
 
-    Copies of an optimizer, pickled ones too, start without graphs. The graphs keep the memory of their temporaries.
+    Copies of an optimizer, also pickled ones, start without graphs. Graphs keep the memory of their temporaries.
 
     Args:
-        optimizer: One of this library's, all of whose parameters are on one CUDA device and of one process.
+        optimizer: An optimizer of this library whose parameters are all on one CUDA device, in a run of one process.
 
     Raises:
         ValueError: The optimizer's step cannot be captured; the message says why.
@@ -65,9 +65,9 @@ class _Graph:
     """A recorded step.
 
     Args:
-        values: The numbers that it reads.
-        finite: Where it says whether gradients were finite.
-        replay: Runs it.
+        values: The device tensor of numbers that it reads.
+        finite: The tensor to which it writes whether gradients were finite.
+        replay: Runs the graph.
     """
 
     values: Tensor
@@ -77,14 +77,14 @@ class _Graph:
 
 @dataclass
 class _Recording:
-    """What is known of steps with tensors in certain places: the last ticks, and a graph for each form of them."""
+    """Steps with tensors at the same addresses: the shared steps of the first one, and a graph for each form."""
 
-    ticks: list[Tick]
+    steps: list[SharedStep]
     graphs: dict[Any, _Graph] = field(default_factory=dict)
 
 
 class StepGraphs:
-    """The graphs of an optimizer's steps; what the optimizer calls to make one."""
+    """The graphs of an optimizer's steps. Called by the optimizer to make a step."""
 
     def __init__(self, optimizer: RuleOptimizer) -> None:
         self.optimizer = optimizer
@@ -92,21 +92,21 @@ class StepGraphs:
         self._moves = 0
 
     def check(self) -> None:
-        """Refuse what cannot be captured."""
+        """Raise an error if the optimizer's step cannot be captured."""
         optimizer, name = self.optimizer, type(self.optimizer).__name__
         params = [p for group in optimizer.param_groups for p in group["params"]]
         if not is_one_gpu({p.device for p in params}):
             raise ValueError(
-                f"{name}: a graph is of one CUDA device, and parameters are on "
-                f"{', '.join(sorted({str(p.device) for p in params}))}; move the model before, or step without graphs."
+                f"{name}: a graph runs on one CUDA device, and parameters are on "
+                f"{', '.join(sorted({str(p.device) for p in params}))}; move the model first, or step without graphs."
             )
         groups = (optimizer.process_group, optimizer.shard_group)
         if processes.mesh_groups(params) or any(map(processes.nontrivial, groups)):
-            raise ValueError(f"{name}: steps of several processes, which communicate, cannot be captured.")
+            raise ValueError(f"{name}: a step in which several processes communicate cannot be captured.")
         if optimizer.rounding == "stochastic":
             raise ValueError(
-                f"{name}: rounding='stochastic' draws other numbers in every step, on the host, and cannot be "
-                "captured; use 'kahan' or 'split'."
+                f"{name}: rounding='stochastic' draws new random numbers on the host in every step and cannot "
+                "be captured; use 'kahan' or 'split'."
             )
         for group in optimizer.param_groups:
             rule = optimizer.rule(group)
@@ -116,7 +116,7 @@ class StepGraphs:
                     f"{name}: the rule {rule.name!r} decomposes matrices, which cannot be captured; {remedy}."
                 )
 
-    def __call__(self, work: Work) -> tuple[bool | Tensor, list[Tick]]:
+    def __call__(self, work: Work) -> tuple[bool | Tensor, list[SharedStep]]:
         """Make a step, as :meth:`.optimizer.RuleOptimizer._run` does."""
         optimizer = self.optimizer
         recording = self._recordings.get(self._find_layout(work))
@@ -125,45 +125,45 @@ class StepGraphs:
         self._moves = 0
         if optimizer.observer is not None:
             return optimizer._run(work)
-        ticks = [tick.next() for tick in recording.ticks]
-        numbers = [_numbers(tick.scalars) for tick in ticks]
-        forms = tuple(_form(tick.scalars) for tick in ticks)
+        steps = [step.next() for step in recording.steps]
+        numbers = [_numbers(step.scalars) for step in steps]
+        forms = tuple(_form(step.scalars) for step in steps)
         host = torch.tensor([x for each in numbers for x in each.values()], dtype=torch.float64, device="cpu")
         graph = recording.graphs.get(forms)
         if graph is not None:
             _send(host, graph.values)
             graph.replay()
-            return graph.finite, ticks
-        # Made once without a graph, so that kernels are compiled and libraries loaded; recording does not run it again.
+            return graph.finite, steps
+        # Made once without a graph, so that kernels are compiled and libraries loaded. Recording does not run it again.
         device = work[0][1][0].device
         values = torch.empty_like(host, device=device)
         _send(host, values)
         rest = iter(values.unbind())
-        given = [tick.scalars | {name: next(rest) for name in each} for tick, each in zip(ticks, numbers)]
+        given = [step.scalars | {name: next(rest) for name in each} for step, each in zip(steps, numbers)]
         finite, _ = optimizer._run(work, iter(given))
         replay, recorded = record(lambda: optimizer._run(work, iter(given))[0], device)
         recording.graphs[forms] = _Graph(values, recorded, replay)
-        return finite, ticks
+        return finite, steps
 
-    def _start(self, work: Work) -> tuple[bool | Tensor, list[Tick]]:
-        """Make the first step with these tensors, whose state may not be there yet."""
+    def _start(self, work: Work) -> tuple[bool | Tensor, list[SharedStep]]:
+        """Make the first step with these tensors, whose state may not exist yet."""
         self.check()
         self._moves += 1
         if self._moves == _PATIENCE:
             warnings.warn(
                 f"capture_step: no step of {type(self.optimizer).__name__} was captured, since parameters, gradients "
-                f"or state lay elsewhere in each of {_PATIENCE} steps. Keep the gradients' memory by "
+                f"or state had new addresses in each of {_PATIENCE} steps. Keep the gradients' memory by "
                 "zero_grad(set_to_none=False), and give the same parameters a gradient at every step.",
                 stacklevel=2,
             )
-        finite, ticks = self.optimizer._run(work)
+        finite, steps = self.optimizer._run(work)
         while len(self._recordings) >= _PLACES:
             del self._recordings[next(iter(self._recordings))]
-        self._recordings[self._find_layout(work)] = _Recording(ticks)
-        return finite, ticks
+        self._recordings[self._find_layout(work)] = _Recording(steps)
+        return finite, steps
 
     def _find_layout(self, work: Work) -> Any:
-        """What a graph is bound to, but for the forms of the rules: tensors in memory, and settings."""
+        """What a graph is bound to, besides the form of the step: addresses of tensors, and settings."""
         optimizer = self.optimizer
         settings = (optimizer.backend, optimizer.skip_nonfinite, optimizer.rounding)
         groups = tuple((id(g), g["maximize"], g.get("blocks"), g.get("transposed")) for g, _ in work)
@@ -175,9 +175,9 @@ class StepGraphs:
 
 
 def record(work: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
-    """Capture what ``work`` launches, without running it; returns what runs it, and what ``work`` returned."""
+    """Capture the kernels of ``work`` without running them; returns a function that runs them, and its result."""
     graph = torch.cuda.CUDAGraph()
-    # Other threads, such as those that load data, may go on allocating meanwhile.
+    # Other threads, such as those that load data, may allocate memory meanwhile.
     with (
         torch.cuda.device(device),
         torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"),
@@ -187,12 +187,12 @@ def record(work: Callable[[], Any], device: torch.device) -> tuple[Callable[[], 
 
 
 def is_one_gpu(devices: Iterable[torch.device]) -> bool:
-    """Whether there is one device, and it records graphs."""
+    """Whether there is exactly one device, and it supports graphs."""
     return [device.type for device in devices] == ["cuda"]
 
 
 def _send(host: Tensor, values: Tensor) -> None:
-    # Pinned memory is given back only when it has been read, so the host need not wait.
+    # Pinned memory is not reused before the copy has read it, so the host need not wait.
     values.copy_(host.pin_memory() if values.is_cuda else host, non_blocking=True)
 
 
@@ -201,5 +201,5 @@ def _numbers(scalars: Scalars) -> dict[str, float]:
 
 
 def _form(scalars: Scalars) -> Sequence[Any]:
-    """What a graph depends on: everything but the values of numbers."""
+    """The form of a step: all of its scalars but the values of numbers."""
     return tuple((name, float if is_number(x) and x not in _PLAIN else x) for name, x in scalars.items())

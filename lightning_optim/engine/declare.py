@@ -1,7 +1,7 @@
-"""From a declaration to a class that one can call: constructor, signature and documentation.
+"""From a declaration to a class: constructor, signature and documentation.
 
-What an algorithm declares, its fields and its docstring, is completed by what every optimizer has: the engine's own
-arguments, and the documentation of arguments that mean the same everywhere.
+An algorithm declares its fields and its docstring. The engine adds what all optimizers share: its own arguments, and
+the documentation of arguments that mean the same everywhere.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .plain_values import plain_hyperparameters
 if TYPE_CHECKING:
     from .rule import Rule
 
-#: Documentation of arguments that mean the same in every optimizer. A docstring that has an entry of its own keeps it.
+#: Documentation of arguments that mean the same in every optimizer. A docstring's own entry takes precedence.
 SHARED_ARGUMENTS = {
     "params": "Parameters, named parameters or parameter groups.",
     "lr": r"Learning rate :math:`\eta`.",
@@ -89,13 +89,13 @@ def documentation(cls: type[Rule]) -> str | None:
 
 
 def _sections(text: str) -> dict[str, str]:
-    """The parts of a docstring by heading, each without its indentation; what comes first has no heading."""
+    """The sections of a docstring by heading, without indentation; the heading of the text before them is empty."""
     pieces = re.split(r"^(Args|Raises|Attributes|Example):\n", text, flags=re.MULTILINE)
     return {"": pieces[0]} | {name: textwrap.dedent(body) for name, body in zip(pieces[1::2], pieces[2::2])}
 
 
 def _entries(section: str) -> dict[str, str]:
-    """The entries of a section ``Args``, whole, by name."""
+    """The whole entries of a section ``Args``, by name."""
     found = re.split(r"^(?=\w+:)", section, flags=re.MULTILINE)
     return {entry.partition(":")[0]: entry.strip("\n") for entry in found if entry.strip()}
 

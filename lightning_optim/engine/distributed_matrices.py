@@ -1,16 +1,17 @@
-"""Matrix rules on many processes: who works on which matrix, and how matrices get there and back.
+"""Matrix rules on several ranks: which rank works on which matrix, and how matrices get there and back.
 
-Three ways, by what a process has of a parameter:
+There are three cases, by what a rank holds of a parameter:
 
-- all of it, like the other processes (DDP): each orthogonalises its share of the matrices and sends the factors to all;
-- some rows, and the rule works on rows: only what is to be orthogonalised travels, to the one process that does it for
-  that matrix, and the rows of the factor travel back;
-- any part, and the rule wants whole tensors: the gradient travels to the one process that has the state and runs the
-  rule (:mod:`.owned_state`), and the direction in which the parameter moves travels back.
+- all of it, as every other rank does (DDP): each rank orthogonalises its share of the matrices, and an all-gather sends
+  the factors to all;
+- some rows, and the rule runs on rows: an all-to-all collects the rows of each matrix that is to be orthogonalised on
+  one rank, its owner, and another sends the rows of the factor back;
+- any shard, and the rule needs whole tensors: an all-to-all collects the gradient on the parameter's owner, which has
+  the state and runs the rule (:mod:`.owned_state`), and another sends back the direction in which the parameter moves.
 
-What travels at the same time is a wave. While the tensors of one wave travel, another is worked on, and so are the
-element-wise rules of the step. Every process of a group makes the same waves in the same order; which follows from
-whole shapes, never from what a process happens to hold.
+Parameters are sent in buckets. While the tensors of one bucket are on their way, another is worked on, and so are the
+element-wise rules of the step. Every rank of a group forms the same buckets in the same order, because they follow from
+whole shapes and never from what a rank holds.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, groupby, islice
 from math import prod
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -30,62 +31,63 @@ from .. import processes
 from ..processes import Group, Sharding, TensorSpec
 from . import matrices
 from .batch import Batch, Task
-from .elementwise import packs
-from .matrices import ParameterObserver, Report, Stack
+from .elementwise import split_by_size
+from .matrices import ParameterObserver, Report, Requests, Stack, StackStep
 from .rounding import RESIDUAL
 from .rule import LIKE_PARAMETER, Move, Polar
 from .state import block_shape, compute_dtype, from_blocks, state_shapes, tensor_names
 
-Asked = Sequence[tuple[Stack, Polar]]
-#: A matrix of a step: its parameter and which of the parameter's matrices it is.
-Key = tuple[Tensor, int]
+#: A matrix of a step: its parameter, and its index among the parameter's matrices.
+MatrixKey: TypeAlias = tuple[Tensor, int]
 
 
-def run(
+def run_matrices(
     batches: Sequence[Batch],
     backend: str,
     finite: Tensor | None,
     observer: ParameterObserver | None,
     replicas: Sequence[Group],
 ) -> Iterator[None]:
-    """Update the parameters and state of matrix rules in place; yields where there is time for other work.
+    """Update the parameters and state of matrix rules in place; yields while it waits for other ranks.
 
     Args:
         batches: Rules and the parameters they run on.
         backend: One of :data:`.BACKENDS`.
         finite: ``None``, or a 0-d boolean tensor: where it is ``False`` nothing may change.
         observer: Called as ``observer(p, name, value)`` with what rules report.
-        replicas: The processes that hold equal parameters and gradients and share the work, if any do.
+        replicas: Ranks that hold equal parameters and gradients and share the work, if any do.
     """
-    here: list[Batch] = []
-    in_rows: dict[Group, list[_Cut]] = defaultdict(list)
-    carried: dict[Group, list[_Cut]] = defaultdict(list)
+    unsharded: list[Batch] = []
+    on_rows: dict[Group, list[_ShardedTask]] = defaultdict(list)
+    on_owners: dict[Group, list[_ShardedTask]] = defaultdict(list)
     for batch in batches:
         if "sharded" not in batch.cache:
             batch.cache["sharded"] = any(processes.sharding_of(task.parameter) for task in batch.tasks)
         if not batch.cache["sharded"]:
-            here.append(batch)
+            unsharded.append(batch)
             continue
         whole = []
         for task in batch.tasks:
-            cut = processes.sharding_of(task.parameter)
-            if cut is None:
+            sharding = processes.sharding_of(task.parameter)
+            if sharding is None:
                 whole.append(task)
             else:
-                (in_rows if task.owner is None else carried)[cut.group].append(_Cut(batch, task, cut))
+                by_group = on_rows if task.owner is None else on_owners
+                by_group[sharding.group].append(_ShardedTask(batch, task, sharding))
         if whole:
-            here.append(replace(batch, tasks=whole, cache={}))
-    context = _Context(backend == "plain", finite, observer)
+            unsharded.append(replace(batch, tasks=whole, cache={}))
+    report = None if observer is None else lambda task, name, x: observer(task.parameter, name, x)
+    step = StackStep(backend == "plain", finite, report)
     jobs = chain(
-        chain.from_iterable(_jobs_in_rows(cuts, context) for cuts in in_rows.values()),
-        chain.from_iterable(_jobs_carried(cuts, context) for cuts in carried.values()),
-        _jobs_here(here, context, replicas),
+        chain.from_iterable(_jobs_on_rows(sharded, step) for sharded in on_rows.values()),
+        chain.from_iterable(_jobs_on_owners(sharded, step) for sharded in on_owners.values()),
+        _jobs_unsharded(unsharded, step, replicas),
     )
     yield from _overlapped(jobs)
 
 
 def _overlapped(jobs: Iterable[Iterator[None]]) -> Iterator[None]:
-    """Run jobs, two at a time: when one waits the other works."""
+    """Run jobs two at a time: while one waits, the other works."""
     done = object()
     jobs = iter(jobs)
     running = list(islice(jobs, 2))
@@ -99,27 +101,12 @@ def _overlapped(jobs: Iterable[Iterator[None]]) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class _Context:
-    """What is the same for all waves of a step."""
-
-    plain: bool
-    finite: Tensor | None
-    observer: ParameterObserver | None
-
-    @property
-    def report(self) -> Report | None:
-        """To be called with what is reported of all matrices of a task's parameter."""
-        observer = self.observer
-        return None if observer is None else lambda task, name, x: observer(task.parameter, name, x)
-
-
-@dataclass(frozen=True)
-class _Cut:
-    """A parameter of which this process holds a part."""
+class _ShardedTask:
+    """A task whose parameter is sharded."""
 
     batch: Batch
     task: Task
-    cut: Sharding
+    sharding: Sharding
 
     @property
     def parameter(self) -> Tensor:
@@ -127,81 +114,84 @@ class _Cut:
 
     @property
     def blocks(self) -> int:
+        """How many matrices the parameter holds."""
         return self.batch.group["blocks"]
 
     @property
-    def matrix(self) -> tuple[int, int]:
+    def matrix_shape(self) -> tuple[int, int]:
         """Shape of each of its matrices."""
-        return _matrix(self.parameter, self.batch.group)
+        return _matrix_shape(self.parameter, self.batch.group)
 
     def rows(self, block: int, rank: int) -> tuple[int, int]:
-        """Which rows of one of its matrices a process holds."""
-        m, n = self.matrix
-        per_index = prod(self.cut.shape[1:]) // n
-        first, last = (min(max(i * per_index - block * m, 0), m) for i in self.cut.span(rank))
+        """The first row that a rank holds of one of the matrices, and the row after the last."""
+        m, n = self.matrix_shape
+        rows_per_index = prod(self.sharding.shape[1:]) // n
+        first, last = (min(max(i * rows_per_index - block * m, 0), m) for i in self.sharding.span(rank))
         return first, last
 
 
-def _matrix(p: Tensor, group: Mapping[str, Any]) -> tuple[int, int]:
+def _matrix_shape(p: Tensor, group: Mapping[str, Any]) -> tuple[int, int]:
     m, *rest = block_shape(p.shape, group)
     return m, prod(rest)
 
 
 def _cost(m: int, n: int) -> float:
+    """Time of orthogonalising a matrix, up to a factor."""
     return float(m * n * min(m, n))
 
 
-def _waves(cuts: Sequence[_Cut], plain: bool) -> Iterator[list[_Cut]]:
-    cuts = sorted(cuts, key=lambda c: -_cost(*c.matrix))
-    sizes = [c.parameter.numel() for c in cuts]
-    return packs(cuts, sizes, 0 if plain else matrices.wave_limit(sizes, cuts[0].cut.ranks))
+def _shard_buckets(sharded: Sequence[_ShardedTask], plain: bool) -> Iterator[list[_ShardedTask]]:
+    sharded = sorted(sharded, key=lambda x: -_cost(*x.matrix_shape))
+    sizes = [x.parameter.numel() for x in sharded]
+    limit = 0 if plain else matrices.bucket_limit(sizes, sharded[0].sharding.ranks)
+    return split_by_size(sharded, sizes, limit)
 
 
-# --- every process has everything ------------------------------------------------------------------------------------
+# --- every rank has whole parameters ----------------------------------------------------------------------------------
 
 
-def _jobs_here(batches: Sequence[Batch], context: _Context, replicas: Sequence[Group]) -> Iterator[Iterator[None]]:
+def _jobs_unsharded(batches: Sequence[Batch], step: StackStep, replicas: Sequence[Group]) -> Iterator[Iterator[None]]:
     if not replicas or not batches:
-        return matrices.jobs(batches, context.plain, context.finite, context.report)
-    pieces = [
-        ((task.parameter, block), _cost(*_matrix(task.parameter, batch.group)))
+        return matrices.stack_jobs(batches, step)
+    costs = {
+        (task.parameter, block): _cost(*_matrix_shape(task.parameter, batch.group))
         for batch in batches
         for task in batch.tasks
         for block in range(batch.group["blocks"])
-    ]
+    }
     (group,) = replicas
     ranks = processes.size(group)
-    keys, costs = zip(*pieces)
-    owner = dict(zip(keys, processes.assign_owners(costs, (None,) * len(costs), ranks)))
-    solve = partial(_shared, owner=owner, group=group, report=context.report)
-    return matrices.jobs(batches, context.plain, context.finite, context.report, solve, ranks)
+    owner = dict(zip(costs, processes.assign_owners(tuple(costs.values()), (None,) * len(costs), ranks)))
+    solve = partial(_solve_shares, owner=owner, group=group, report=step.report)
+    return matrices.stack_jobs(batches, replace(step, solve=solve, ranks=ranks))
 
 
-def _shared(
-    asked: Asked, owner: Mapping[Key, int], group: Group, report: Report | None
+def _solve_shares(
+    requests: Requests, owner: Mapping[MatrixKey, int], group: Group, report: Report | None
 ) -> Generator[None, None, list[Any]]:
-    """Orthogonalise this process's share and get the rest from the others."""
+    """Orthogonalise this rank's share of the matrices and get the other factors from the other ranks."""
     ranks = range(processes.size(group))
-    theirs = [[[i for i, key in enumerate(_keys(s)) if owner[key] == rank] for s, _ in asked] for rank in ranks]
-    mine = theirs[processes.rank(group)]
-    own = [Polar(x[indices], method) for indices, (_, (x, method, _)) in zip(mine, asked) if indices]
-    kinds = [
-        [((len(indices), *x.shape[1:]), x.dtype) for indices, (_, (x, _, _)) in zip(each, asked) if indices]
-        for each in theirs
+    # For each rank and request, the indices of its matrices in the stack.
+    shares = [[[i for i, key in enumerate(_keys(s)) if owner[key] == rank] for s, _ in requests] for rank in ranks]
+    mine = shares[processes.rank(group)]
+    own = [Polar(x[indices], method) for indices, (_, (x, method, _)) in zip(mine, requests) if indices]
+    specs = [
+        [((len(indices), *x.shape[1:]), x.dtype) for indices, (_, (x, _, _)) in zip(share, requests) if indices]
+        for share in shares
     ]
-    pending = processes.all_gather(matrices.orthogonalized(own), kinds, asked[0][1].matrices.device, group)
+    pending = processes.all_gather(matrices.orthogonalized(own), specs, requests[0][1].matrices.device, group)
     yield
-    factors = [torch.empty_like(request.matrices) for _, request in asked]
-    for each, received in zip(theirs, pending.wait()):
+    factors = [torch.empty_like(request.matrices) for _, request in requests]
+    for share, received in zip(shares, pending.wait()):
         parts = iter(received)
-        for indices, factor in zip(each, factors):
+        for indices, factor in zip(share, factors):
             if indices:
                 factor[indices] = next(parts)
-    matrices.report_factors(report, asked, factors)
-    return [(factor, request.sums) for factor, (_, request) in zip(factors, asked)]
+    matrices.report_factors(report, requests, factors)
+    return [(factor, request.sums) for factor, (_, request) in zip(factors, requests)]
 
 
-def _keys(stack: Stack) -> list[Key]:
+def _keys(stack: Stack) -> list[MatrixKey]:
     blocks = stack.group["blocks"]
     return [(task.parameter, task.first + i) for task in stack.tasks for i in range(blocks)]
 
@@ -209,81 +199,81 @@ def _keys(stack: Stack) -> list[Key]:
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-def _jobs_in_rows(cuts: Sequence[_Cut], context: _Context) -> Iterator[Iterator[None]]:
-    ranks = cuts[0].cut.ranks
-    keys = [(c.parameter, block) for c in cuts for block in range(c.blocks)]
-    costs = tuple(_cost(*c.matrix) for c in cuts for _ in range(c.blocks))
-    holders = tuple(_holder(c, block) for c in cuts for block in range(c.blocks))
+def _jobs_on_rows(sharded: Sequence[_ShardedTask], step: StackStep) -> Iterator[Iterator[None]]:
+    ranks = sharded[0].sharding.ranks
+    keys = [(x.parameter, block) for x in sharded for block in range(x.blocks)]
+    costs = tuple(_cost(*x.matrix_shape) for x in sharded for _ in range(x.blocks))
+    holders = tuple(_holder(x, block) for x in sharded for block in range(x.blocks))
     owner = dict(zip(keys, processes.assign_owners(costs, holders, ranks)))
-    for wave in _waves(cuts, context.plain):
-        yield _in_rows(wave, owner, context)
+    for bucket in _shard_buckets(sharded, step.plain):
+        yield _run_on_rows(bucket, owner, step)
 
 
-def _holder(c: _Cut, block: int) -> int | None:
-    """The process that holds all rows of a matrix, if one does."""
-    m, _ = c.matrix
-    return next((rank for rank in range(c.cut.ranks) if c.rows(block, rank) == (0, m)), None)
+def _holder(x: _ShardedTask, block: int) -> int | None:
+    """The rank that holds all rows of a matrix, if one does."""
+    m, _ = x.matrix_shape
+    return next((rank for rank in range(x.sharding.ranks) if x.rows(block, rank) == (0, m)), None)
 
 
-def _in_rows(wave: Sequence[_Cut], owner: Mapping[Key, int], context: _Context) -> Iterator[None]:
-    """Run the rule on the rows that are here; what is to be orthogonalised travels."""
-    apart: dict[Any, list[Task]] = defaultdict(list)
+def _run_on_rows(bucket: Sequence[_ShardedTask], owner: Mapping[MatrixKey, int], step: StackStep) -> Iterator[None]:
+    """Run the rule on this rank's rows; only the matrices to orthogonalise are sent."""
+    tasks_of: dict[Any, list[Task]] = defaultdict(list)
     batches = {}
-    for c in wave:
-        for count, task in _runs(c):
-            apart[id(c.batch), count].append(task)
-            batches[id(c.batch), count] = replace(c.batch, group={**c.batch.group, "blocks": count}, cache={})
-    parts = [
+    for x in bucket:
+        for count, task in _equal_rows(x):
+            tasks_of[id(x.batch), count].append(task)
+            batches[id(x.batch), count] = replace(x.batch, group={**x.batch.group, "blocks": count}, cache={})
+    stacks = [
         stack
-        for key, tasks in apart.items()
-        for stack in matrices.split(replace(batches[key], tasks=tasks, cache={}), context.plain)
+        for key, tasks in tasks_of.items()
+        for stack in matrices.stacks_of(replace(batches[key], tasks=tasks, cache={}), step.plain)
     ]
-    solve = partial(_gathered, wave=wave, owner=owner, report=context.report)
-    return matrices.drive(parts, context.finite, _collector(wave, owner, context.report), solve)
+    solve = partial(_solve_on_owners, bucket=bucket, owner=owner, report=step.report)
+    return matrices.run_stacks(stacks, replace(step, solve=solve, report=_collector(bucket, owner, step.report)))
 
 
-def _runs(c: _Cut) -> Iterator[tuple[int, Task]]:
-    """The matrices of a parameter in runs of which this process has equally many rows: their number, and a task.
+def _equal_rows(x: _ShardedTask) -> Iterator[tuple[int, Task]]:
+    """Successive matrices of a parameter of which this rank has equally many rows: their number, and a task for them.
 
-    A parameter with several matrices may be cut within one. Of some a process then has all rows, of one some, and of
-    others none, but their state that is not in rows is kept by all processes.
+    The shards of a parameter with several matrices may begin and end within one. A rank then has all rows of some
+    matrices, part of the rows of others, and no rows of the rest. State that is not sharded by rows is on all ranks.
     """
-    _, n = c.matrix
-    task = c.task
-    shapes = state_shapes(c.batch.rule, c.parameter, c.batch.group)
+    _, n = x.matrix_shape
+    task = x.task
+    shapes = state_shapes(x.batch.rule, x.parameter, x.batch.group)
     first = start = 0
-    for rows, same in groupby(last - start for start, last in (c.rows(i, c.cut.rank) for i in range(c.blocks))):
+    for rows, same in groupby(last - start for start, last in (x.rows(i, x.sharding.rank) for i in range(x.blocks))):
         count = len(list(same))
         stop, shape = start + count * rows, (rows, n) if count == 1 else (count, rows, n)
 
-        def here(x: Tensor) -> Tensor:
-            return x.view(-1, n)[start:stop].view(shape)  # noqa: B023
+        def part(y: Tensor) -> Tensor:
+            return y.view(-1, n)[start:stop].view(shape)  # noqa: B023
 
         state = dict(task.state)
-        for name in tensor_names(c.batch.rule, c.parameter, c.batch.group, state):
-            in_rows = shapes.get(name, LIKE_PARAMETER) is LIKE_PARAMETER
-            state[name] = here(state[name]) if in_rows else state[name][first : first + count]
+        for name in tensor_names(x.batch.rule, x.parameter, x.batch.group, state):
+            by_rows = shapes.get(name, LIKE_PARAMETER) is LIKE_PARAMETER
+            state[name] = part(state[name]) if by_rows else state[name][first : first + count]
         noise = None if task.noise is None else task.noise + start * n
-        g = here(task.g.contiguous())
-        yield count, replace(task, p=here(task.p), g=g, state=state, first=first, noise=noise)
+        g = part(task.g.contiguous())
+        yield count, replace(task, p=part(task.p), g=g, state=state, first=first, noise=noise)
         first, start = first + count, stop
 
 
-def _collector(wave: Sequence[_Cut], owner: Mapping[Key, int], report: Report | None) -> Report | None:
-    """Passes on what is reported of a parameter's runs of matrices when all of it is there.
+def _collector(bucket: Sequence[_ShardedTask], owner: Mapping[MatrixKey, int], report: Report | None) -> Report | None:
+    """A report that waits for the values of all matrices of a parameter and passes them on together.
 
-    All processes know all of it. The one that reports is the owner of the first matrix.
+    All ranks compute all of these values. The owner of the parameter's first matrix reports them.
     """
     if report is None:
         return None
-    blocks = {c.parameter: c.blocks for c in wave if owner[c.parameter, 0] == c.cut.rank}
+    blocks = {x.parameter: x.blocks for x in bucket if owner[x.parameter, 0] == x.sharding.rank}
     known: dict[tuple[Tensor, str], dict[int, Tensor]] = defaultdict(dict)
 
-    def collect(task: Task, name: str, x: Tensor) -> None:
+    def collect(task: Task, name: str, value: Tensor) -> None:
         if task.parameter not in blocks:
             return
         parts = known[task.parameter, name]
-        parts[task.first] = x
+        parts[task.first] = value
         if sum(map(len, parts.values())) == blocks[task.parameter]:
             del known[task.parameter, name]
             report(task, name, torch.cat([parts[first] for first in sorted(parts)]))
@@ -292,141 +282,145 @@ def _collector(wave: Sequence[_Cut], owner: Mapping[Key, int], report: Report | 
 
 
 @dataclass(frozen=True)
-class _Solved:
-    """A matrix: all of its rows, what came of them, and, where it was solved, its sums over processes."""
+class _Solution:
+    """A whole matrix, its polar factor and, on its owner, the totals of its sums over ranks."""
 
     matrix: Tensor
     factor: Tensor
     totals: Sequence[Tensor] = ()
 
 
-def _gathered(
-    asked: Asked, wave: Sequence[_Cut], owner: Mapping[Key, int], report: Report | None
+def _solve_on_owners(
+    requests: Requests, bucket: Sequence[_ShardedTask], owner: Mapping[MatrixKey, int], report: Report | None
 ) -> Generator[None, None, list[Any]]:
-    """Bring matrices together, each at its owner, who orthogonalises it, adds up its sums, and sends the rows back."""
-    cut, device = wave[0].cut, asked[0][1].matrices.device
-    ranks, me = range(cut.ranks), cut.rank
-    # Of each matrix that is asked for, what this process has of it and of its sums, and the method.
-    parts: dict[Key, list[Tensor]] = {}
-    methods: dict[Key, str] = {}
-    for stack, (x, method, sums) in asked:
+    """Collect each matrix on its owner, which orthogonalises it, adds up its sums and sends the rows back."""
+    sharding, device = bucket[0].sharding, requests[0][1].matrices.device
+    ranks, me = range(sharding.ranks), sharding.rank
+    # For each matrix, this rank's rows and its sums over them; and the method.
+    parts: dict[MatrixKey, list[Tensor]] = {}
+    methods: dict[MatrixKey, str] = {}
+    for stack, (x, method, sums) in requests:
         for i, key in enumerate(_keys(stack)):
             parts[key], methods[key] = [y[i] for y in (x, *sums)], method
-    cuts = {(c.parameter, block): c for c in wave for block in range(c.blocks) if (c.parameter, block) in parts}
-    of = [[key for key in cuts if owner[key] == rank] for rank in ranks]
+    tasks = {(x.parameter, block): x for x in bucket for block in range(x.blocks) if (x.parameter, block) in parts}
+    owned_by = [[key for key in tasks if owner[key] == rank] for rank in ranks]
 
-    def kinds(key: Key, rank: int) -> list[TensorSpec]:
-        start, stop = cuts[key].rows(key[1], rank)
+    def specs(key: MatrixKey, rank: int) -> list[TensorSpec]:
+        start, stop = tasks[key].rows(key[1], rank)
         rows, *sums = parts[key]
         return [((stop - start, rows.shape[1]), rows.dtype), *((y.shape, y.dtype) for y in sums)]
 
-    there = processes.all_to_all(
-        [[x for key in keys for x in parts[key]] for keys in of],
-        [[kind for key in of[me] for kind in kinds(key, rank)] for rank in ranks],
+    to_owners = processes.all_to_all(
+        [[x for key in keys for x in parts[key]] for keys in owned_by],
+        [[spec for key in owned_by[me] for spec in specs(key, rank)] for rank in ranks],
         device,
-        cut.group,
+        sharding.group,
     )
     yield
-    received = [iter(xs) for xs in there.wait()]
-    solved = _solved({key: [[next(xs) for xs in received] for _ in parts[key]] for key in of[me]}, methods)
+    received = [iter(xs) for xs in to_owners.wait()]
+    solved = _solve({key: [[next(xs) for xs in received] for _ in parts[key]] for key in owned_by[me]}, methods)
 
-    # Observers want all matrices of a parameter in one place: where the first of them is.
-    told = {key: home for key in cuts if report and (home := owner[key[0], 0]) != owner[key]}
+    # Observers get all matrices of a parameter at once. The owner of its first matrix calls them, and the owners of the
+    # others send it theirs.
+    reporters = {key: rank for key in tasks if report and (rank := owner[key[0], 0]) != owner[key]}
 
-    def back(key: Key, rank: int) -> list[Tensor]:
-        start, stop = cuts[key].rows(key[1], rank)
+    def returned(key: MatrixKey, rank: int) -> list[Tensor]:
+        start, stop = tasks[key].rows(key[1], rank)
         one = solved[key]
-        return [one.factor[start:stop], *one.totals] + [one.matrix, one.factor] * (told.get(key) == rank)
+        return [one.factor[start:stop], *one.totals] + [one.matrix, one.factor] * (reporters.get(key) == rank)
 
-    def back_kinds(key: Key) -> list[TensorSpec]:
-        return kinds(key, me) + [(cuts[key].matrix, parts[key][0].dtype)] * 2 * (told.get(key) == me)
+    def returned_specs(key: MatrixKey) -> list[TensorSpec]:
+        return specs(key, me) + [(tasks[key].matrix_shape, parts[key][0].dtype)] * 2 * (reporters.get(key) == me)
 
-    returning = processes.all_to_all(
-        [[x for key in of[me] for x in back(key, rank)] for rank in ranks],
-        [[kind for key in keys for kind in back_kinds(key)] for keys in of],
+    from_owners = processes.all_to_all(
+        [[x for key in owned_by[me] for x in returned(key, rank)] for rank in ranks],
+        [[spec for key in keys for spec in returned_specs(key)] for keys in owned_by],
         device,
-        cut.group,
+        sharding.group,
     )
     yield
-    for keys, arrived in zip(of, map(iter, returning.wait())):
+    for keys, tensors in zip(owned_by, map(iter, from_owners.wait())):
         for key in keys:
-            parts[key] = [next(arrived) for _ in parts[key]]
-            if told.get(key) == me:
-                solved[key] = _Solved(next(arrived), next(arrived))
+            parts[key] = [next(tensors) for _ in parts[key]]
+            if reporters.get(key) == me:
+                solved[key] = _Solution(next(tensors), next(tensors))
     if report is not None:
-        _tell([c for c in wave if owner[c.parameter, 0] == me and (c.parameter, 0) in cuts], solved, report)
+        _report_solved([x for x in bucket if owner[x.parameter, 0] == me and (x.parameter, 0) in tasks], solved, report)
     answers = []
-    for stack, _ in asked:
+    for stack, _ in requests:
         factor, *totals = (torch.stack(xs) for xs in zip(*(parts[key] for key in _keys(stack))))
         answers.append((factor, tuple(totals)))
     return answers
 
 
-def _solved(arrived: Mapping[Key, list[list[Tensor]]], methods: Mapping[Key, str]) -> dict[Key, _Solved]:
-    """Orthogonalise matrices and add up their sums, of which the parts of all processes are there."""
-    wholes = [torch.cat(rows) for rows, *_ in arrived.values()]
-    factors = matrices.orthogonalized([Polar(x[None], methods[key]) for key, x in zip(arrived, wholes)])
+def _solve(
+    received: Mapping[MatrixKey, list[list[Tensor]]], methods: Mapping[MatrixKey, str]
+) -> dict[MatrixKey, _Solution]:
+    """Orthogonalise matrices and add up their sums, given each rank's part of both."""
+    wholes = [torch.cat(rows) for rows, *_ in received.values()]
+    factors = matrices.orthogonalized([Polar(x[None], methods[key]) for key, x in zip(received, wholes)])
     return {
-        key: _Solved(x, factor[0], [torch.stack(summands).sum(0) for summands in sums])
-        for (key, (_, *sums)), x, factor in zip(arrived.items(), wholes, factors)
+        key: _Solution(x, factor[0], [torch.stack(summands).sum(0) for summands in sums])
+        for (key, (_, *sums)), x, factor in zip(received.items(), wholes, factors)
     }
 
 
-def _tell(some: Iterable[_Cut], solved: Mapping[Key, _Solved], report: Report) -> None:
-    """Report all matrices of parameters together."""
-    for c in some:
-        some_solved = [solved[c.parameter, block] for block in range(c.blocks)]
-        report(c.task, "momentum", torch.stack([x.matrix for x in some_solved]))
-        report(c.task, "orthogonal_factor", torch.stack([x.factor for x in some_solved]))
+def _report_solved(some: Iterable[_ShardedTask], solved: Mapping[MatrixKey, _Solution], report: Report) -> None:
+    """Report all matrices of each parameter at once."""
+    for x in some:
+        solutions = [solved[x.parameter, block] for block in range(x.blocks)]
+        report(x.task, "momentum", torch.stack([one.matrix for one in solutions]))
+        report(x.task, "orthogonal_factor", torch.stack([one.factor for one in solutions]))
 
 
 # --- whole tensors ----------------------------------------------------------------------------------------------------
 
 
-def _jobs_carried(cuts: Sequence[_Cut], context: _Context) -> Iterator[Iterator[None]]:
-    for wave in _waves(cuts, context.plain):
-        yield _carried(wave, context)
+def _jobs_on_owners(sharded: Sequence[_ShardedTask], step: StackStep) -> Iterator[Iterator[None]]:
+    for bucket in _shard_buckets(sharded, step.plain):
+        yield _run_on_owners(bucket, step)
 
 
-def _carried(wave: Sequence[_Cut], context: _Context) -> Iterator[None]:
-    """Bring whole gradients to the owners of their parameters, who run the rule, and bring back how these move."""
-    cut, device = wave[0].cut, wave[0].task.p.device
-    ranks = range(cut.ranks)
-    of = [[c for c in wave if c.task.owner == rank] for rank in ranks]
-    mine = of[cut.rank]
-    there = processes.all_to_all(
-        [[c.task.g for c in each] for each in of],
-        [[(c.cut.local_shape(rank), c.task.g.dtype) for c in mine] for rank in ranks],
+def _run_on_owners(bucket: Sequence[_ShardedTask], step: StackStep) -> Iterator[None]:
+    """Collect gradients on the owners of their parameters, which run the rule, and send back how these move."""
+    sharding, device = bucket[0].sharding, bucket[0].task.p.device
+    ranks = range(sharding.ranks)
+    owned_by = [[x for x in bucket if x.task.owner == rank] for rank in ranks]
+    mine = owned_by[sharding.rank]
+    gradients = processes.all_to_all(
+        [[x.task.g for x in theirs] for theirs in owned_by],
+        [[(x.sharding.local_shape(rank), x.task.g.dtype) for x in mine] for rank in ranks],
         device,
-        cut.group,
+        sharding.group,
     )
     yield
     batches: dict[int, Batch] = {}
-    for c, *parts in zip(mine, *there.wait()):
-        batch = batches.setdefault(id(c.batch), replace(c.batch, tasks=[], cache={}))
-        batch.tasks.append(replace(c.task, g=torch.cat(parts, c.cut.dim)))
-    moves: dict[Tensor, list[Tensor]] = {}
-    move = partial(_pack_moves, moves)
-    for job in matrices.jobs(batches.values(), context.plain, context.finite, context.report, move=move):
+    for x, *shards in zip(mine, *gradients.wait()):
+        batch = batches.setdefault(id(x.batch), replace(x.batch, tasks=[], cache={}))
+        batch.tasks.append(replace(x.task, g=torch.cat(shards, x.sharding.dim)))
+    packed: dict[Tensor, list[Tensor]] = {}
+    for job in matrices.stack_jobs(batches.values(), replace(step, move=partial(_pack_move, packed))):
         for _ in job:
             pass
-    returning = processes.all_to_all(
-        [[c.cut.shard(x, rank) for c in mine for x in moves[c.parameter]] for rank in ranks],
-        [[kind for c in each for kind in _move_kinds(c)] for each in of],
+    moves = processes.all_to_all(
+        [[x.sharding.shard(y, rank) for x in mine for y in packed[x.parameter]] for rank in ranks],
+        [[spec for x in theirs for spec in _packed_specs(x)] for theirs in owned_by],
         device,
-        cut.group,
+        sharding.group,
     )
     yield
-    for each, arrived in zip(of, map(iter, returning.wait())):
-        for c in each:
-            _move(c, [next(arrived) for _ in _move_kinds(c)], context.finite)
+    for theirs, tensors in zip(owned_by, map(iter, moves.wait())):
+        for x in theirs:
+            _move_shard(x, [next(tensors) for _ in _packed_specs(x)], step.finite)
 
 
-def _pack_moves(moves: dict[Tensor, list[Tensor]], stack: Stack, move: Move, finite: Tensor | None) -> None:
-    """Note down how parameters move that are on other ranks: what these do not know, in the parameters' shape."""
+def _pack_move(packed: dict[Tensor, list[Tensor]], stack: Stack, move: Move, finite: Tensor | None) -> None:
+    """Keep what other ranks do not know of a move, in the parameters' shape, to send it to them."""
     rule, k = stack.rule, stack.tasks[0].scalars
     if "step" in k and (isinstance(move.step, Tensor) or move.step != k["step"]) and not isinstance(k["step"], Tensor):
-        raise RuntimeError(f"{rule.name}: the step of a move is not k.step, which other ranks take it for; rename one.")
+        raise RuntimeError(
+            f"{rule.name}: other ranks take k.step for the step of a move, and this move has another; rename one."
+        )
     if (move.keep is not None) is not rule.own_decay:
         raise RuntimeError(f"{rule.name}: a rule returns Move(keep=...) if, and only if, it says own_decay = True.")
     direction = move.direction if move.over is None else move.direction / move.over
@@ -434,23 +428,23 @@ def _pack_moves(moves: dict[Tensor, list[Tensor]], stack: Stack, move: Move, fin
     if rule.own_decay:
         parts.append(torch.as_tensor(move.keep).expand_as(direction))
     for i, task in enumerate(stack.tasks):
-        each = slice(i * stack.group["blocks"], (i + 1) * stack.group["blocks"])
-        moves[task.parameter] = [from_blocks(x[each], task.g.shape, stack.group) for x in parts]
+        blocks = slice(i * stack.group["blocks"], (i + 1) * stack.group["blocks"])
+        packed[task.parameter] = [from_blocks(y[blocks], task.g.shape, stack.group) for y in parts]
 
 
-def _move_kinds(c: _Cut) -> list[TensorSpec]:
-    """What this rank gets of a move that was packed."""
-    p = c.task.p
-    return [(p.shape, compute_dtype(p.dtype))] * (2 if c.batch.rule.own_decay else 1)
+def _packed_specs(x: _ShardedTask) -> list[TensorSpec]:
+    """Shapes and dtypes of this rank's shards of a packed move."""
+    p = x.task.p
+    return [(p.shape, compute_dtype(p.dtype))] * (2 if x.batch.rule.own_decay else 1)
 
 
-def _move(c: _Cut, packed: Sequence[Tensor], finite: Tensor | None) -> None:
-    """Move what this rank has of a parameter."""
-    task, k, p = c.task, c.task.scalars, c.task.p
+def _move_shard(x: _ShardedTask, packed: Sequence[Tensor], finite: Tensor | None) -> None:
+    """Move this rank's shard of a parameter."""
+    task, k, p = x.task, x.task.scalars, x.task.p
     direction, *keep = packed
     move = Move(direction, k.get("step", 1.0), keep=keep[0] if keep else None)
     noise = None
     if task.noise is not None:
-        noise = c.cut.flat_indices(c.cut.rank, p.device).add_(task.noise - processes.flat_offset(c.parameter))
+        noise = x.sharding.flat_indices(x.sharding.rank, p.device).add_(task.noise - processes.flat_offset(x.parameter))
     finite = None if finite is None else finite.to(p.device)
     matrices.move_tensor_(p, move, k["keep"], task.state.get(RESIDUAL), noise, finite)

@@ -1,13 +1,14 @@
 """Element-wise and group rules: which elements run together, and the loop over them.
 
-An element-wise rule does not care where a tensor ends, so the parameters of a group are cut and joined at will:
+An element-wise rule gives the same result on any vector of elements, so small parameters are joined and large ones
+split:
 
-- ``plain``: every parameter alone, as it is: the reference.
-- ``chunked``: small tensors joined to vectors, large ones cut into views that stay in cache with their temporaries.
-- ``compiled``: small tensors joined, large ones whole, since a compiled kernel has no temporaries.
+- ``plain``: each parameter by itself, as it is: the reference.
+- ``chunked``: small tensors are joined to vectors, large ones split into views that fit in cache with temporaries.
+- ``compiled``: small tensors are joined, large ones stay whole, since a compiled kernel has no temporaries.
 
-:func:`plan` makes the cuts; it yields one :class:`Piece` at a time and moves back what had to be copied before it goes
-on to the next, so that copies never exceed one chunk.
+:func:`chunks_of` yields one :class:`Chunk` at a time and writes back what had to be copied before it makes the next, so
+that copies never exceed one chunk.
 """
 
 from __future__ import annotations
@@ -23,28 +24,27 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from .. import processes
+from .. import private, processes
 from . import compile
 from .batch import Batch, Task
 from .call import call
-from .rounding import joined_numbers, numbers
+from .rounding import joined_positions, stream_positions
 from .rule import ElementwiseRule, GroupRule
 from .state import compute_dtype, tensor_names
 
-#: Tensors up to this many elements are joined for one call on all: below it a copy of a tensor costs less than a call.
+#: Tensors of up to this many elements are joined, so that one call updates all: copies cost less than a call for each.
 SMALL = {"cpu": 2**14, "cuda": 2**18}
-#: The same where a rule is not one call, but one for each of its operations.
+#: The same for eager rules, which make one call for each of their operations.
 SMALL_EAGER = {"cpu": 2**16, "cuda": 2**18}
-#: Elements of a chunk: its operations are long beside their dispatch (a GPU's launch takes about as long as moving 2^22
-#: numbers), and on a CPU its streams and temporaries fit in cache.
+#: Elements of a chunk: enough that operations take longer than their dispatch (on a GPU a launch takes about as long as
+#: moving 2^22 numbers), and on a CPU few enough that operands and temporaries fit in cache.
 CHUNK = {"cpu": 2**18, "cuda": 2**22}
-#: ``auto`` compiles where a step updates this many elements or more; see :func:`run`.
+#: ``auto`` compiles where a step updates this many elements or more; see :func:`run_elementwise`.
 COMPILE_FROM = 2**23
-#: A compiled kernel looks at tensors of this many elements or more: below it its call takes longer than it saves.
+#: A compiled kernel checks gradients of this many elements or more; below it, its call costs more than it saves.
 LONG = 2**16
-#: Longest vector of a compiled kernel, which may count with 32 bits on a GPU.
+#: Longest vector of a compiled kernel, whose indices may have 32 bits on a GPU.
 LONGEST = 2**30
 
 _warned = False
@@ -52,39 +52,41 @@ Item = TypeVar("Item")
 
 
 @dataclass
-class Piece:
-    """What one call updates: vectors (or, in the plain path, whole parameters) of equal size."""
+class Chunk:
+    """What one call of a rule updates: vectors of equal size, or whole tensors where ``plain``."""
 
     p: Tensor
     g: Tensor
-    gain: float | Tensor
+    grad_scale: float | Tensor
     state: dict[str, Tensor]
     noise: Tensor | None
 
 
-def run(batches: Sequence[Batch], backend: str, finite: Tensor | None, groups: Sequence[processes.Group] = ()) -> None:
+def run_elementwise(
+    batches: Sequence[Batch], backend: str, finite: Tensor | None, groups: Sequence[processes.Group] = ()
+) -> None:
     """Update the parameters and state of element-wise and group rules in place.
 
     Args:
         batches: Rules and the parameters they run on.
         backend: One of :data:`.BACKENDS`.
         finite: ``None``, or a 0-d boolean tensor: where it is ``False`` nothing may change.
-        groups: Process groups that hold other shards of parameters that do not say so themselves.
+        groups: Process groups that hold other shards of the parameters, where these are not ``DTensor``.
     """
-    backend = _chosen(backend, batches)
+    backend = _resolve_auto(backend, batches)
     grouped = []
     for batch in batches:
         if issubclass(batch.rule, GroupRule):
-            grouped.append(_Grouped(batch.rule, batch, backend, finite))
+            grouped.append(_GroupStep(batch.rule, batch, backend, finite))
         elif issubclass(batch.rule, ElementwiseRule):
-            for alike in _alike(batch):
-                _each(batch.rule.update, alike, {}, backend, finite)
+            for joint in _joint_tasks(batch):
+                _each(batch.rule.update, joint, {}, backend, finite)
     if grouped:
-        _run_groups(grouped, tuple(groups))
+        _run_group_rules(grouped, tuple(groups))
 
 
-def _chosen(backend: str, batches: Sequence[Batch]) -> str:
-    """What ``auto`` stands for."""
+def _resolve_auto(backend: str, batches: Sequence[Batch]) -> str:
+    """The backend that ``auto`` stands for."""
     if backend != "auto":
         return backend
     size = sum([_size(batch) for batch in batches])
@@ -92,7 +94,7 @@ def _chosen(backend: str, batches: Sequence[Batch]) -> str:
 
 
 def _size(batch: Batch) -> float:
-    """How many elements there are to update; minus infinity where they cannot be compiled for."""
+    """How many elements a batch updates; minus infinity on devices without compiled kernels."""
     size = batch.cache.get("size")
     if size is None:
         size = batch.cache["size"] = _compilable([task.p for task in batch.tasks])
@@ -104,46 +106,46 @@ def _compilable(xs: Sequence[Tensor]) -> float:
 
 
 @dataclass
-class Alike:
+class JointTasks:
     """Tasks that one call can take together.
 
     Args:
-        tasks: Those of one precision, device and clock.
-        names: Their state tensors of the parameter's own shape.
-        packs: What is joined and what is not, by the size up to which tensors are; see :meth:`split`.
+        tasks: Tasks with the same dtype, device, scalars and gradient scale.
+        names: Names of their state tensors of the parameter's shape.
+        split_at: Results of :meth:`split`, by its argument.
     """
 
     tasks: list[Task]
     names: list[str]
-    packs: dict[int, tuple[list[Pack], list[Task]]] = field(default_factory=dict)
+    split_at: dict[int, tuple[list[FlatBuffer], list[Task]]] = field(default_factory=dict)
 
-    def split(self, small: int) -> tuple[list[Pack], list[Task]]:
-        """Tensors of up to ``small`` elements in packs, and the others."""
-        if small not in self.packs:
+    def split(self, small: int) -> tuple[list[FlatBuffer], list[Task]]:
+        """Tensors of up to ``small`` elements, joined to flat buffers, and the tasks of the others."""
+        if small not in self.split_at:
             short = [task for task in self.tasks if task.p.numel() <= small]
-            limit = _of(CHUNK, self.tasks[0].p)
-            parts = packs(short, [task.p.numel() for task in short], limit)
-            joined = [Pack(some, self.names) for some in parts]
-            self.packs[small] = joined, [task for task in self.tasks if task.p.numel() > small]
-        return self.packs[small]
+            limit = _on_device(CHUNK, self.tasks[0].p)
+            parts = split_by_size(short, [task.p.numel() for task in short], limit)
+            joined = [FlatBuffer(some, self.names) for some in parts]
+            self.split_at[small] = joined, [task for task in self.tasks if task.p.numel() > small]
+        return self.split_at[small]
 
 
-def _alike(batch: Batch) -> list[Alike]:
-    """A batch in parts that one call can take together, without those of which this rank has no element."""
-    gains = [task.gain for task in batch.tasks]
-    same = not isinstance(gains[0], Tensor) and gains.count(gains[0]) == len(gains)
-    if same and "alike" in batch.cache:
-        return batch.cache["alike"]
+def _joint_tasks(batch: Batch) -> list[JointTasks]:
+    """The tasks of a batch in sets that one call can take together, except those without elements on this rank."""
+    grad_scales = [task.grad_scale for task in batch.tasks]
+    same = not isinstance(grad_scales[0], Tensor) and grad_scales.count(grad_scales[0]) == len(grad_scales)
+    if same and "joint" in batch.cache:
+        return batch.cache["joint"]
     groups: dict[Any, list[Task]] = {}
     for task in batch.tasks:
         if task.p.numel():
-            gain = task.gain if isinstance(task.gain, float) else None
-            key = (id(task.scalars), task.p.dtype, task.g.dtype, task.p.device, gain)
+            grad_scale = task.grad_scale if isinstance(task.grad_scale, float) else None
+            key = (id(task.scalars), task.p.dtype, task.g.dtype, task.p.device, grad_scale)
             groups.setdefault(key, []).append(task)
-    # Parameters of one group can be of several precisions, and then only some have a residual.
-    found = [Alike(tasks, _tensor_names(batch, tasks[0])) for tasks in groups.values()]
+    # Parameters of one group can have several dtypes, and then only some have a residual.
+    found = [JointTasks(tasks, _tensor_names(batch, tasks[0])) for tasks in groups.values()]
     if same:
-        batch.cache["alike"] = found
+        batch.cache["joint"] = found
     return found
 
 
@@ -153,38 +155,38 @@ def _tensor_names(batch: Batch, task: Task) -> list[str]:
 
 def _each(
     function: Callable[..., Any],
-    alike: Alike,
+    joint: JointTasks,
     coefficients: dict[str, float | Tensor],
     backend: str,
     finite: Tensor | None,
     moves: bool = True,
 ) -> list[Any]:
-    """Call ``function`` on everything in ``alike``; returns what it returned.
+    """Call ``function`` on every chunk of ``joint``; returns its results.
 
-    ``moves`` says whether it returns a move, or changes nothing.
+    ``moves`` says whether it returns a move; otherwise it changes nothing.
     """
-    first = alike.tasks[0]
+    first = joint.tasks[0]
     noisy = moves and first.noise is not None
     finite = None if finite is None or not moves else finite.to(first.p.device)
     scalars = first.scalars | coefficients if coefficients else first.scalars
     compiled = None
     if backend.startswith("compiled"):
-        state = {name: first.state[name] for name in alike.names}
+        state = {name: first.state[name] for name in joint.names}
         compiled = compile_or_warn(
-            partial(compile.runner, function, first.p, first.g, first.gain, finite, state, scalars, noisy, moves),
+            partial(compile.runner, function, first.p, first.g, first.grad_scale, finite, state, scalars, noisy, moves),
             backend,
         )
-    # Random numbers are eight bytes for each element, which should not leave the cache.
-    limit = _of(CHUNK, first.p) if compiled is None or noisy else LONGEST
-    small = _of(SMALL_EAGER if compiled is None else SMALL, first.p)
-    pieces = _whole(alike, noisy) if backend == "plain" else plan(alike, small, limit, noisy, moves)
+    # Random numbers take eight bytes per element, which should stay in cache.
+    limit = _on_device(CHUNK, first.p) if compiled is None or noisy else LONGEST
+    small = _on_device(SMALL_EAGER if compiled is None else SMALL, first.p)
+    chunks = _whole(joint, noisy) if backend == "plain" else chunks_of(joint, small, limit, noisy, moves)
     if compiled is not None:
-        return [compiled(x.p, x.g, x.gain, x.state, x.noise) for x in pieces]
-    return [call(function, x.p, x.g, x.gain, finite, x.state, scalars, x.noise, moves) for x in pieces]
+        return [compiled(x.p, x.g, x.grad_scale, x.state, x.noise) for x in chunks]
+    return [call(function, x.p, x.g, x.grad_scale, finite, x.state, scalars, x.noise, moves) for x in chunks]
 
 
 def compile_or_warn(make: Callable[[], Item], backend: str) -> Item | None:
-    """What ``make`` compiles; ``None``, after one warning, where that is optional and does not work."""
+    """The result of ``make``, which compiles; ``None``, after one warning, if it fails and compiling is optional."""
     global _warned
     if backend != "compiled" and _warned:
         return None
@@ -194,13 +196,13 @@ def compile_or_warn(make: Callable[[], Item], backend: str) -> Item | None:
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]:.200}"
         if backend == "compiled":
             raise RuntimeError(
-                f"backend='compiled': compiling the optimizer's step failed ({reason}). A C++ compiler (Triton for "
-                "GPUs) is needed; backend='chunked' does without, backend='auto' compiles where that works."
+                f"backend='compiled': compiling the optimizer's step failed ({reason}). It needs a C++ compiler "
+                "(Triton for GPUs). backend='chunked' needs none, and backend='auto' compiles only where that works."
             ) from error
         _warned = True
         warnings.warn(
-            f"Compiling the optimizer's step failed ({reason}), so it runs uncompiled, with the same results. A C++ "
-            "compiler (Triton for GPUs) is needed; backend='chunked' does without and turns this warning off.",
+            f"Compiling the optimizer's step failed ({reason}), so it runs uncompiled, with the same results. It needs "
+            "a C++ compiler (Triton for GPUs); backend='chunked' needs none and avoids this warning.",
             stacklevel=2,
         )
         return None
@@ -209,12 +211,8 @@ def compile_or_warn(make: Callable[[], Item], backend: str) -> Item | None:
 # --- group rules ------------------------------------------------------------------------------------------------
 
 
-#: Sums over the tensors of a parameter group, apart for each set of processes over which they have to be added up.
-Sums = dict[tuple[processes.Group, ...], Tensor]
-
-
 @dataclass
-class _Grouped:
+class _GroupStep:
     """The step of a group rule: its sums, then its update."""
 
     rule: type[GroupRule]
@@ -225,53 +223,55 @@ class _Grouped:
     def __post_init__(self) -> None:
         self.device = self.batch.tasks[0].p.device
 
-    def sums(self, groups: tuple[processes.Group, ...]) -> Sums:
-        """What the rule wants to have added up.
+    def sums(self, groups: tuple[processes.Group, ...]) -> dict[tuple[processes.Group, ...], Tensor]:
+        """The rule's sums over this rank's tensors, for each set of process groups over which to add them up.
 
         Args:
-            groups: The processes that hold the other parts of parameters that do not say who does.
+            groups: Process groups that hold the other shards of parameters that are not ``DTensor``.
         """
-        apart: dict[tuple[processes.Group, ...], list[Task]] = {}
+        by_groups: dict[tuple[processes.Group, ...], list[Task]] = {}
         for task in self.batch.tasks:
-            apart.setdefault(processes.shard_groups(task.parameter) or groups, []).append(task)
+            by_groups.setdefault(processes.shard_groups(task.parameter) or groups, []).append(task)
         sums = {}
-        for key, tasks in apart.items():
+        for key, tasks in by_groups.items():
             some = self.batch if len(tasks) == len(self.batch.tasks) else replace(self.batch, tasks=tasks, cache={})
-            parts = [part for alike in _alike(some) for part in self._call(self.rule.sums, alike, {}, moves=False)]
-            if not parts:  # This rank has no element of them, but the others wait for its zeros.
+            parts = [
+                part for joint in _joint_tasks(some) for part in self._call(self.rule.sums, joint, {}, moves=False)
+            ]
+            if not parts:  # This rank has none of their elements, but the other ranks wait for its zeros.
                 task = tasks[0]
                 state = {name: task.state[name] for name in _tensor_names(self.batch, task)}
-                parts = [call(self.rule.sums, task.p, task.g, task.gain, None, state, task.scalars, moves=False)]
+                parts = [call(self.rule.sums, task.p, task.g, task.grad_scale, None, state, task.scalars, moves=False)]
             sums[key] = torch.stack([torch.stack([x.to(self.device) for x in column]).sum(0) for column in zip(*parts)])
         return sums
 
     def update(self, totals: Tensor) -> None:
-        """Change the parameters, their state and the group's own."""
+        """Update the parameters, their state and the state of the group."""
         rule, tasks, finite = self.rule, self.batch.tasks, self.finite
-        # A parameter that gets its first gradient late joins the group's state, it does not reset it. One that is
-        # without a gradient for a while is kept up to date.
+        # A parameter that gets its first gradient late joins the group's state instead of resetting it. Parameters
+        # without a gradient get the group's new state, too.
         oldest = max(tasks, key=lambda task: task.t)
         old = {name: oldest.state[name].to(self.device) for name in rule.group_state}
         new, coefficients = rule.combine(totals.unbind(), SimpleNamespace(**old), SimpleNamespace(**oldest.scalars))
-        for alike in _alike(self.batch):
-            device = alike.tasks[0].p.device
-            # With numbers, operations need no temporaries; reading them from an accelerator would wait for it.
+        for joint in _joint_tasks(self.batch):
+            device = joint.tasks[0].p.device
+            # Operations with numbers need no temporaries; on an accelerator, the host would have to wait for them.
             known = finite is None and device.type == "cpu"
-            local = {name: float(x) if known else x.to(device) for name, x in coefficients.items()}
-            self._call(rule.update, alike, local)
+            coefficients_here = {name: float(x) if known else x.to(device) for name, x in coefficients.items()}
+            self._call(rule.update, joint, coefficients_here)
         states = [*(task.state for task in tasks), *self.batch.idle]
         for name, value in new.items():
             if finite is not None:
                 value = torch.where(finite.to(self.device), value, old[name])
-            torch._foreach_copy_([state[name] for state in states], [value] * len(states))
+            private.copy_each_([state[name] for state in states], [value] * len(states))
 
     def _call(
-        self, function: Callable[..., Any], alike: Alike, coefficients: dict[str, Any], moves: bool = True
+        self, function: Callable[..., Any], joint: JointTasks, coefficients: dict[str, Any], moves: bool = True
     ) -> list[Any]:
-        return _each(function, alike, coefficients, self.backend, self.finite, moves)
+        return _each(function, joint, coefficients, self.backend, self.finite, moves)
 
 
-def _run_groups(grouped: Sequence[_Grouped], groups: tuple[processes.Group, ...]) -> None:
+def _run_group_rules(grouped: Sequence[_GroupStep], groups: tuple[processes.Group, ...]) -> None:
     sums = [one.sums(groups) for one in grouped]
     totals = [torch.zeros_like(next(iter(each.values()))) for each in sums]
     for key in dict.fromkeys(key for each in sums for key in each):
@@ -284,47 +284,49 @@ def _run_groups(grouped: Sequence[_Grouped], groups: tuple[processes.Group, ...]
         one.update(total)
 
 
-# --- planning ---------------------------------------------------------------------------------------------------
+# --- chunks -----------------------------------------------------------------------------------------------------
 
 
-def _whole(alike: Alike, noisy: bool) -> Iterator[Piece]:
-    for task in alike.tasks:
-        noise = _noise(task, 0, task.p.numel()).view(task.p.shape) if noisy else None
-        yield Piece(task.p, task.g, task.gain, {name: task.state[name] for name in alike.names}, noise)
+def _whole(joint: JointTasks, noisy: bool) -> Iterator[Chunk]:
+    for task in joint.tasks:
+        noise = _chunk_noise(task, 0, task.p.numel()).view(task.p.shape) if noisy else None
+        yield Chunk(task.p, task.g, task.grad_scale, {name: task.state[name] for name in joint.names}, noise)
 
 
-def plan(alike: Alike, small: int, limit: int | None, noisy: bool = False, moves: bool = True) -> Iterator[Piece]:
-    """Cut and join tasks that are alike.
+def chunks_of(
+    joint: JointTasks, small: int, limit: int | None, noisy: bool = False, moves: bool = True
+) -> Iterator[Chunk]:
+    """Join and split tasks into chunks; what had to be copied is written back before the next chunk is made.
 
     Args:
-        alike: Parameters of equal dtype, device and scalars.
-        small: Elements up to which tensors are joined.
-        limit: Longest vector to make of a tensor that need not be copied; ``None`` for any length.
-        noisy: Whether random numbers are needed.
-        moves: Whether what had to be copied is written back.
+        joint: The tasks.
+        small: Tensors of up to this many elements are joined.
+        limit: Longest view of a tensor that need not be copied; ``None`` for any length.
+        noisy: Whether to add stream positions, for stochastic rounding.
+        moves: Whether to write back what had to be copied.
     """
-    joined, long = alike.split(small)
+    joined, long = joint.split(small)
     for pack in joined:
         if len(pack.tasks) == 1:
-            yield from _slices(pack.tasks[0], alike.names, None, noisy, moves)
+            yield from _slices(pack.tasks[0], joint.names, None, noisy, moves)
             continue
-        piece = pack.piece(noisy)
-        yield piece
+        chunk = pack.chunk(noisy)
+        yield chunk
         if moves:
-            pack.write_back(piece)
+            pack.write_back(chunk)
     for task in long:
-        yield from _slices(task, alike.names, limit, noisy, moves)
+        yield from _slices(task, joint.names, limit, noisy, moves)
 
 
-def _of(limits: Mapping[str, int], x: Tensor) -> int:
-    """The limit that holds where a tensor lies."""
+def _on_device(limits: Mapping[str, int], x: Tensor) -> int:
+    """The limit for the device of a tensor."""
     return limits.get(x.device.type, limits["cuda"])
 
 
-def packs(items: Sequence[Item], sizes: Sequence[int], limit: int) -> Iterator[list[Item]]:
-    """Split ``items`` into runs whose ``sizes`` add up to at most ``limit``, or that are one item.
+def split_by_size(items: Sequence[Item], sizes: Sequence[int], limit: int) -> Iterator[list[Item]]:
+    """Split ``items`` into lists whose ``sizes`` add up to at most ``limit``, or that have one item.
 
-    >>> list(packs(["a", "b", "c"], [2, 2, 1], 4))
+    >>> list(split_by_size(["a", "b", "c"], [2, 2, 1], 4))
     [['a', 'b'], ['c']]
     """
     pack: list[Item] = []
@@ -339,99 +341,99 @@ def packs(items: Sequence[Item], sizes: Sequence[int], limit: int) -> Iterator[l
         yield pack
 
 
-def _noise(task: Task, start: int, stop: int) -> Tensor:
+def _chunk_noise(task: Task, start: int, stop: int) -> Tensor:
     assert task.noise is not None
-    return numbers(task.noise, start, stop, task.p.device)
+    return stream_positions(task.noise, start, stop, task.p.device)
 
 
-class Pack:
-    """Small tensors that are joined to vectors, each time for parameters and gradients, once and for all for state.
+class FlatBuffer:
+    """Small tensors joined to vectors: state once, so that its tensors are views; parameters and gradients every step.
 
     Args:
         tasks: The parameters.
-        names: Their state tensors of the parameter's own shape.
+        names: Names of their state tensors of the parameter's shape.
     """
 
     def __init__(self, tasks: list[Task], names: Sequence[str]) -> None:
         self.tasks, self.names = tasks, names
         self.params = [task.p for task in tasks]
         self.sizes = [p.numel() for p in self.params]
-        # State of sharded parameters is part of something else and has to stay where it is.
+        # State of sharded parameters is the local part of a DTensor and cannot become a view of something else.
         self.owns_state = all(task.p is task.parameter for task in tasks)
         self._state: dict[str, Tensor] = {}
 
-    def piece(self, noisy: bool) -> Piece:
-        """The vectors."""
+    def chunk(self, noisy: bool) -> Chunk:
+        """Join what changes every step."""
         tasks = self.tasks
-        p, g = _flatten_dense_tensors(self.params), _flatten_dense_tensors([task.g for task in tasks])
+        p, g = private.flatten(self.params), private.flatten([task.g for task in tasks])
         if self.owns_state:
             state = self._state = self._state or {name: _joined_state(tasks, name, self.sizes) for name in self.names}
         else:
-            state = {name: _flatten_dense_tensors([task.state[name] for task in tasks]) for name in self.names}
-        gain = tasks[0].gain
-        if isinstance(gain, Tensor):
-            gains = torch.cat([task.gain.expand(n) for task, n in zip(tasks, self.sizes)])  # type: ignore[union-attr]
-            g, gain = g.mul_(gains), torch.ones_like(gain)  # In place: a kernel is for the dtype of the gradients.
+            state = {name: private.flatten([task.state[name] for task in tasks]) for name in self.names}
+        grad_scale = tasks[0].grad_scale
+        if isinstance(grad_scale, Tensor):
+            scales = [task.grad_scale.expand(n) for task, n in zip(tasks, self.sizes)]  # type: ignore[union-attr]
+            # In place, since a compiled kernel expects the gradients' dtype.
+            g, grad_scale = g.mul_(torch.cat(scales)), torch.ones_like(grad_scale)
         firsts = [task.noise for task in tasks if task.noise is not None] if noisy else []
-        return Piece(p, g, gain, state, joined_numbers(firsts, self.sizes, p.device) if noisy else None)
+        return Chunk(p, g, grad_scale, state, joined_positions(firsts, self.sizes, p.device) if noisy else None)
 
-    def write_back(self, piece: Piece) -> None:
-        """Copy the vectors back to what they were made of."""
-        torch._foreach_copy_(self.params, _unflatten_dense_tensors(piece.p, self.params))
+    def write_back(self, chunk: Chunk) -> None:
+        """Copy the vectors back to the tensors that they were joined from."""
+        private.copy_each_(self.params, private.unflatten(chunk.p, self.params))
         if not self.owns_state:
             for name in self.names:
                 xs = [task.state[name] for task in self.tasks]
-                torch._foreach_copy_(xs, _unflatten_dense_tensors(piece.state[name], xs))
+                private.copy_each_(xs, private.unflatten(chunk.state[name], xs))
 
 
 def _joined_state(tasks: Sequence[Task], name: str, sizes: Sequence[int]) -> Tensor:
-    """A vector of which the state tensors of some tasks are the parts, one after another."""
+    """A vector whose successive parts are the state tensors of the tasks."""
     xs = [task.state[name] for task in tasks]
-    vector = xs[0]._base
+    vector = private.base(xs[0])
     if vector is None or not _are_parts(xs, sizes, vector):
-        # New, from a checkpoint, or of other parameters than the last time.
-        vector = _flatten_dense_tensors(xs)
-        for task, part in zip(tasks, _unflatten_dense_tensors(vector, xs)):
+        # New state, state from a checkpoint, or another selection of parameters than last time.
+        vector = private.flatten(xs)
+        for task, part in zip(tasks, private.unflatten(vector, xs)):
             task.state[name] = part
     return vector
 
 
 def _are_parts(xs: Sequence[Tensor], sizes: Sequence[int], vector: Tensor) -> bool:
     *starts, end = accumulate(sizes, initial=0)
-    views = all(x._base is vector and x.storage_offset() == i for x, i in zip(xs, starts))
-    return views and vector.shape == (end,)
+    return vector.shape == (end,) and private.are_views(xs, starts, vector)
 
 
-def _slices(task: Task, names: Sequence[str], limit: int | None, noisy: bool, moves: bool) -> Iterator[Piece]:
+def _slices(task: Task, names: Sequence[str], limit: int | None, noisy: bool, moves: bool) -> Iterator[Chunk]:
     p, g, n = task.p, task.g, task.p.numel()
     if p.is_contiguous() and g.is_contiguous():
         vectors = [x.view(-1) for x in (p, g, *(task.state[name] for name in names))]
         length = n if limit is None else limit
         for start in range(0, n, length):
             p, g, *state = vectors if length >= n else [x[start : start + length] for x in vectors]
-            noise = _noise(task, start, start + p.numel()) if noisy else None
-            yield Piece(p, g, task.gain, dict(zip(names, state)), noise)
+            noise = _chunk_noise(task, start, start + p.numel()) if noisy else None
+            yield Chunk(p, g, task.grad_scale, dict(zip(names, state)), noise)
         return
-    # Other strides than the state's: rows are copied, as many as a chunk holds.
+    # Strides other than the state's: copy rows, as many as a chunk holds.
     width = n // p.shape[0]
-    rows = max(1, _of(CHUNK, p) // width)
+    rows = max(1, _on_device(CHUNK, p) // width)
     for i in range(0, p.shape[0], rows):
         part, g_part = (x[i : i + rows].reshape(-1).contiguous() for x in (p, g))
         rows_state = {name: task.state[name][i : i + rows].view(-1) for name in names}
-        noise = _noise(task, i * width, i * width + len(part)) if noisy else None
-        yield Piece(part, g_part, task.gain, rows_state, noise)
+        noise = _chunk_noise(task, i * width, i * width + len(part)) if noisy else None
+        yield Chunk(part, g_part, task.grad_scale, rows_state, noise)
         if moves:
             p[i : i + rows].copy_(part.view_as(p[i : i + rows]))
 
 
-# --- how large is what goes in? -------------------------------------------------------------------------------------
+# --- the largest gradient entry -------------------------------------------------------------------------------------
 
 
-def largest(xs: Sequence[Tensor], backend: str) -> float:
-    """The largest absolute value in tensors on the CPU, NaN if they hold one."""
+def largest_entry(xs: Sequence[Tensor], backend: str) -> float:
+    """The largest absolute value in some tensors on the CPU; NaN if they hold NaN."""
     sizes = [x.numel() for x in xs]
     if sum(sizes) <= SMALL_EAGER["cpu"] and len({x.dtype for x in xs}) == 1 and any(sizes):
-        least, most = torch.aminmax(_flatten_dense_tensors(xs))  # NaN both if there is one.
+        least, most = torch.aminmax(private.flatten(xs))  # NaN both if there is one.
         return max(float(most), -float(least))
     kinds: dict[Any, list[Tensor]] = {}
     for x in xs:
@@ -443,13 +445,13 @@ def largest(xs: Sequence[Tensor], backend: str) -> float:
         extremes: list[Tensor] = []
         peak = compile_or_warn(partial(compile.peak, dtype, device), backend) if compile_ else None
         if peak is not None:
-            # The last first: the step, which begins with the first, then finds those in cache.
+            # Last to first, so that the first ones are in cache when the step begins with them.
             extremes += [peak(x.view(-1)) for x in reversed(some) if x.numel() >= LONG and x.is_contiguous()]
             some = [x for x in some if x.numel() < LONG or not x.is_contiguous()]
         small = [x for x in some if x.numel() <= SMALL["cpu"]]
         rest = [x for x in some if x.numel() > SMALL["cpu"]]
-        rest += [_flatten_dense_tensors(pack) for pack in packs(small, [x.numel() for x in small], CHUNK["cpu"])]
+        rest += [private.flatten(pack) for pack in split_by_size(small, [x.numel() for x in small], CHUNK["cpu"])]
         for x in rest:
-            extremes += torch.aminmax(x)  # Without a temporary, and in several threads.
+            extremes += torch.aminmax(x)  # Needs no temporary and uses several threads.
         peaks.append(torch.stack(extremes).abs().max().to(compute_dtype(dtype)))
     return float(torch.stack(peaks).max()) if peaks else 0.0

@@ -1,4 +1,4 @@
-"""The look at the gradients before a step: are they finite, and are their squares?"""
+"""Checks of the gradients before a step: whether they are finite, and whether their squares are."""
 
 from __future__ import annotations
 
@@ -10,30 +10,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import processes
+from .. import private, processes
 from ..processes import Group
 from .arithmetic import largest_gradient
-from .elementwise import largest
+from .elementwise import largest_entry
 from .state import compute_dtype
 
 
 def inspect_gradients(
     grads: list[Tensor], groups: Sequence[Group] = (), alike: bool = True, backend: str = "chunked"
 ) -> tuple[bool | Tensor, list[float] | list[Tensor]]:
-    """Whether all gradients are finite, and the factor that keeps the squares of each so.
+    """Whether all gradients are finite, and a factor for each that keeps its squares finite.
 
-    The factor is 1 unless the largest entry exceeds ``finfo.max ** 0.4`` of the arithmetic's precision, to which it is
-    scaled down then. Where processes hold parts of the gradients, both are those of the whole.
+    The factor is 1, unless the largest magnitude of an entry exceeds ``finfo.max ** 0.4`` of the arithmetic's dtype;
+    it then scales that entry down to this bound. Of sharded gradients, both are about the whole gradient.
 
     Args:
-        grads: The gradients, or what this process has of them.
-        groups: The process groups that hold other parts.
-        alike: Whether they hold parts of the same gradients in the same order. Otherwise all get one factor.
-        backend: How to look; see :func:`.elementwise.largest`.
+        grads: The gradients, or this rank's shards of them.
+        groups: The process groups that hold the other shards.
+        alike: Whether all ranks pass shards of the same gradients in the same order. If not, all gradients get one
+            factor.
+        backend: See :func:`.elementwise.largest_entry`.
 
     Returns:
-        The verdict and a factor for each gradient: plain values for gradients on the CPU, and 0-d tensors, which the
-        host does not wait for, on an accelerator.
+        Whether all are finite, and the factors: plain values for gradients on the CPU; on an accelerator 0-d tensors,
+        for which the host does not wait.
 
     Example:
         >>> inspect_gradients([torch.ones(3), torch.tensor([0.0, float("nan")])])
@@ -50,23 +51,23 @@ def inspect_gradients(
         return all(finite), [b / x if ok and x > b else 1.0 for b, x, ok in zip(bounds, on_host, finite)]
     peaks = _peaks(grads, groups, alike)
     verdicts = peaks.isfinite()
-    # Filled on the device: to copy them there would wait for it.
+    # Filled on the device: a copy from the host would wait for it.
     bound = torch.cat([peaks.new_full((len(list(run)),), value) for value, run in groupby(bounds)])
     factors = torch.where(verdicts, (bound / peaks).clamp(max=1.0), 1.0).unbind()
     return verdicts.all(), [factor.to(g.device) for factor, g in zip(factors, grads)]
 
 
 def _peaks(grads: list[Tensor], groups: Sequence[Group], alike: bool) -> Tensor:
-    """The largest entry of each gradient over all processes, infinite where there is NaN, on the first one's device."""
-    home = grads[0].device
+    """The largest magnitude in each gradient over all ranks, infinity for NaN, on the device of the first gradient."""
+    device = grads[0].device
     dtype = torch.float64 if any(g.dtype == torch.float64 for g in grads) else torch.float32
-    peaks = [torch.zeros((), dtype=dtype, device=home)] * len(grads)
+    peaks = [torch.zeros((), dtype=dtype, device=device)] * len(grads)
     kinds: dict[Any, list[int]] = {}
     for i, g in enumerate(grads):
         if g.numel():
             kinds.setdefault((g.device, g.dtype), []).append(i)
     for indices in kinds.values():
-        some = torch.stack(torch._foreach_norm([grads[i] for i in indices], math.inf)).to(home, dtype)
+        some = torch.stack(private.norms([grads[i] for i in indices], math.inf)).to(device, dtype)
         for i, peak in zip(indices, some.unbind()):
             peaks[i] = peak
     stacked = torch.stack(peaks)
@@ -77,7 +78,7 @@ def _peaks(grads: list[Tensor], groups: Sequence[Group], alike: bool) -> Tensor:
 
 
 def _known_on_host(grads: list[Tensor]) -> bool:
-    return all([g.is_cpu for g in grads])  # noqa: C419 - half the time of a generator
+    return all([g.is_cpu for g in grads])  # noqa: C419 - half the time that a generator takes
 
 
 def _bound(dtype: torch.dtype) -> float:
@@ -85,8 +86,8 @@ def _bound(dtype: torch.dtype) -> float:
 
 
 def _largest(grads: list[Tensor], groups: Sequence[Group], backend: str) -> float:
-    """The largest entry on all processes; infinite or NaN if any is."""
-    peak = largest(grads, backend)
+    """The largest magnitude over all gradients and ranks; infinite or NaN if any is."""
+    peak = largest_entry(grads, backend)
     if groups:
         known = torch.tensor(peak, dtype=torch.float32).nan_to_num_(nan=math.inf, posinf=math.inf)
         peak = float(processes.all_reduce_max(known, groups))

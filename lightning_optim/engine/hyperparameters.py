@@ -1,4 +1,4 @@
-"""What hyperparameters must be: a predicate and the words for it."""
+"""Constraints on hyperparameters: a predicate, and a description for error messages."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ..polar import METHODS, find
 
 Constraint: TypeAlias = tuple[Callable[[Any], bool], str]
 
-#: Products of a few numbers up to the first stay finite in float32, and so do quotients by numbers down to the second,
-#: also of gradients so small that their squares vanish.
+#: Products of a few numbers up to ``LARGEST`` stay finite in float32, and so do quotients by numbers down to
+#: ``SMALLEST``, also where gradients are so small that their squares underflow.
 LARGEST, SMALLEST = 1e10, 1e-18
 
 
 def number(least: float = 0.0, most: float = LARGEST) -> Constraint:
-    """A number within bounds that are allowed themselves."""
+    """A number in a closed interval."""
     return lambda x: _is_number(x) and least <= x <= most, f"a number in [{least:g}, {most:g}]"
 
 
@@ -45,7 +45,7 @@ def switch() -> Constraint:
 
 
 def anything() -> Constraint:
-    """Whatever: it is checked where it is used."""
+    """Any value: it is checked where it is used."""
     return lambda x: True, "anything"
 
 
@@ -56,7 +56,7 @@ def optional(constraint: Constraint) -> Constraint:
 
 
 def satisfies(constraint: Constraint, x: Any) -> bool:
-    """Whether a value of any type is what it must be.
+    """Whether a value, of any type, fulfils a constraint.
 
     >>> satisfies(number(), 0.1), satisfies(number(), float("nan")), satisfies(number(), "0.1")
     (True, False, False)
@@ -77,7 +77,7 @@ def _is_fraction(x: Any) -> bool:
 
 _NOT_NEGATIVE = number()
 
-#: Numbers that several rules share, and that schedules change.
+#: Constraints on numbers that several rules share and schedules change.
 NUMBERS: dict[str, Constraint] = {
     "lr": (lambda x: _NOT_NEGATIVE[0](float(x) if isinstance(x, Tensor) else x), _NOT_NEGATIVE[1]),
     "betas": (
@@ -89,10 +89,10 @@ NUMBERS: dict[str, Constraint] = {
     "weight_decay": number(),
 }
 
-#: What entries of any parameter group must be: numbers that schedules write there, and how its parameters are read.
+#: Constraints on entries of any parameter group: numbers that schedules set, and the layout of its parameters.
 GROUP_ENTRIES: dict[str, Constraint] = NUMBERS | {"maximize": switch(), "blocks": count(), "transposed": switch()}
 
-#: What fields of these names must be, unless their annotation says otherwise.
+#: Constraints on fields by name, unless their annotation has another.
 _BY_NAME: dict[str, Constraint] = NUMBERS | {
     "orthogonalizer": (lambda x: x == "exact" or bool(find(x)), f"one of {('exact', *METHODS)} or 'kjN' for N steps"),
 }
@@ -106,7 +106,7 @@ class Field:
         name: Its name.
         annotation: Its type, without what :data:`typing.Annotated` adds.
         default: Its default.
-        constraint: What its values must be.
+        constraint: The constraint on its values.
         kw_only: Whether it can only be given by name.
     """
 
@@ -122,13 +122,13 @@ class Field:
 
         The constraint is the one in ``Annotated[..., constraint]``, else that of the type (``bool``, ``Literal``), else
         that of the name (``lr``, ``betas``, ...), else that of the ``inherited`` field which this one overrides.
-        ``X | None`` allows ``None``, too.
+        ``X | None`` also allows ``None``.
 
         >>> Field.declared("clamp", Annotated[float | None, number(0, 1)], None).constraint[1]
         'None or a number in [0, 1]'
 
         Raises:
-            TypeError: Nothing says what the values must be.
+            TypeError: No constraint is found.
         """
         constraint = None
         if get_origin(annotation) is Annotated:

@@ -1,10 +1,9 @@
 """Matrix rules: equal shapes stacked, and the orthogonalisation that stacks of a step share.
 
-Parameters of one group whose matrices have the same shape run as one stack ``(k, m, n)``, if they are so small that
-copying them costs less than running one after the other; larger ones run alone, on views. A rule updates state only,
-and how parameters are to move goes to a :data:`Mover`. An update that needs a polar
-factor yields the matrices instead of computing it, so that :func:`drive` can gather what all stacks ask for and
-orthogonalise everything of one shape, tall and wide twins included, in one call.
+Parameters of one group whose matrices have the same shape run as one stack ``(k, m, n)`` if they are so small that
+copying them costs less than running them one after the other; larger ones run alone, on views. An update that needs a
+polar factor yields the matrices instead of computing it, so that :func:`run_stacks` can collect the requests of all
+stacks and orthogonalise all matrices of one shape, transposed or not, in one call.
 """
 
 from __future__ import annotations
@@ -15,37 +14,39 @@ from functools import partial
 from itertools import groupby
 from math import prod
 from types import GeneratorType, SimpleNamespace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from .. import private
 from ..polar import orthogonalize
 from .batch import Batch, Task
-from .elementwise import packs
-from .rounding import RESIDUAL, joined_numbers, load, numbers, store_
+from .elementwise import split_by_size
+from .rounding import RESIDUAL, joined_positions, load, store_, stream_positions
 from .rule import LIKE_PARAMETER, MatrixRule, Move, Polar, buffers_of, hyperparameters_of, ignore
 from .state import block_shape, compute_dtype, from_blocks, to_blocks
 
+#: Called as ``observer(p, name, value)`` with what matrix rules report.
 ParameterObserver = Callable[[Tensor, str, Tensor], None]
-#: What becomes of something that a rule reports of a task's matrices.
+#: Called as ``report(task, name, value)`` with what rules report of the matrices of a task.
 Report = Callable[[Task, str, Tensor], None]
 
-#: Matrices are stacked that have up to this many elements, with gradient and state: below it copying all of them costs
-#: less than dispatching their operations.
+#: Matrices of up to this many elements, gradient and state included, are stacked: below it copying them costs less than
+#: dispatching their operations one by one.
 STACK = {"cpu": 2**19, "cuda": 2**22}
-#: Matrices up to this many elements are orthogonalised together: above it one matrix product keeps the device busy.
+#: Matrices of up to this many elements are orthogonalised together: above it one matrix product keeps the device busy.
 TOGETHER = {"cpu": 2**18, "cuda": 2**21}
-#: Elements that one process works on at the same time, on a CPU for each thread: what stays in its cache and in memory
-#: that is not handed back to the system in between; elsewhere what bounds the memory.
-LOT = {"cpu": 2**18, "cuda": 2**24}
-#: Elements whose orthogonalisation several processes share at the same time.
-WAVE = 2**24
+#: Elements that one rank works on at a time. On a CPU, for each thread: these stay in cache, and in memory that is not
+#: returned to the system in between. On a GPU this bounds the memory.
+WORKING_SET = {"cpu": 2**18, "cuda": 2**24}
+#: Elements of a bucket: stacks whose orthogonalisation several ranks share at a time.
+BUCKET = 2**24
 
 
 @dataclass
 class Stack:
-    """Equal-shape matrices of one group that run as one."""
+    """Matrices of one shape and group that run as one tensor ``(k, m, n)``."""
 
     rule: type[MatrixRule]
     group: Mapping[str, Any]
@@ -53,20 +54,20 @@ class Stack:
 
     def __post_init__(self) -> None:
         block = block_shape(self.tasks[0].g.shape, self.group)
-        #: Shapes of the state tensors of one matrix, ``None`` for its own.
+        #: Shapes of the state tensors of one matrix; ``None`` for the shape of the matrix.
         self.shapes = buffers_of(self.rule, block, hyperparameters_of(self.rule, self.group))
         self.elements = sum(task.g.numel() for task in self.tasks)
-        #: Sorted shape of a matrix: that of its orthogonalisation.
+        #: Shape of a matrix, the smaller dimension first: equal for matrices that are orthogonalised together.
         self.shape = tuple(sorted((block[0], prod(block[1:]))))
         self._views: dict[str, tuple[int | None, Tensor]] = {}
 
     def view(self, x: Tensor) -> Tensor:
-        """The matrices of one of its parameters, or of something of that shape."""
+        """The matrices in a tensor of a parameter's shape, as ``(blocks, m, n)``."""
         y = to_blocks(x, self.group)
         return y.flatten(2) if self.rule.flatten else y
 
     def joined(self, name: str, xs: list[Tensor]) -> Tensor:
-        """Tensors of the parameters' shape, one for each of them, as a stack; of one, if possible, a view."""
+        """A tensor for each parameter, of its shape, as one stack; of a single one, a view where possible."""
         if len(xs) > 1:
             return torch.cat([self.view(x) for x in xs])
         place, view = self._views.get(name, (None, xs[0]))
@@ -77,24 +78,27 @@ class Stack:
         return view
 
 
-#: Moves the parameters of a stack; where the verdict, its last argument, is ``False`` nothing may change.
-Mover = Callable[[Stack, Move, "Tensor | None"], None]
-#: Answers what stacks ask for with the help of other processes, on which it waits where it yields.
-Answer = tuple[Tensor, tuple[Tensor, ...]]
-Solver = Callable[[Sequence[tuple[Stack, Polar]]], Generator[None, None, list[Answer]]]
+#: What stacks request at the same time.
+Requests: TypeAlias = "Sequence[tuple[Stack, Polar]]"
 
 
-def move_(stack: Stack, move: Move, finite: Tensor | None) -> None:
-    """Move the parameters of a stack, which are all here."""
+def move_parameters_(stack: Stack, move: Move, finite: Tensor | None) -> None:
+    """Move the parameters of a stack, which this rank holds.
+
+    Args:
+        stack: The stack.
+        move: What its rule returned.
+        finite: ``None``, or a 0-d boolean tensor: where it is ``False`` nothing changes.
+    """
     tasks = stack.tasks
     params = [task.p for task in tasks]
     residuals = [task.state[RESIDUAL] for task in tasks if RESIDUAL in task.state]
     p = stack.joined("parameter", params)
     residual = stack.joined(RESIDUAL, residuals) if residuals else None
-    move_tensor_(p, move, tasks[0].scalars["keep"], residual, _noise(stack), finite)
-    _store(p, params, stack.group)
+    move_tensor_(p, move, tasks[0].scalars["keep"], residual, _stack_noise(stack), finite)
+    _unstack(p, params, stack.group)
     if residual is not None:
-        _store(residual, residuals, stack.group)
+        _unstack(residual, residuals, stack.group)
 
 
 def move_tensor_(
@@ -105,7 +109,7 @@ def move_tensor_(
     noise: Tensor | None,
     finite: Tensor | None,
 ) -> None:
-    """Move a tensor of any precision; for the last arguments see :func:`.rounding.store_`."""
+    """Move a tensor of any floating-point dtype; for the last three arguments see :func:`.rounding.store_`."""
     value = load(p, residual, compute_dtype(p.dtype))
     if value is p and finite is not None:
         value = p.clone()
@@ -114,63 +118,74 @@ def move_tensor_(
         store_(p, value, residual, noise, finite)
 
 
-def jobs(
-    batches: Iterable[Batch],
-    plain: bool,
-    finite: Tensor | None,
-    report: Report | None,
-    solve: Solver | None = None,
-    processes: int = 1,
-    move: Mover = move_,
-) -> Iterator[Iterator[None]]:
-    """Updates of the parameters and state of matrix rules, a wave of them at a time; each is to be run to its end.
+@dataclass
+class StackStep:
+    """How the stacks of a step are run.
 
     Args:
-        batches: Rules and the parameters they run on, of which this process has everything.
         plain: Whether to run one parameter at a time.
         finite: ``None``, or a 0-d boolean tensor: where it is ``False`` nothing may change.
-        report: Called with what rules report.
-        solve: What orthogonalises; by default this process alone.
-        processes: How many processes share a wave's orthogonalisation.
-        move: What moves the parameters.
+        report: Called with what rules report; ``None`` if nothing observes the step.
+        move: Moves the parameters of a stack; see :func:`move_parameters_`.
+        solve: Orthogonalises what stacks request, with the help of other ranks, for which it waits at each ``yield``.
+            It returns a polar factor and total sums for each request. ``None``: this rank does it alone.
+        ranks: How many ranks share the orthogonalisation of a bucket.
     """
-    for wave in _waves(list(batches), plain, processes):
-        yield drive(wave, finite, report, solve, move)
+
+    plain: bool
+    finite: Tensor | None
+    report: Report | None
+    move: Callable[[Stack, Move, Tensor | None], None] = move_parameters_
+    solve: Callable[[Requests], Generator[None, None, list[tuple[Tensor, tuple[Tensor, ...]]]]] | None = None
+    ranks: int = 1
 
 
-def _waves(batches: list[Batch], plain: bool, processes: int) -> list[list[Stack]]:
-    """Stacks that run side by side. Those of a batch whose numbers go by shape alone stay together for good."""
-    key = ("waves", plain, processes)
-    lasting = len(batches) == 1 and not _phases(batches[0])
-    if lasting and key in batches[0].cache:
+def stack_jobs(batches: Iterable[Batch], step: StackStep) -> Iterator[Iterator[None]]:
+    """Updates of parameters and state by matrix rules: one job per bucket of stacks, each to be run to its end.
+
+    Args:
+        batches: Rules and the parameters they run on, all of whose matrices this rank holds whole.
+        step: How to run them.
+    """
+    for bucket in _stack_buckets(list(batches), step.plain, step.ranks):
+        yield run_stacks(bucket, step)
+
+
+def _stack_buckets(batches: list[Batch], plain: bool, ranks: int) -> list[list[Stack]]:
+    """Stacks that run concurrently, bucket by bucket. Cached where scalars depend on the shape alone."""
+    key = ("buckets", plain, ranks)
+    if len(batches) == 1 and key in batches[0].cache:
         return batches[0].cache[key]
-    stacks = [stack for batch in batches for stack in split(batch, plain)]
+    lasting = len(batches) == 1 and not _phases(batches[0])
+    stacks = [stack for batch in batches for stack in stacks_of(batch, plain)]
+    if not stacks:  # A rank that owns no parameter of a bucket.
+        return []
     stacks.sort(key=lambda stack: stack.shape, reverse=True)
-    waves: list[list[Stack]] = []
-    small = sum(stack.elements for stack in stacks) <= lot(stacks[0].tasks[0].g.device)
-    # Alone, one shape at a time keeps memory low. Several ranks should all have something to do in each wave.
-    for _, some in groupby(stacks, key=lambda stack: stack.shape if processes == 1 and not small else None):
+    buckets: list[list[Stack]] = []
+    small = sum(stack.elements for stack in stacks) <= working_set(stacks[0].tasks[0].g.device)
+    # On one rank, one shape at a time keeps memory low. With several, every bucket should have work for each rank.
+    for _, some in groupby(stacks, key=lambda stack: stack.shape if ranks == 1 and not small else None):
         alike = list(some)
         sizes = [stack.elements for stack in alike]
-        limit = lot(alike[0].tasks[0].g.device) if processes == 1 else wave_limit(sizes, processes)
-        waves += packs(alike, sizes, 0 if plain else limit)
+        limit = working_set(alike[0].tasks[0].g.device) if ranks == 1 else bucket_limit(sizes, ranks)
+        buckets += split_by_size(alike, sizes, 0 if plain else limit)
     if lasting:
-        batches[0].cache[key] = waves
-    return waves
+        batches[0].cache[key] = buckets
+    return buckets
 
 
-def lot(device: torch.device) -> int:
-    """How many elements one process works on at the same time."""
-    return LOT["cpu"] * torch.get_num_threads() if device.type == "cpu" else LOT["cuda"]
+def working_set(device: torch.device) -> int:
+    """How many elements one rank works on at a time."""
+    return WORKING_SET["cpu"] * torch.get_num_threads() if device.type == "cpu" else WORKING_SET["cuda"]
 
 
-def wave_limit(elements: Sequence[int], processes: int) -> int:
-    """How many elements a wave may have: enough for each process to work on the largest."""
-    return max(WAVE, processes * max(elements, default=0))
+def bucket_limit(elements: Sequence[int], ranks: int) -> int:
+    """How many elements a bucket may have: at least one stack, of the largest size, for each rank."""
+    return max(BUCKET, ranks * max(elements, default=0))
 
 
-def split(batch: Batch, plain: bool) -> Iterator[Stack]:
-    """Join what can run as one."""
+def stacks_of(batch: Batch, plain: bool) -> Iterator[Stack]:
+    """The stacks of a batch: parameters that can run as one tensor are joined, except where ``plain``."""
     rule = batch.rule
     assert issubclass(rule, MatrixRule)
     alike: dict[Any, list[Task]] = {}
@@ -181,7 +196,7 @@ def split(batch: Batch, plain: bool) -> Iterator[Stack]:
         key = (*task.scalars.items(), g.shape, task.p.dtype, g.dtype, g.device) if small else i
         alike.setdefault(key, []).append(task)
     for tasks in alike.values():
-        for some in packs(tasks, [task.g.numel() for task in tasks], lot(tasks[0].g.device)):
+        for some in split_by_size(tasks, [task.g.numel() for task in tasks], working_set(tasks[0].g.device)):
             yield Stack(rule, batch.group, some)
 
 
@@ -198,66 +213,66 @@ def _elements(rule: type[MatrixRule], group: Mapping[str, Any], shape: torch.Siz
     return sum(prod(x) for x in (block, block, *state))
 
 
-def _update(stack: Stack, finite: Tensor | None, report: Report | None, move: Mover) -> Iterator[Polar]:
-    """Run the rule on a stack; yields what it wants orthogonalised and added up, and is sent the result."""
+def _update_stack(stack: Stack, step: StackStep) -> Iterator[Polar]:
+    """Run the rule on a stack; yields its requests for orthogonalisation and sums, and is sent the results."""
     rule, group, tasks = stack.rule, stack.group, stack.tasks
-    finite = None if finite is None else finite.to(tasks[0].g.device)
+    finite = None if step.finite is None else step.finite.to(tasks[0].g.device)
     shapes = stack.shapes
-    state = {name: [task.state[name] for task in tasks] for name in shapes}
-    stacked = {
-        name: stack.joined(name, xs) if shapes[name] is LIKE_PARAMETER else _join(xs) for name, xs in state.items()
-    }
-    g = _gradient(stack)
+    state, stacked = {}, {}
+    for name, shape in shapes.items():
+        xs = state[name] = [task.state[name] for task in tasks]
+        stacked[name] = stack.joined(name, xs) if shape is LIKE_PARAMETER else _join(xs)
+    g = _stack_gradient(stack)
     if finite is not None:
-        g = torch.where(finite, g, 0.0)  # Decompositions refuse NaN before the host knows of it.
+        g = torch.where(finite, g, 0.0)  # Decompositions raise an error on NaN, which the host does not know of yet.
     before = [x.clone() for x in stacked.values()] if finite is not None else []
-    observe = ignore if report is None else partial(_report, report, stack)
+    observe = ignore if step.report is None else partial(_report_parts, step.report, stack)
     update = rule.update(g, SimpleNamespace(**stacked), SimpleNamespace(**tasks[0].scalars), observe)
     movement: Any = (yield from update) if isinstance(update, GeneratorType) else update
     for x, old in zip(stacked.values(), before):
         x.copy_(torch.where(finite, x, old))  # type: ignore[arg-type]
     for name, x in stacked.items():
-        _store(x, state[name], group if shapes[name] is LIKE_PARAMETER else None)
-    move(stack, movement, finite)
+        _unstack(x, state[name], group if shapes[name] is LIKE_PARAMETER else None)
+    step.move(stack, movement, finite)
 
 
 def _join(xs: list[Tensor]) -> Tensor:
     return xs[0] if len(xs) == 1 else torch.cat(xs)
 
 
-def _gradient(stack: Stack) -> Tensor:
+def _stack_gradient(stack: Stack) -> Tensor:
     tasks = stack.tasks
     dtype = compute_dtype(tasks[0].p.dtype)
     g = _join([stack.view(task.g) for task in tasks]).to(dtype)
-    gains = [task.gain for task in tasks]
-    if not isinstance(gains[0], Tensor) and gains.count(1.0) == len(gains):
+    grad_scales = [task.grad_scale for task in tasks]
+    if not isinstance(grad_scales[0], Tensor) and grad_scales.count(1.0) == len(grad_scales):
         return g
-    factors = torch.stack([torch.as_tensor(gain, dtype=dtype, device=g.device) for gain in gains])
+    factors = torch.stack([torch.as_tensor(grad_scale, dtype=dtype, device=g.device) for grad_scale in grad_scales])
     return g * factors.repeat_interleave(stack.group["blocks"]).view(-1, *(1 for _ in g.shape[1:]))
 
 
-def _noise(stack: Stack) -> Tensor | None:
-    """The numbers of the elements of a stack, where random ones are needed."""
-    firsts = [task.noise for task in stack.tasks if task.noise is not None]
-    if not firsts:
+def _stack_noise(stack: Stack) -> Tensor | None:
+    """Stream positions of the elements of a stack; ``None`` without stochastic rounding."""
+    if stack.tasks[0].noise is None:
         return None
+    firsts = [task.noise for task in stack.tasks if task.noise is not None]
     p = stack.tasks[0].p
-    element = stack.view(numbers(0, 0, p.numel(), p.device).view(p.shape))
-    shifts = joined_numbers(firsts, [1] * len(firsts), p.device)
+    element = stack.view(stream_positions(0, 0, p.numel(), p.device).view(p.shape))
+    shifts = joined_positions(firsts, [1] * len(firsts), p.device)
     return (element + shifts.view(-1, *(1 for _ in element.shape))).flatten(0, 1)
 
 
-def _store(stacked: Tensor, targets: list[Tensor], group: Mapping[str, Any] | None) -> None:
-    """Write a stack back, unless it is a view of its only parameter."""
+def _unstack(stacked: Tensor, targets: list[Tensor], group: Mapping[str, Any] | None) -> None:
+    """Copy a stack back to the tensors that it was joined from, unless it is a view of a single one."""
     if len(targets) == 1 and stacked.data_ptr() == targets[0].data_ptr():
         return
     parts = stacked.split(stacked.shape[0] // len(targets))
     if group is not None:
         parts = tuple(from_blocks(part, target.shape, group) for part, target in zip(parts, targets))
-    torch._foreach_copy_(targets, list(parts))
+    private.copy_each_(targets, list(parts))
 
 
-def _report(report: Report, stack: Stack, name: str, x: Tensor) -> None:
+def _report_parts(report: Report, stack: Stack, name: str, x: Tensor) -> None:
     for task, part in zip(stack.tasks, x.split(len(x) // len(stack.tasks))):
         report(task, name, part)
 
@@ -265,15 +280,13 @@ def _report(report: Report, stack: Stack, name: str, x: Tensor) -> None:
 # --- orthogonalisation ------------------------------------------------------------------------------------------
 
 
-def drive(
-    stacks: Sequence[Stack], finite: Tensor | None, report: Report | None, solve: Solver | None, move: Mover = move_
-) -> Iterator[None]:
-    """Run stacks side by side and orthogonalise together what they ask for at the same time."""
-    updates = [(stack, _update(stack, finite, report, move)) for stack in stacks]
+def run_stacks(stacks: Sequence[Stack], step: StackStep) -> Iterator[None]:
+    """Run stacks concurrently and orthogonalise together what they request at the same time."""
+    updates = [(stack, _update_stack(stack, step)) for stack in stacks]
     waiting = [(stack, update, request) for stack, update in updates if (request := next(update, None)) is not None]
     while waiting:
-        asked = [(stack, request) for stack, _, request in waiting]
-        answers = (yield from solve(asked)) if solve is not None else _alone(asked, report)
+        requests = [(stack, request) for stack, _, request in waiting]
+        answers = _solve_alone(requests, step.report) if step.solve is None else (yield from step.solve(requests))
         waiting = [
             (stack, update, request)
             for (stack, update, _), answer in zip(waiting, answers)
@@ -288,27 +301,27 @@ def _send(update: Any, answer: Any) -> Polar | None:
         return None
 
 
-def _alone(asked: Sequence[tuple[Stack, Polar]], report: Report | None) -> list[Any]:
-    factors = orthogonalized([request for _, request in asked])
-    report_factors(report, asked, factors)
-    return [(factor, request.sums) for factor, (_, request) in zip(factors, asked)]
+def _solve_alone(requests: Requests, report: Report | None) -> list[tuple[Tensor, tuple[Tensor, ...]]]:
+    factors = orthogonalized([request for _, request in requests])
+    report_factors(report, requests, factors)
+    return [(factor, request.sums) for factor, (_, request) in zip(factors, requests)]
 
 
-def report_factors(report: Report | None, asked: Iterable[tuple[Stack, Polar]], factors: Iterable[Tensor]) -> None:
-    """Report what was orthogonalised and what came of it."""
+def report_factors(report: Report | None, requests: Requests, factors: Iterable[Tensor]) -> None:
+    """Report the matrices that were orthogonalised, and their polar factors."""
     if report is not None:
-        for (stack, request), factor in zip(asked, factors):
-            _report(report, stack, "momentum", request.matrices)
-            _report(report, stack, "orthogonal_factor", factor)
+        for (stack, request), factor in zip(requests, factors):
+            _report_parts(report, stack, "momentum", request.matrices)
+            _report_parts(report, stack, "orthogonal_factor", factor)
 
 
 def _polar(x: Tensor, method: str) -> Tensor:
-    # One matrix alone is faster without the axis of the stack.
+    # A single matrix is faster without the stack's axis.
     return orthogonalize(x[0], method)[None] if x.shape[0] == 1 else orthogonalize(x, method)
 
 
 def orthogonalized(requests: Sequence[Polar]) -> list[Tensor]:
-    """The polar factors of what is requested, one call for all small matrices of a method and shape."""
+    """The polar factors of requests: one call for all small matrices of one method and shape."""
     factors: list[Any] = [None] * len(requests)
     together: dict[Any, list[int]] = {}
     if len(requests) == 1:

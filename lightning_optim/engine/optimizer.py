@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import processes
 from ..processes import Group
 from . import checkpoint, declare, formats, owned_state
-from .batch import Batch, PreparedGroup, Tick, local_gradient, settle
+from .batch import Batch, PreparedGroup, SharedStep, local_gradient, write_step_counts
 from .checkpoint import CheckpointError
 from .gradients import inspect_gradients
 from .hyperparameters import NUMBERS, count, satisfies
@@ -26,7 +26,7 @@ from .matrices import ParameterObserver
 from .plain_values import plain_hyperparameters
 from .rounding import RESIDUAL, Rounding, is_narrow, load, residual_dtype
 from .rule import MatrixRule, Rule, Scalars
-from .state import expected_state, has_begun, lives_with_owner, load_state, state_shapes
+from .state import expected_state, has_begun, has_owner, load_state, state_shapes
 from .step import Backend, run_rules
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
         self.shard_group: Group | None = None
         self._unsettled: _Verdict | None = None
         self._graphs: StepGraphs | None = None
-        #: Of parameters with a matrix rule that have state: the process it lives with, ``None`` if not with one.
+        #: Of parameters with a matrix rule that have state: the rank that keeps it, ``None`` if every rank has its own.
         self._owners: dict[Tensor, int | None] = {}
         self._seen: list[dict[str, Any]] = []
         #: What each of the groups that take part in a step has to do, by its place among them.
@@ -328,7 +328,7 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
         for p in group["params"]:
             if not has_begun(self.state.get(p)):
                 continue
-            needed, had = ((state_shapes(rule, p, g), lives_with_owner(rule, p, g)) for g in (group, before))
+            needed, had = ((state_shapes(rule, p, g), has_owner(rule, p, g)) for g in (group, before))
             if fixed or needed != had:
                 edits = ", ".join(f"{name}={group[name]!r} (was {before.get(name)!r})" for name in changed)
                 raise ValueError(
@@ -364,20 +364,20 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
         if not work:
             return loss
         self._check_gradients(work)
-        finite, ticks = self._run(work) if self._graphs is None else self._graphs(work)
+        finite, steps = self._run(work) if self._graphs is None else self._graphs(work)
         if isinstance(finite, Tensor):
-            self._unsettled = _Verdict(finite, ticks)
+            self._unsettled = _Verdict(finite, steps)
         else:
-            self._account(finite, ticks)
+            self._account(finite, steps)
             self._check_skips()
         return loss
 
-    def _run(self, work: Work, given: Iterator[Scalars] | None = None) -> tuple[bool | Tensor, list[Tick]]:
+    def _run(self, work: Work, given: Iterator[Scalars] | None = None) -> tuple[bool | Tensor, list[SharedStep]]:
         """Update parameters and state, unless gradients are not finite.
 
         Args:
             work: Parameter groups and those of their parameters that have a gradient.
-            given: What to use for the scalars of each tick, if not those that the rule computes.
+            given: Scalars to use instead of those that the rule computes, one set for each shared step.
 
         Returns:
             Whether the step was made, which the host may not know yet, and what it did to step counts.
@@ -393,26 +393,26 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
             replicas = workers = ()  # Each rank makes the whole step by itself.
         # Replicas have equal gradients; but a defect in one's must not part it from the others, who wait for it.
         everybody = tuple(dict.fromkeys((*processes.mesh_groups(params), *parts, *replicas)))
-        finite, gains = inspect_gradients(grads, everybody, not parts, self.backend)
+        finite, grad_scales = inspect_gradients(grads, everybody, not parts, self.backend)
         if not self.skip_nonfinite:
             finite = True
         elif finite is False:
             return False, []
-        self._bring_state_home(work)
+        self._gather_owned_state(work)
         batches: list[Batch] = []
-        ticks: list[Tick] = []
+        steps: list[SharedStep] = []
         first = 0
         for i, (group, some) in enumerate(work):
             last = first + len(some)
-            prepared, begun = self._prepared(i, group, some, grads[first:last], gains[first:last], given)
+            prepared, begun = self._prepared(i, group, some, grads[first:last], grad_scales[first:last], given)
             batches.append(prepared.batch)
-            ticks += begun
+            steps += begun
             first = last
         verdict = finite if isinstance(finite, Tensor) else None
         run_rules(batches, self.backend, verdict, self.observer, workers, parts)
         for i in range(len(work)):
             self._groups[i].seal()
-        return finite, ticks
+        return finite, steps
 
     def _prepared(
         self,
@@ -420,25 +420,25 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
         group: dict[str, Any],
         params: list[Tensor],
         grads: list[Tensor],
-        gains: Sequence[Any],
+        grad_scales: Sequence[Any],
         given: Iterator[Scalars] | None,
-    ) -> tuple[PreparedGroup, list[Tick]]:
+    ) -> tuple[PreparedGroup, list[SharedStep]]:
         """What a group has to do, and what that does to step counts. Prepared anew only if something has changed."""
         states = [self.state[p] for p in params]
         prepared = self._groups.get(index)
         if prepared is not None and prepared.group is group and prepared.holds(params, states, self.rounding):
-            ticks = prepared.begin(grads, gains, given)
-            if ticks is not None:
+            steps = prepared.begin(grads, grad_scales, given)
+            if steps is not None:
                 self._note_idle(prepared)
-                return prepared, ticks
+                return prepared, steps
         rule = self.rule(group)
         owners = [self._owners.get(p) for p in params] if self._owners else [None] * len(params)
         prepared = PreparedGroup(rule, group, params, states, owners, self.rounding, self._noisy_positions())
         self._groups[index] = prepared
-        ticks = prepared.begin(grads, gains, given)
-        assert ticks is not None
+        steps = prepared.begin(grads, grad_scales, given)
+        assert steps is not None
         self._note_idle(prepared)
-        return prepared, ticks
+        return prepared, steps
 
     def _note_idle(self, prepared: PreparedGroup) -> None:
         if len(prepared.params) < len(prepared.group["params"]):
@@ -474,17 +474,17 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
         params = [p for group in self.param_groups for p in group["params"]]
         return {p: i for i, p in enumerate(params) if is_narrow(p.dtype)}
 
-    def _residents(self) -> list[owned_state.Resident]:
-        return owned_state.residents((self.rule(group), group) for group in self.param_groups)
+    def _owned_parameters(self) -> list[owned_state.OwnedParameter]:
+        return owned_state.owned_parameters((self.rule(group), group) for group in self.param_groups)
 
-    def _bring_state_home(self, work: Work) -> None:
-        """See to it that state which is to live with one process does."""
+    def _gather_owned_state(self, work: Work) -> None:
+        """Gather state that one rank keeps on that rank, if it is not there yet."""
         matrices = [p for group, params in work if issubclass(self.rule(group), MatrixRule) for p in params]
         if all(p in self._owners and has_begun(self.state.get(p)) for p in matrices):
             return
-        residents = self._residents()
-        owners = owned_state.owners(residents, self._owners)
-        owned_state.bring_home(residents, owners, self.state)
+        owned = self._owned_parameters()
+        owners = owned_state.choose_owners(owned, self._owners)
+        owned_state.gather_to_owners(owned, owners, self.state)
         self._owners = self._owners | dict.fromkeys(matrices) | owners
 
     def settle(self) -> None:
@@ -496,15 +496,15 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
         verdict, self._unsettled = self._unsettled, None
         if verdict is None:
             return
-        self._account(verdict.read(), verdict.ticks)
+        self._account(verdict.read(), verdict.steps)
 
-    def _account(self, made: bool, ticks: list[Tick]) -> None:
+    def _account(self, made: bool, steps: list[SharedStep]) -> None:
         """Write down that a step was made, or skipped."""
         if not made:
             self._count_skip()
             return
         self.consecutive_skips = 0
-        settle(ticks)
+        write_step_counts(steps)
 
     def _count_skip(self) -> None:
         self.skipped_steps += 1
@@ -553,7 +553,7 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
         """
         self.settle()
         state = self.state
-        parts = owned_state.in_parts(self._residents(), self._owners, state)
+        parts = owned_state.sharded_state(self._owned_parameters(), self._owners, state)
         self.state = defaultdict(dict, {**state, **parts})  # The hooks of torch see what they return.
         try:
             return formats.stamped(super().state_dict())
@@ -640,8 +640,8 @@ class _Verdict:
     it has long arrived, so that nothing waits.
     """
 
-    def __init__(self, finite: bool | Tensor, ticks: list[Tick]) -> None:
-        self.ticks = ticks
+    def __init__(self, finite: bool | Tensor, steps: list[SharedStep]) -> None:
+        self.steps = steps
         self._finite = finite
         self._event = None
         if isinstance(finite, Tensor):

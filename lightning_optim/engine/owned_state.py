@@ -1,9 +1,9 @@
-"""State that lives with one process.
+"""State that one rank keeps for all.
 
-Where processes hold parts of a parameter whose rule works on whole tensors, one of them, the parameter's owner, runs
-the rule and has all of its state. The others have tensors without elements in the place of it: torch's functions for
-checkpoints ask every process for its names. In checkpoints state is in parts, cut as the parameter is, so that any
-number of processes can go on from them.
+Where ranks hold shards of a parameter whose rule works on whole tensors, one of them, the parameter's owner, runs the
+rule and keeps all of its state. The other ranks have tensors without elements in its place, because torch's functions
+for checkpoints ask every rank for its names. In checkpoints this state is sharded as the parameter is, so that a run
+can go on from them with any number of ranks.
 """
 
 from __future__ import annotations
@@ -19,132 +19,133 @@ from torch import Tensor
 
 from .. import processes
 from ..processes import Sharding
-from .elementwise import packs
+from .elementwise import split_by_size
 from .rule import LIKE_PARAMETER, MatrixRule, Rule
-from .state import State, lives_with_owner, state_shapes
+from .state import State, has_owner, state_shapes
 
-#: Elements of state that travel at the same time, which bounds the memory for it.
-AT_ONCE = 2**24
+#: Elements of state that one all-to-all sends, which bounds the memory for it.
+MESSAGE_ELEMENTS = 2**24
 
 
 @dataclass(frozen=True)
-class Resident:
-    """A parameter whose state lives with one process."""
+class OwnedParameter:
+    """A sharded parameter whose state one rank keeps."""
 
     rule: type[Rule]
     group: Mapping[str, Any]
     parameter: Tensor
 
     @property
-    def cut(self) -> Sharding:
-        """How the parameter is cut."""
-        cut = processes.sharding_of(self.parameter)
-        assert cut is not None
-        return cut
+    def sharding(self) -> Sharding:
+        """How the parameter is sharded."""
+        sharding = processes.sharding_of(self.parameter)
+        assert sharding is not None
+        return sharding
 
     @property
-    def state_cuts(self) -> dict[str, Sharding]:
-        """How each tensor of its state is cut in checkpoints."""
+    def state_shardings(self) -> dict[str, Sharding]:
+        """How each tensor of its state is sharded in checkpoints."""
         shapes = state_shapes(self.rule, self.parameter, self.group)
-        cut = self.cut
-        return {name: cut if shape is LIKE_PARAMETER else cut.with_shape(shape, 1) for name, shape in shapes.items()}
+        own = self.sharding
+        return {name: own if shape is LIKE_PARAMETER else own.with_shape(shape, 1) for name, shape in shapes.items()}
 
 
-def residents(groups: Iterable[tuple[type[Rule], Mapping[str, Any]]]) -> list[Resident]:
-    """The parameters of some groups whose state lives with one process each."""
+def owned_parameters(groups: Iterable[tuple[type[Rule], Mapping[str, Any]]]) -> list[OwnedParameter]:
+    """The parameters of some groups whose state is kept by one rank each."""
     matrices = [(rule, group) for rule, group in groups if issubclass(rule, MatrixRule)]
     return [
-        Resident(rule, group, p)
-        for rule, group in matrices
-        for p in group["params"]
-        if lives_with_owner(rule, p, group)
+        OwnedParameter(rule, group, p) for rule, group in matrices for p in group["params"] if has_owner(rule, p, group)
     ]
 
 
-def owners(some: Sequence[Resident], known: Mapping[Tensor, int | None]) -> dict[Tensor, int]:
-    """An owner for each parameter: the known one, or whoever has least state, the largest first."""
+def choose_owners(owned: Sequence[OwnedParameter], known: Mapping[Tensor, int | None]) -> dict[Tensor, int]:
+    """The owner of each parameter: the known one, else the rank with the least state so far, largest state first."""
     found: dict[Tensor, int] = {}
-    apart: dict[Any, list[Resident]] = defaultdict(list)
-    for r in some:
-        apart[r.cut.group].append(r)
-    for together in apart.values():
-        costs = tuple(float(sum(cut.numel for cut in r.state_cuts.values())) for r in together)
-        holders = tuple(known.get(r.parameter) for r in together)
-        ranks = processes.assign_owners(costs, holders, together[0].cut.ranks)
-        found |= dict(zip((r.parameter for r in together), ranks))
+    by_group: dict[Any, list[OwnedParameter]] = defaultdict(list)
+    for x in owned:
+        by_group[x.sharding.group].append(x)
+    for together in by_group.values():
+        costs = tuple(float(sum(sharding.numel for sharding in x.state_shardings.values())) for x in together)
+        holders = tuple(known.get(x.parameter) for x in together)
+        ranks = processes.assign_owners(costs, holders, together[0].sharding.ranks)
+        found |= dict(zip((x.parameter for x in together), ranks))
     return found
 
 
-def bring_home(some: Sequence[Resident], owner: Mapping[Tensor, int], states: Mapping[Tensor, State]) -> None:
-    """Send state that is in parts, as it comes from checkpoints, to the owners of the parameters."""
-    for wave, cut in _waves(_tensors(some, owner, states, in_parts=True)):
-        of = [[x for x in wave if x.owner == rank] for rank in range(cut.ranks)]
-        arrived = processes.all_to_all(
-            [[x.here for x in each] for each in of],
-            [[(x.cut.local_shape(rank), x.here.dtype) for x in of[cut.rank]] for rank in range(cut.ranks)],
-            wave[0].here.device,
-            cut.group,
+def gather_to_owners(
+    owned: Sequence[OwnedParameter], owner: Mapping[Tensor, int], states: Mapping[Tensor, State]
+) -> None:
+    """Gather sharded state, as it comes from checkpoints, on the owners of the parameters."""
+    for message, sharding in _messages(_tensors(owned, owner, states, sharded=True)):
+        owned_by = [[x for x in message if x.owner == rank] for rank in range(sharding.ranks)]
+        mine = owned_by[sharding.rank]
+        received = processes.all_to_all(
+            [[x.local for x in theirs] for theirs in owned_by],
+            [[(x.sharding.local_shape(rank), x.local.dtype) for x in mine] for rank in range(sharding.ranks)],
+            message[0].local.device,
+            sharding.group,
         ).wait()
-        for x, *parts in zip(of[cut.rank], *arrived):
-            x.state[x.name] = torch.cat(parts, x.cut.dim)
-        for x in wave:
-            if x.owner != cut.rank:
-                x.state[x.name] = x.here.new_empty(0)
+        for x, *shards in zip(mine, *received):
+            x.state[x.name] = torch.cat(shards, x.sharding.dim)
+        for x in message:
+            if x.owner != sharding.rank:
+                x.state[x.name] = x.local.new_empty(0)
 
 
-def in_parts(
-    some: Sequence[Resident], owner: Mapping[Tensor, int | None], states: Mapping[Tensor, State]
+def sharded_state(
+    owned: Sequence[OwnedParameter], owner: Mapping[Tensor, int | None], states: Mapping[Tensor, State]
 ) -> dict[Tensor, State]:
-    """State as checkpoints have it, of those parameters whose state is with their owners, where it also stays."""
+    """The state of owned parameters as checkpoints hold it: a shard on every rank. The owners keep theirs."""
     found: dict[Tensor, State] = {}
-    for wave, cut in _waves(_tensors(some, owner, states, in_parts=False)):
-        of = [[x for x in wave if x.owner == rank] for rank in range(cut.ranks)]
-        arrived = processes.all_to_all(
-            [[x.cut.shard(x.here, rank) for x in of[cut.rank]] for rank in range(cut.ranks)],
-            [[(x.cut.local_shape(cut.rank), x.here.dtype) for x in each] for each in of],
-            wave[0].here.device,
-            cut.group,
+    for message, sharding in _messages(_tensors(owned, owner, states, sharded=False)):
+        owned_by = [[x for x in message if x.owner == rank] for rank in range(sharding.ranks)]
+        received = processes.all_to_all(
+            [[x.sharding.shard(x.local, rank) for x in owned_by[sharding.rank]] for rank in range(sharding.ranks)],
+            [[(x.sharding.local_shape(sharding.rank), x.local.dtype) for x in theirs] for theirs in owned_by],
+            message[0].local.device,
+            sharding.group,
         ).wait()
-        for x, part in zip(chain(*of), chain(*arrived)):
-            # A copy has a storage of its own, as checkpoints need it.
-            found.setdefault(x.parameter, {**x.state})[x.name] = processes.from_local(part.clone(), x.parameter, x.cut)
+        for x, shard in zip(chain(*owned_by), chain(*received)):
+            # Cloned, because checkpoints need a storage for each tensor.
+            whole = processes.from_local(shard.clone(), x.parameter, x.sharding)
+            found.setdefault(x.parameter, {**x.state})[x.name] = whole
     return found
 
 
 @dataclass(frozen=True)
 class _StateTensor:
-    """One tensor of the state of a parameter."""
+    """One tensor of the state of an owned parameter."""
 
     parameter: Tensor
     owner: int
     state: State
     name: str
-    cut: Sharding
+    sharding: Sharding
 
     @property
-    def here(self) -> Tensor:
-        """What this process has of it."""
+    def local(self) -> Tensor:
+        """What this rank has of it."""
         return processes.local(self.state[self.name])
 
 
 def _tensors(
-    some: Iterable[Resident], owner: Mapping[Tensor, int | None], states: Mapping[Tensor, State], in_parts: bool
+    owned: Iterable[OwnedParameter], owner: Mapping[Tensor, int | None], states: Mapping[Tensor, State], sharded: bool
 ) -> Iterator[_StateTensor]:
-    """The tensors of the parameters' state that are in parts, or those that are not."""
-    for r in some:
-        state, home = states.get(r.parameter), owner.get(r.parameter)
-        if not state or home is None:
+    """The state tensors of parameters that are sharded, or those that their owner has."""
+    for x in owned:
+        state, rank = states.get(x.parameter), owner.get(x.parameter)
+        if not state or rank is None:
             continue
-        for name, cut in r.state_cuts.items():
-            if (processes.placements(state[name]) is not None) is in_parts:
-                yield _StateTensor(r.parameter, home, state, name, cut)
+        for name, sharding in x.state_shardings.items():
+            if (processes.placements(state[name]) is not None) is sharded:
+                yield _StateTensor(x.parameter, rank, state, name, sharding)
 
 
-def _waves(tensors: Iterable[_StateTensor]) -> Iterator[tuple[list[_StateTensor], Sharding]]:
-    """Tensors that travel at the same time between the same processes."""
-    apart: dict[Any, list[_StateTensor]] = defaultdict(list)
+def _messages(tensors: Iterable[_StateTensor]) -> Iterator[tuple[list[_StateTensor], Sharding]]:
+    """The tensors that one all-to-all sends, and a sharding with its process group."""
+    by_group: dict[Any, list[_StateTensor]] = defaultdict(list)
     for x in tensors:
-        apart[x.cut.group].append(x)
-    for together in apart.values():
-        for wave in packs(together, [x.cut.numel for x in together], AT_ONCE):
-            yield wave, wave[0].cut
+        by_group[x.sharding.group].append(x)
+    for together in by_group.values():
+        for message in split_by_size(together, [x.sharding.numel for x in together], MESSAGE_ELEMENTS):
+            yield message, message[0].sharding

@@ -1,7 +1,7 @@
-"""The reference way to run rules: one parameter at a time, as it is written down. To be stepped through in a debugger.
+"""``backend="plain"``: one parameter at a time, as the rule is written, to be stepped through in a debugger.
 
-The other ways join, cut, stack and compile; they give the same result within rounding, and tests hold them to that.
-Parameters that are sharded, or whose work is shared out over ranks, take the other ways here, too, one at a time.
+The other backends join, chunk, stack and compile; tests check that they give the same result within rounding. Sharded
+parameters, and those whose work several ranks share, take the code of the other backends here too, one at a time.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from ..polar import orthogonalize
 from .arithmetic import regularize
 from .batch import Batch, Task
 from .matrices import ParameterObserver
-from .rounding import RESIDUAL, load, numbers, store_
+from .rounding import RESIDUAL, load, store_, stream_positions
 from .rule import LIKE_PARAMETER, GroupRule, MatrixRule, Move, ignore
 from .state import compute_dtype, from_blocks, state_shapes, to_blocks
 
 
-def run(batches: Sequence[Batch], observer: ParameterObserver | None) -> None:
+def run_reference(batches: Sequence[Batch], observer: ParameterObserver | None) -> None:
     """Update parameters and state in place.
 
     Args:
-        batches: Rules and the parameters they run on, which are all here.
+        batches: Rules and the parameters they run on, which this rank holds whole.
         observer: Called as ``observer(p, name, value)`` with what matrix rules report.
     """
     for batch in batches:
@@ -58,7 +58,7 @@ def _update_group(rule: type[GroupRule], batch: Batch) -> None:
         sums.append(rule.sums(g, _state(batch, task), SimpleNamespace(**task.scalars)))
     device = batch.tasks[0].p.device
     totals = tuple(torch.stack([x.to(device) for x in column]).sum(0) for column in zip(*sums))
-    # A parameter that gets its first gradient late joins the group's state, it does not reset it.
+    # A parameter that gets its first gradient late joins the group's state instead of resetting it.
     oldest = max(batch.tasks, key=lambda task: task.t)
     group_state = SimpleNamespace(**{name: oldest.state[name].to(device) for name in rule.group_state})
     new, coefficients = rule.combine(totals, group_state, SimpleNamespace(**oldest.scalars))
@@ -92,7 +92,7 @@ def _update_matrices(rule: type[MatrixRule], batch: Batch, task: Task, observer:
         observe if observer else ignore,
     )
     move = _orthogonalize(update, observe) if isinstance(update, GeneratorType) else update
-    for name in own_shape:  # Where no view exists, as in transposed convolutions, a stack is a copy.
+    for name in own_shape:  # A stack is a copy where no view exists, as in transposed convolutions.
         _copy(task.state[name], from_blocks(state[name], task.p.shape, batch.group))
     value = load(task.p, task.state.get(RESIDUAL), compute_dtype(task.p.dtype))
     stacked = move.apply_(stack(value), task.scalars["keep"])
@@ -100,7 +100,7 @@ def _update_matrices(rule: type[MatrixRule], batch: Batch, task: Task, observer:
 
 
 def _orthogonalize(update: Any, observe: Callable[[str, Tensor], None]) -> Move:
-    """Answer everything that an update wants to have orthogonalised; what it returns in the end."""
+    """Orthogonalise what an update requests until it returns its move."""
     try:
         request = next(update)
         while True:
@@ -115,7 +115,7 @@ def _orthogonalize(update: Any, observe: Callable[[str, Tensor], None]) -> Move:
 
 def _gradient(task: Task) -> Tensor:
     g = task.g.to(compute_dtype(task.p.dtype))
-    return g if task.gain == 1.0 else g * task.gain
+    return g if task.grad_scale == 1.0 else g * task.grad_scale
 
 
 def _state(batch: Batch, task: Task) -> SimpleNamespace:
@@ -124,12 +124,14 @@ def _state(batch: Batch, task: Task) -> SimpleNamespace:
 
 
 def _store(task: Task, value: Tensor) -> None:
-    """Write a value of the arithmetic's precision to the parameter."""
+    """Write a float32 or float64 value to the parameter."""
     if task.p.dtype == value.dtype:
         _copy(task.p, value)
         return
-    noise = None if task.noise is None else numbers(task.noise, 0, task.p.numel(), task.p.device).view(task.p.shape)
-    store_(task.p, value, task.state.get(RESIDUAL), noise)
+    p, noise = task.p, None
+    if task.noise is not None:
+        noise = stream_positions(task.noise, 0, p.numel(), p.device).view(p.shape)
+    store_(p, value, task.state.get(RESIDUAL), noise)
 
 
 def _copy(target: Tensor, value: Tensor) -> None:

@@ -1,11 +1,12 @@
 """How float32 results are stored in parameters of bfloat16 and float16.
 
-A rule computes in float32. :func:`load` makes the float32 value of a parameter, :func:`store_` writes one back, in one
-of the ways of :data:`Rounding`. Which one it is follows from what is there: the dtype of the *residual*, a state tensor
-of the parameter's shape that holds what the parameter cannot, and whether there are random numbers.
+A rule computes in float32. :func:`load` returns the float32 value of a parameter, :func:`store_` rounds one and writes
+it back. The rounding follows from the arguments: the dtype of the *residual*, a state tensor of the parameter's shape
+that keeps the rounding error, and whether there are random numbers.
 
-All rounding is integer arithmetic on the bits of the float32 value, whose bit patterns grow with its magnitude: eager
-and compiled runs give the same bits, and no compiler may leave out the pair of conversions that makes a rounding.
+All rounding is integer arithmetic on the bits of the float32 value, since bit patterns, as integers, grow with the
+magnitude. Eager and compiled runs therefore give the same bits: a compiler may cancel a pair of conversions that
+rounds, but not integer arithmetic.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from .. import processes
 Rounding = Literal["nearest", "stochastic", "kahan", "split"]
 ROUNDINGS: tuple[str, ...] = get_args(Rounding)
 
-#: Name of the state tensor that holds what a parameter cannot.
+#: Name of the state tensor that keeps the rounding errors of a parameter.
 RESIDUAL = "residual"
 
 #: Bits of float32's mantissa that the narrow dtypes lack.
@@ -32,15 +33,15 @@ _BYTES_4 = 0xFFFFFFFF
 
 
 def is_narrow(dtype: torch.dtype) -> bool:
-    """Whether parameters of a dtype hold less than the arithmetic on them."""
+    """Whether a dtype has a lower precision than the float32 arithmetic on its parameters."""
     return dtype in _DROPPED
 
 
 def residual_dtype(rounding: str, dtype: torch.dtype) -> torch.dtype | None:
-    """Of what the residual of a parameter is made, ``None`` if it has none.
+    """The dtype of a parameter's residual; ``None`` if it has none.
 
     Raises:
-        ValueError: There is no such way for the dtype.
+        ValueError: The rounding does not exist for the dtype.
 
     >>> residual_dtype("kahan", torch.float16), residual_dtype("split", torch.bfloat16)
     (torch.float16, torch.int16)
@@ -48,8 +49,8 @@ def residual_dtype(rounding: str, dtype: torch.dtype) -> torch.dtype | None:
     """
     if rounding == "split" and dtype == torch.float16:
         raise ValueError(
-            "rounding='split' makes float32 of a bfloat16 parameter and 16 more bits, and there is a parameter in "
-            "float16, whose exponent is another: use rounding='kahan'."
+            "rounding='split' stores a float32 value as a bfloat16 parameter and 16 more bits. There is a parameter in "
+            "float16, whose exponent is shorter than float32's: use rounding='kahan'."
         )
     if rounding == "kahan" and is_narrow(dtype):
         return dtype
@@ -57,9 +58,9 @@ def residual_dtype(rounding: str, dtype: torch.dtype) -> torch.dtype | None:
 
 
 def prepare_residual(state: Any, p: Tensor, rounding: str) -> None:
-    """See to it that the state of a parameter holds the residual that a way of rounding needs, and no other.
+    """Add the residual that a rounding needs to the state of a parameter, and drop one of another rounding.
 
-    A new one is zero: the run goes on from the parameter as it is.
+    A new residual is zero: the run continues from the rounded parameter.
     """
     dtype, residual = residual_dtype(rounding, p.dtype), state.get(RESIDUAL)
     if dtype is None:
@@ -71,14 +72,14 @@ def prepare_residual(state: Any, p: Tensor, rounding: str) -> None:
 
 
 def load(p: Tensor, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The value of a parameter in the precision of the arithmetic; ``p`` itself if it has that."""
+    """The value of a parameter in a dtype, with its residual; ``p`` itself if it has that dtype and no residual."""
     if residual is None:
         return p.to(dtype)
     value = p.to(torch.float32)
     if residual.dtype != torch.int16:
         return value + residual.to(torch.float32) * torch.finfo(p.dtype).eps
     low = residual.to(torch.int32)
-    # Somebody may have set the parameter to zero, below which there is no bit pattern.
+    # The user may have set the parameter to zero; no bit pattern lies below zero.
     low = torch.where(value == 0, low.clamp(min=0), low)
     return (value.view(torch.int32) + low).view(torch.float32)
 
@@ -89,17 +90,17 @@ def store_(
     """Write a float32 value to a parameter in bfloat16 or float16, and to its residual.
 
     Args:
-        p: The parameter or a part of some.
-        value: What to store.
-        residual: Of the parameter; in its dtype for Kahan's compensation, int16 for a split, ``None`` for neither.
-        noise: Numbers of the elements in a stream of random numbers, for stochastic rounding.
+        p: The parameter, or a vector of elements of one or more.
+        value: The value to store.
+        residual: Its residual: of the parameter's dtype for Kahan summation, int16 for a split, ``None`` for neither.
+        noise: Positions of the elements in the random stream, int64, for stochastic rounding.
         finite: ``None``, or a 0-d boolean tensor: where it is ``False`` nothing changes.
     """
     new_residual: Tensor | None = None
     if noise is not None:
         bits = random_bits(noise)
         if spare := 16 - _DROPPED[p.dtype]:
-            bits = bits >> spare  # Its upper ones: the lower ones repeat sooner.
+            bits = bits >> spare  # Keep the upper bits: the lower ones repeat sooner.
         value = _round(value, p.dtype, bits)
     elif residual is not None and residual.dtype == torch.int16:
         bits = torch.where(value.isnan(), torch.nan, value).view(torch.int32)
@@ -108,7 +109,7 @@ def store_(
     elif residual is not None:
         exact, half = value, 1 << (_DROPPED[p.dtype] - 1)
         value = _round(value, p.dtype, half)
-        # In units of eps: as large as the parameter, so that float16 does not underflow.
+        # In units of eps, which makes it as large as the parameter, so that float16 does not underflow.
         new_residual = torch.where(value == exact, 0.0, (exact - value) / torch.finfo(p.dtype).eps)
     _write(p, value, finite)
     if residual is not None and new_residual is not None:
@@ -121,16 +122,16 @@ def _write(target: Tensor, value: Tensor, finite: Tensor | None) -> None:
 
 
 def _round(value: Tensor, dtype: torch.dtype, addend: Tensor | int) -> Tensor:
-    """The neighbour in ``dtype`` that is left of adding to the bits below its last one and cutting them off.
+    """Round to a neighbour in ``dtype``: add to the bits that it lacks, then clear them.
 
-    Half of the unit in the last place rounds to nearest, a random part of it up or down with the right odds.
-    Everything beyond the largest number stays as it is, to be rounded as in any conversion.
+    Adding half a unit in the last place rounds to nearest; adding a random fraction of a unit rounds up or down with
+    the right odds. A value beyond the largest finite number stays as it is and is rounded by the conversion.
     """
     dropped = _DROPPED[dtype]
     inside = value.abs() <= torch.finfo(dtype).max
     x = torch.where(inside, value, 0.0)
     if dtype == torch.float16:
-        # Subnormal numbers are as far apart as the smallest normal ones, among which this puts them.
+        # Subnormal numbers have the spacing of the smallest normal ones: shift them there.
         smallest = torch.finfo(dtype).smallest_normal
         shift = torch.where(x.abs() < smallest, torch.copysign(torch.full_like(x, smallest), x), 0.0)
         x = x + shift
@@ -143,57 +144,56 @@ def _round(value: Tensor, dtype: torch.dtype, addend: Tensor | int) -> Tensor:
 
 # --- random numbers ---------------------------------------------------------------------------------------------
 #
-# At step t an element has the number h + a t, modulo 1, where h is random. Each is uniform, so that every rounding is
-# right in the mean. And a few in succession are spread evenly, so that what one step rounds up too much the next ones
-# round up too little: after many equal updates an element is less than a unit off, where with independent numbers it
-# wanders. What differs at random from one update to the next makes it wander still, half to three quarters as far.
+# At step t an element uses the random number h + a t, modulo 1, where h is random. Each is uniform, so that every
+# rounding is right in the mean. Successive numbers are evenly distributed (a low-discrepancy sequence), so that their
+# rounding errors cancel: after many equal updates an element is less than a unit off, where independent numbers would
+# make it a random walk. Updates with noise of their own still make one, half to three quarters as wide.
 #
-# Every so many steps there is another h. Otherwise updates that swing exactly with the period of the numbers, 1 / a,
-# would go ever further astray, and elements with nearly the same h would for ever be rounded in the same way.
+# h changes every few steps. Otherwise the errors of updates that oscillate exactly with the period of the numbers,
+# 1 / a, would add up, and elements with nearly the same h would always be rounded in the same direction.
 
-#: 2^16 a: odd, so that all numbers come up before one comes again; and the nearest to 2^16 over the golden ratio whose
-#: continued fraction over 2^16 has no quotient above 3, so that multiples of a stay away from integers.
+#: 2^16 a. It is odd, so that all 2^16 numbers occur before one repeats. It is the nearest such number to 2^16 over the
+#: golden ratio whose continued fraction over 2^16 has no quotient above 3, so that multiples of a stay far from
+#: integers.
 _STRIDE = 40521
 #: Steps from one h to the next.
 _BLOCK = 1024
 
 
-def first_number(t: int, position: int, offset: int = 0) -> int:
-    """The number of a parameter's first element in the stream of random numbers, at one step.
-
-    The numbers of the elements that follow it follow.
+def stream_start(t: int, position: int, offset: int = 0) -> int:
+    """Position of a parameter's first element in the random stream at one step; the other elements follow it.
 
     Args:
         t: The parameter's step.
         position: Its position among the optimizer's parameters.
-        offset: Index in the parameter of the first element that is here, for shards.
+        offset: Index in the parameter of this rank's first element, for shards.
     """
     x = t // _BLOCK * 2**32 + position
     for _ in range(2):
         x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 + 0x9E3779B97F4A7C15) % 2**64
         x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) % 2**64
-    # The lower half says which h, where what is carried over adds to it.
+    # The lower half selects h; the offset is added to it and may carry into the upper half.
     return (t * _STRIDE % 2**16 << 32) + x % 2**32 + offset
 
 
-def numbers(first: int, start: int, stop: int, device: torch.device) -> Tensor:
-    """The numbers of elements ``start`` to ``stop`` of a parameter whose first element has the given one."""
+def stream_positions(first: int, start: int, stop: int, device: torch.device) -> Tensor:
+    """Stream positions of elements ``start`` to ``stop`` of a parameter whose first element has position ``first``."""
     return torch.arange(start, stop, device=device).add_(first)
 
 
-def joined_numbers(firsts: Sequence[int], sizes: Sequence[int], device: torch.device) -> Tensor:
-    """The numbers of the elements of several parameters, one after another, without a launch for each."""
+def joined_positions(firsts: Sequence[int], sizes: Sequence[int], device: torch.device) -> Tensor:
+    """Stream positions of the elements of several parameters, one after another, without a kernel for each."""
     starts = [first - behind for first, behind in zip(firsts, accumulate(sizes, initial=0))]
     shifts, counts = (torch.tensor(x, device="cpu").to(device, non_blocking=True) for x in (starts, sizes))
     return shifts.repeat_interleave(counts, output_size=sum(sizes)).add_(torch.arange(sum(sizes), device=device))
 
 
-def random_bits(number: Tensor) -> Tensor:
-    """16 random bits for each number: the same ones always, whoever asks and in whatever order.
+def random_bits(position: Tensor) -> Tensor:
+    """16 random bits for each stream position, a pure function of it.
 
-    32 bits are mixed, in 64 so that no product overflows: what that gives is nobody's promise.
+    32 bits are mixed in 64-bit integers, so that no product overflows: the result of an overflow is undefined.
     """
-    x = number & _BYTES_4
+    x = position & _BYTES_4
     for shift, constant in ((15, 0x2C1B3C6D), (12, 0x297A2D39)):
         x = ((x ^ (x >> shift)) * constant) & _BYTES_4
-    return (((x ^ (x >> 15)) + (number >> 32)) & _BYTES_2).to(torch.int32)
+    return (((x ^ (x >> 15)) + (position >> 32)) & _BYTES_2).to(torch.int32)

@@ -1,26 +1,26 @@
-"""What a rule is: how one step changes state and where it moves parameters.
+"""What a rule is: how one step updates state and moves parameters.
 
 A rule is a class that is never instantiated. Annotated fields are its hyperparameters, a few class attributes name its
 state, and two functions are the algorithm: ``scalars`` computes numbers on the host, once per step, and ``update``
-changes the state **in place** and returns a :class:`Move`. It knows nothing of parameter groups, precision,
-checkpoints, devices or ranks: the engine owns those and may hand ``update`` a whole tensor, a slice of one, or a stack
-of several. *A rule says where to go; the engine goes there*: ``maximize``, weight decay, the learning rate's sign and
-rounding are applied by the engine, once for all rules.
+changes the state **in place** and returns a :class:`Move`. It is independent of parameter groups, precision,
+checkpoints, devices and ranks: the engine handles those and may pass ``update`` a whole tensor, a slice of one, or a
+stack of several. *A rule returns a direction and a step; the engine moves the parameters*: it applies ``maximize``,
+weight decay, the sign of the step and rounding, once for all rules.
 
-Three kinds exist, by what ``update`` has to see:
+There are three kinds, by what ``update`` needs:
 
 - :class:`ElementwiseRule`: any slice of any tensor;
 - :class:`MatrixRule`: a stack ``(k, *shape)`` of equal-shape tensors. Where it needs a polar factor it yields a
-  :class:`Polar`, so that the engine can orthogonalise those of many stacks at once;
+  :class:`Polar`, so that the engine can orthogonalise the matrices of many stacks at once;
 - :class:`GroupRule`: every tensor, plus a few inner products summed over all tensors of the parameter group.
 
-Names of the arguments, everywhere:
+Arguments have the same names everywhere:
 
 - ``t``: the parameter's step, from 1; ``h``: hyperparameters as attributes (``h.lr``; ``betas`` also as ``h.beta1`` and
   ``h.beta2``); ``shape``: shape of one tensor of the stack.
-- ``g``: the gradient in the precision of the arithmetic, to be read only; ``s``: state tensors as attributes;
-  ``k``: numbers as attributes: all hyperparameters, and what ``scalars`` returned. In compiled steps they are 0-d
-  tensors, which is why updates are written with the functions of :mod:`.arithmetic`.
+- ``g``: the gradient in float32 or float64, read only; ``s``: state tensors as attributes; ``k``: numbers as
+  attributes: all hyperparameters, and what ``scalars`` returned. In compiled steps they are 0-d tensors, which is why
+  updates use the functions of :mod:`.arithmetic`.
 """
 
 from __future__ import annotations
@@ -47,18 +47,18 @@ Buffers: TypeAlias = Mapping[str, "Shape | None"]
 LIKE_PARAMETER = None
 
 
-# --- where to go ------------------------------------------------------------------------------------------------
+# --- moves ------------------------------------------------------------------------------------------------------
 
 
 class Move(NamedTuple):
-    """Where parameters go: ``p <- keep * p - step * direction / over``.
+    """How parameters move: ``p <- keep * p - step * direction / over``.
 
     Args:
         direction: A tensor of the parameters' shape.
-        step: A number, or a tensor that broadcasts against them.
-        over: What the direction is divided by, a positive tensor; ``None`` for 1. Division and step are one operation.
-        keep: The factor of weight decay of a rule with a decay of its own (:attr:`Rule.own_decay`); for others the
-            engine has it.
+        step: A number, or a tensor that broadcasts to the parameters' shape.
+        over: A positive tensor that divides the direction, in one operation with the step; ``None`` for 1.
+        keep: The factor of weight decay, from a rule with a decay of its own (:attr:`Rule.own_decay`); ``None`` from
+            all others, whose decay is the engine's.
 
     Example:
         >>> import torch
@@ -79,15 +79,15 @@ class Move(NamedTuple):
         if self.over is not None:
             return add_quotient_(p, self.direction, self.over, -self.step)
         if isinstance(self.step, Tensor) and self.step.ndim:
-            return p.addcmul_(self.direction, self.step, value=-1)  # Without the temporary of add_.
+            return p.addcmul_(self.direction, self.step, value=-1)  # Needs no temporary, as add_ would.
         return add_(p, self.direction, -self.step)
 
 
 class Polar(NamedTuple):
-    """What a matrix rule yields: matrices to orthogonalise.
+    """A request of a matrix rule: matrices to orthogonalise.
 
-    ``factor, sums = yield Polar(matrices, method)`` sends back the polar factors, to be read only, and ``sums`` over
-    all rows of the matrices: where ranks hold some rows each, the engine adds up what they yield.
+    ``factor, sums = yield Polar(matrices, method)`` returns the polar factors, read only, and ``sums`` over all rows of
+    the matrices: where several ranks hold some rows each, the engine adds up the sums that they yield.
 
     Args:
         matrices: A stack ``(k, m, n)``.
@@ -100,15 +100,15 @@ class Polar(NamedTuple):
     sums: tuple[Tensor, ...] = ()
 
 
-#: What an update that orthogonalises is.
+#: The generator that an update with :class:`Polar` requests is.
 Orthogonalizing: TypeAlias = Generator[Polar, tuple[Tensor, tuple[Tensor, ...]], Move]
 
 
-# --- what is worth watching -------------------------------------------------------------------------------------
+# --- internals --------------------------------------------------------------------------------------------------
 
 
 def ignore(name: str, value: Tensor) -> None:
-    """The observer of a step that nothing watches."""
+    """The observer of a step without one."""
 
 
 def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
@@ -118,17 +118,17 @@ def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Internal:
-    """A scalar of a rule's own that is worth watching.
+    """A scalar that a rule offers to diagnostics.
 
-    It is made of sums over elements, so that it is right for shards of a tensor and for several tensors together. Two
-    rules that give the same name to one must mean the same by it.
+    It is computed from sums over elements, so that it is right for shards of a tensor and for several tensors together.
+    If two rules use one name, it has to mean the same in both.
 
     Args:
         description: One line.
-        sums: What has to be added up, a tuple of 0-d tensors: from the reported value, ``sums(value)``, or from the
-            state after the step, ``sums(g, s, t, h)``.
-        reported: The name under which ``update`` reports the value; ``None`` for one made of the state.
-        value: The scalar, from the added sums, element by element.
+        sums: The sums, a tuple of 0-d tensors: ``sums(value)`` of a reported value, or ``sums(g, s, t, h)`` of the
+            state after the step.
+        reported: The name under which ``update`` reports the value; ``None`` for a scalar of the state.
+        value: Computes the scalar from the total sums, element by element.
     """
 
     description: str
@@ -145,11 +145,11 @@ def mean_of(reported: str, description: str) -> Internal:
 def gradient_to_variance(v: str = "v", what: str = "second moment") -> Internal:
     """Squared gradients over their running average.
 
-    Far above 1 the average lags behind a growing gradient, from which loss spikes come (arXiv 2506.04805).
+    Far above 1, the average lags behind a growing gradient, which causes loss spikes (arXiv 2506.04805).
 
     Args:
         v: Name of the state tensor, an average with ``betas[1]`` that starts at zero.
-        what: What it is an average of.
+        what: The quantity that it averages.
     """
 
     def sums(g: Tensor, s: Any, t: int, h: Any) -> tuple[Tensor, ...]:
@@ -163,7 +163,7 @@ def gradient_to_variance(v: str = "v", what: str = "second moment") -> Internal:
 
 
 def _own_fields(cls: type[Rule]) -> dict[str, Field]:
-    """The fields that a class body declares. Their defaults leave the class: they are not an instance's values."""
+    """The fields that a class body declares; their defaults are removed, since groups hold the values."""
     annotations = inspect.get_annotations(cls)
     hints = typing.get_type_hints(cls, include_extras=True) if annotations else {}
     found = {}
@@ -186,24 +186,24 @@ RULES: dict[str, type[Rule]] = {}
 
 @dataclass_transform(field_specifiers=(dataclasses.field,))
 class Rule:
-    """A rule. Class keywords: ``about``, one line on what it is, and ``paper``, where it was published.
+    """A rule. Class keywords: ``about``, a one-line description, and ``paper``, where it was published.
 
-    With ``about``, a rule is offered by name: it is listed in :data:`RULES`.
+    A rule with ``about`` is offered by name: it is listed in :data:`RULES`.
 
     Attributes:
-        name: What parameter groups and checkpoints call it, the name of the class.
+        name: Its name in parameter groups and checkpoints, that of the class.
         fields: Its hyperparameters, from the annotated fields; see :class:`.hyperparameters.Field`.
-        constraints: What the entries of its parameter groups must be, by name.
+        constraints: Constraints on the entries of its parameter groups, by name.
         arguments: Other arguments of its constructor, where it has one: the engine's.
         buffers: Names of its state tensors, each of the parameter's shape and zero at first. Or a function
             ``buffers(shape, h)`` that returns names, or a mapping from names to shapes (``None``: the parameter's own).
         host_state: Names of numbers that ``scalars`` keeps from step to step in its third argument, a dictionary.
         as_fallback: Defaults that differ where it is the fallback rule of an optimizer for matrices.
-        fixed: Hyperparameters, beside those that decide on the state, that cannot change after the first step.
+        fixed: Hyperparameters that cannot change after the first step, besides those that determine the state's shapes.
         own_decay: Whether ``update`` returns ``keep`` itself. Otherwise weight decay is the engine's; see :meth:`keep`.
-        capturable: Whether a CUDA graph can hold the update: it takes its numbers as tensors, too, and decomposes no
+        capturable: Whether a CUDA graph can record the update: it accepts its numbers as tensors, and decomposes no
             matrices.
-        internals: Scalars of its own that are worth watching, by name.
+        internals: Scalars that it offers to diagnostics, by name.
     """
 
     kind: ClassVar[str] = "abstract"
@@ -239,7 +239,7 @@ class Rule:
 
     @staticmethod
     def scalars(t: int, h: Any, *details: Any) -> Scalars:
-        """Numbers of step ``t`` that are the same for every element, computed in double precision.
+        """Numbers of step ``t`` that are the same for all elements, computed in float64.
 
         Matrix rules get the shape of a tensor as a third argument, rules with ``host_state`` that dictionary.
         """
@@ -263,25 +263,25 @@ class ElementwiseRule(Rule):
 
     @staticmethod
     def update(g: Tensor, s: Any, k: Any) -> Move:
-        """Update the state in place; where the parameters go."""
+        """Update the state in place and return how the parameters move."""
         raise NotImplementedError
 
 
 class MatrixRule(Rule):
-    """A rule that sees whole tensors, ``k`` equal ones at a time, and may report what it computed on the way.
+    """A rule that works on whole tensors, ``k`` of equal shape at a time, and may report intermediate results.
 
-    Parameters may be on other ranks than the one that runs the rule, and these know ``k``: a ``step`` of a move that
-    is a number has to be ``k.step``, if there is one. What is a tensor is sent to them.
+    Shards of the parameter may be on ranks other than the one that runs the rule. These know ``k``, and are sent only
+    tensors: if the ``step`` of a move is a number and there is a ``k.step``, the two must be equal.
 
-    Where ranks hold some rows each of a matrix, a rule that is ``by_rows`` runs on those: ``g``, state of the
-    parameter's shape and the factor are rows, and what it needs to know of all rows has to come of
-    :attr:`Polar.sums`. A rule that is not runs on whole tensors, wherever they are.
+    Where ranks hold some rows each of a matrix, a rule with ``by_rows`` runs on these rows: ``g``, state of the
+    parameter's shape and the factor are rows, and sums over all rows have to be taken by :attr:`Polar.sums`. A rule
+    without it runs on whole tensors, on one rank.
 
     Attributes:
-        by_rows: Whether the update needs whole matrices for the polar factor and for sums only. State that is not of
-            the parameter's shape has to come of such sums.
-        flatten: Whether tensors with more than two axes arrive as matrices ``(k, shape[0], rest)``; otherwise as
-            they are, ``(k, *shape)``.
+        by_rows: Whether the update needs whole matrices only for the polar factor and for sums. State of another shape
+            than the parameter's must then follow from such sums.
+        flatten: Whether tensors with more than two axes are passed as matrices ``(k, shape[0], rest)``; otherwise as
+            ``(k, *shape)``.
     """
 
     kind: ClassVar[str] = "matrix"
@@ -290,19 +290,20 @@ class MatrixRule(Rule):
 
     @staticmethod
     def phases(h: Any) -> int:
-        """To how many schedules parameters are dealt, 0 if to none.
+        """Over how many phases parameters are distributed; 0 for none.
 
-        If to any, ``scalars`` gets the parameter's position in its group, modulo this number, as a fourth argument.
+        If there are phases, ``scalars`` takes a parameter's phase as a fourth argument: its position in the group,
+        modulo their number.
         """
         return 0
 
     @staticmethod
     def update(g: Tensor, s: Any, k: Any, observe: Observer) -> Move | Orthogonalizing:
-        """Update the state in place; where the parameters go.
+        """Update the state in place and return how the parameters move.
 
-        It may be a generator, which yields :class:`Polar` for what is to be orthogonalised. Intermediate results that
-        are worth watching go to ``observe(name, value)``. The engine reports what was orthogonalised as
-        ``"momentum"``, and what came of it as ``"orthogonal_factor"``.
+        It may be a generator that yields a :class:`Polar` for matrices to orthogonalise. It reports intermediate
+        results by ``observe(name, value)``. The engine reports the matrices as ``"momentum"``, and their polar factors
+        as ``"orthogonal_factor"``.
         """
         raise NotImplementedError
 
@@ -311,8 +312,8 @@ class GroupRule(Rule):
     """An element-wise rule that needs a few sums over the whole parameter group first.
 
     Attributes:
-        group_state: Initial values of numbers that belong to the group. Each tensor of the group keeps a copy, so that
-            checkpoints need no place of their own for them.
+        group_state: Initial values of the numbers that belong to the group. The state of each of its parameters keeps
+            a copy, so that checkpoints hold them like any other state.
     """
 
     kind: ClassVar[str] = "group"
@@ -320,31 +321,31 @@ class GroupRule(Rule):
 
     @staticmethod
     def sums(g: Tensor, s: Any, k: Any) -> tuple[Tensor, ...]:
-        """0-d tensors of every tensor, to be added up over the group; changes nothing."""
+        """0-d tensors, to be added up over all tensors of the group; changes nothing."""
         raise NotImplementedError
 
     @staticmethod
     def combine(sums: tuple[Tensor, ...], s: Any, k: Any) -> tuple[dict[str, Tensor], Scalars]:
-        """The group's new state, and coefficients, which ``update`` finds among its numbers; called once per step."""
+        """The group's new state, and coefficients, which ``update`` finds in ``k``; called once per step."""
         raise NotImplementedError
 
     @staticmethod
     def update(g: Tensor, s: Any, k: Any) -> Move:
-        """Update the state in place; where the parameters go."""
+        """Update the state in place and return how the parameters move."""
         raise NotImplementedError
 
 
 Kind = Literal["element-wise", "matrix", "group"]
 
 
-# --- what a step hands to a rule --------------------------------------------------------------------------------
+# --- the arguments of a rule ------------------------------------------------------------------------------------
 
 
 def hyperparameters_of(rule: type[Rule], group: Mapping[str, Any]) -> SimpleNamespace:
-    """The hyperparameters of a parameter group as attributes, plain numbers all."""
+    """The hyperparameters of a parameter group as attributes, all of them plain numbers."""
     values = {name: group[name] for name in rule.fields}
     if "betas" in values and "momentum" in group:
-        # A schedule that cycles the momentum of Muon sets it in the groups of the fallback rule, too.
+        # A schedule that cycles Muon's momentum also sets it in the groups of the fallback rule.
         values["betas"] = (group["momentum"], values["betas"][1])
     return as_attributes(values)
 
@@ -360,10 +361,10 @@ def as_attributes(values: Mapping[str, Any]) -> SimpleNamespace:
 
 
 def numbers_of(rule: type[Rule], t: int, h: SimpleNamespace, *details: Any) -> Scalars:
-    """The numbers of a step: hyperparameters, what the rule computes of them, and the two forms of weight decay.
+    """The numbers of a step: hyperparameters, the rule's scalars, and the two forms of weight decay.
 
     ``keep`` is the factor of decoupled decay, ``1 - lr * weight_decay`` for most rules; ``l2`` the coefficient of
-    coupled decay, ``l2 * p`` being added to the gradient and so to every statistic of the rule, or ``None``.
+    coupled decay, or ``None``: ``l2 * p`` is added to the gradient, and so enters every statistic of the rule.
     """
     numbers = {name: x for name, x in vars(h).items() if name not in _NOT_NUMBERS}
     weight_decay = getattr(h, "weight_decay", 0.0)
@@ -378,7 +379,7 @@ def numbers_of(rule: type[Rule], t: int, h: SimpleNamespace, *details: Any) -> S
     return numbers | rule.scalars(t, h, *details)
 
 
-#: Hyperparameters that are in the numbers in another form.
+#: Hyperparameters that the numbers of a step hold in another form.
 _NOT_NUMBERS = ("betas", "weight_decay", "decoupled")
 
 

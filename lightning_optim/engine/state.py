@@ -66,7 +66,7 @@ def new_state(rule: type[Rule], p: Tensor, group: Mapping[str, Any], owner: int 
         elif shape is LIKE_PARAMETER:
             state[name] = processes.zeros_like(p, dtype)
         else:
-            state[name] = processes.zeros_of_shape(p, shape, dtype, replicated=stays_in_rows(rule, p, group))
+            state[name] = processes.zeros_of_shape(p, shape, dtype, replicated=runs_on_rows(rule, p, group))
     if issubclass(rule, GroupRule):
         for name, value in rule.group_state.items():
             state[name] = torch.tensor(value, dtype=accumulation_dtype(p.device), device=p.device)
@@ -156,12 +156,12 @@ def _convert(rule: type[Rule], p: Tensor, state: State, group: Mapping[str, Any]
         state[name] = state[name].to(p.device, accumulation_dtype(p.device))
 
 
-def lives_with_owner(rule: type[Rule], p: Tensor, group: Mapping[str, Any]) -> bool:
+def has_owner(rule: type[Rule], p: Tensor, group: Mapping[str, Any]) -> bool:
     """Whether several processes hold parts of a parameter, and one of them has its state and runs the rule."""
-    return issubclass(rule, MatrixRule) and processes.sharding_of(p) is not None and not stays_in_rows(rule, p, group)
+    return issubclass(rule, MatrixRule) and processes.sharding_of(p) is not None and not runs_on_rows(rule, p, group)
 
 
-def stays_in_rows(rule: type[Rule], p: Tensor, group: Mapping[str, Any]) -> bool:
+def runs_on_rows(rule: type[Rule], p: Tensor, group: Mapping[str, Any]) -> bool:
     """Whether processes that hold some rows each of a parameter's matrices run the rule on those."""
     if not issubclass(rule, MatrixRule) or not rule.by_rows or group["transposed"]:
         return False

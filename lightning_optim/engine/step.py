@@ -1,17 +1,17 @@
-"""How rules are run: rule -> plan (which tensors run together) -> run.
+"""How rules are run: first the engine decides which tensors run together, then it runs each rule on them.
 
-:func:`run_rules` is the only entry. It receives the parameters whose gradients are fit to be used and updates
-parameters and state in place. Rules stay free of everything that changes with the way of running:
+:func:`run_rules` is the only entry point. It takes parameters whose gradients have been checked, and updates parameters
+and state in place. Rules stay free of everything that depends on how they are run:
 
 - :mod:`.state`: state tensors, and the matrices inside parameters;
 - :mod:`.rounding`: how results are rounded into low-precision parameters;
 - :mod:`.reference`: the reference, one parameter at a time;
 - :mod:`.call`: one call of a rule's function;
-- :mod:`.elementwise`: element-wise and group rules, joined and chunked;
+- :mod:`.elementwise`: element-wise and group rules, on joined and chunked tensors;
 - :mod:`.compile`: the same, compiled;
-- :mod:`.matrices`: matrix rules on stacks, and the orthogonalisation that stacks share;
+- :mod:`.matrices`: matrix rules on stacks, which are orthogonalised together;
 - :mod:`.distributed_matrices`: matrix rules on several ranks;
-- :mod:`.owned_state`: state that one rank keeps for all;
+- :mod:`.owned_state`: state of sharded parameters that one rank keeps;
 - :mod:`lightning_optim.processes`: which rank has which shard of a parameter, and communication.
 """
 
@@ -25,9 +25,11 @@ import torch
 from torch import Tensor
 
 from ..processes import Group
-from . import distributed_matrices, elementwise, reference
 from .batch import Batch
+from .distributed_matrices import run_matrices
+from .elementwise import run_elementwise
 from .matrices import ParameterObserver
+from .reference import run_reference
 from .rule import MatrixRule
 
 Backend = Literal["auto", "plain", "chunked", "compiled"]
@@ -49,21 +51,21 @@ def run_rules(
         backend: One of :data:`BACKENDS`.
         finite: ``None``, or a 0-d boolean tensor: where it is ``False`` nothing may change.
         observer: Called as ``observer(p, name, value)`` with what matrix rules report.
-        replicas: The processes that hold equal parameters and gradients and share orthogonalisation, if any do.
-        parts: Processes that hold other parts of the parameters where those do not say so themselves.
+        replicas: Ranks that hold equal parameters and gradients and share orthogonalisation, if any do.
+        parts: Ranks that hold other shards of the parameters, where these are not ``DTensor``.
     """
-    flat = [batch for batch in batches if not issubclass(batch.rule, MatrixRule)]
+    others = [batch for batch in batches if not issubclass(batch.rule, MatrixRule)]
     with _without_autocast(batches):
         if backend == "plain" and finite is None and not (replicas or parts or any(map(_sharded, batches))):
-            reference.run(batches, observer)
+            run_reference(batches, observer)
             return
-        if len(flat) == len(batches):
-            elementwise.run(flat, backend, finite, parts)
+        if len(others) == len(batches):
+            run_elementwise(others, backend, finite, parts)
             return
-        whole = [batch for batch in batches if issubclass(batch.rule, MatrixRule)]
-        matrices = distributed_matrices.run(whole, backend, finite, observer, replicas)
-        next(matrices, None)  # While the first matrices travel, the other rules run.
-        elementwise.run(flat, backend, finite, parts)
+        of_matrices = [batch for batch in batches if issubclass(batch.rule, MatrixRule)]
+        matrices = run_matrices(of_matrices, backend, finite, observer, replicas)
+        next(matrices, None)  # While the first matrices are being sent, the other rules run.
+        run_elementwise(others, backend, finite, parts)
         for _ in matrices:
             pass
 
@@ -73,7 +75,7 @@ def _sharded(batch: Batch) -> bool:
 
 
 def _without_autocast(batches: Sequence[Batch]) -> AbstractContextManager[Any]:
-    """Keep the precision of products when a step is made under ``torch.autocast``, as in manual optimization."""
+    """Turn ``torch.autocast`` off for the step, which manual optimization may make inside its context."""
     kinds: set[str] = set()
     for batch in batches:
         if "devices" not in batch.cache:

@@ -38,7 +38,7 @@ def _polar_express(steps: int, safety: float) -> Iteration:
     return Iteration(minimax(steps, lower=1e-3, safety=safety, cushion=0.02), source)
 
 
-#: Iterations by name; ``"exact"`` is accepted beside them.
+#: Iterations by name; ``"exact"`` is accepted as well.
 METHODS: dict[str, Iteration] = {
     "kj5": _keller_jordan(5),
     "kj5-schatten": Iteration(

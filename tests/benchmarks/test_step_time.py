@@ -223,7 +223,7 @@ def test_captured_steps_take_part_where_they_can() -> None:
         (c.optimizer, c.implementation): c for c in contenders(["LaProp", "NAMO", "SOAP"], ["auto"], [], graphs=True)
     }
     assert {key for key in who if "graph" in key[1]} == {("LaProp", "ours/auto+graph"), ("NAMO", "ours/auto+graph")}
-    with pytest.raises(ValueError, match="a graph is of one CUDA device"):
+    with pytest.raises(ValueError, match="a graph runs on one CUDA device"):
         who["LaProp", "ours/auto+graph"].build(Workload(nn.Linear(3, 3)))
 
 

@@ -81,7 +81,7 @@ def at_step(t: int) -> Iterator[None]:
     def read(states: list[Any], names: tuple[str, ...]) -> dict[str, Known]:
         return {name: Known([t - 1.0 if name == "step" else 0.5] * len(states)) for name in names}
 
-    with mock.patch("lightning_optim.engine.batch.clocks_of", read):
+    with mock.patch("lightning_optim.engine.batch.counters_of", read):
         yield
 
 

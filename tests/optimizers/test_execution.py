@@ -47,7 +47,7 @@ def tiny_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning_optim.engine.elementwise.CHUNK", {"cpu": 40, "cuda": 40})
     monkeypatch.setattr("lightning_optim.engine.matrices.STACK", {"cpu": 170, "cuda": 170})
     monkeypatch.setattr("lightning_optim.engine.matrices.TOGETHER", {"cpu": 48, "cuda": 48})
-    monkeypatch.setattr("lightning_optim.engine.matrices.WAVE", 200)
+    monkeypatch.setattr("lightning_optim.engine.matrices.BUCKET", 200)
 
 
 def clone(params: list[Tensor]) -> list[Tensor]:
@@ -321,7 +321,7 @@ def test_auto_falls_back_with_one_warning(
     assert len(messages) == 1
     assert f"AssertionError: {message}" in messages[0]
     assert "backend='chunked'" in messages[0]
-    with pytest.raises(RuntimeError, match=r"backend='compiled': compiling .* failed .*backend='chunked' does without"):
+    with pytest.raises(RuntimeError, match=r"backend='compiled': compiling .* failed .*backend='chunked' needs none"):
         run(lo.LaProp(params, backend="compiled"), params, range(1, 2))
 
 
@@ -628,7 +628,7 @@ def test_the_largest_entry_is_bounded(backend: str, data: st.DataObject) -> None
     grads = [torch.randn(n, generator=generator) for n in sizes]
     if data.draw(st.booleans()):
         grads[0] = torch.randn(3, max(sizes), generator=generator).mT  # Not contiguous.
-    bound = elementwise.largest(grads, backend)
+    bound = elementwise.largest_entry(grads, backend)
     # A norm in float32 is good to 1e-6.
     assert (
         max(g.abs().max() for g in grads) <= bound * (1 + 1e-6) <= sum(g.norm() ** 2 for g in grads) ** 0.5 * (1 + 1e-5)
@@ -636,7 +636,7 @@ def test_the_largest_entry_is_bounded(backend: str, data: st.DataObject) -> None
     i = data.draw(st.integers(0, len(grads) - 1))
     where = torch.tensor(data.draw(st.integers(0, grads[i].numel() - 1)))
     grads[i][torch.unravel_index(where, grads[i].shape)] = data.draw(st.sampled_from([math.nan, math.inf, -math.inf]))
-    assert not math.isfinite(elementwise.largest(grads, backend))
+    assert not math.isfinite(elementwise.largest_entry(grads, backend))
 
 
 @pytest.mark.parametrize("backend", ["plain", "chunked", compiled])

@@ -304,13 +304,13 @@ def test_decompositions_are_refused(name: str, arguments: dict[str, Any], record
 
 def test_other_refusals() -> None:
     _, params = twins()
-    with pytest.raises(ValueError, match=r"LaProp: a graph is of one CUDA device, and parameters are on cpu"):
+    with pytest.raises(ValueError, match=r"LaProp: a graph runs on one CUDA device, and parameters are on cpu"):
         lo.capture_step(lo.LaProp(params))
 
 
 def test_random_rounding_is_refused(recorder: Recorder) -> None:
     _, params = twins(torch.bfloat16)
-    with pytest.raises(ValueError, match=r"rounding='stochastic' draws other numbers .* use 'kahan' or 'split'"):
+    with pytest.raises(ValueError, match=r"rounding='stochastic' draws new random numbers .* use 'kahan' or 'split'"):
         lo.capture_step(lo.LaProp(params, rounding="stochastic"))
 
 

@@ -24,13 +24,13 @@ from lightning_optim.engine.rounding import (
     _STRIDE,
     RESIDUAL,
     ROUNDINGS,
-    first_number,
     load,
-    numbers,
     prepare_residual,
     random_bits,
     residual_dtype,
     store_,
+    stream_positions,
+    stream_start,
 )
 from lightning_optim.engine.rule import ElementwiseRule, MatrixRule, Move
 from lightning_optim.engine.step import run_rules
@@ -90,7 +90,7 @@ def stored(value: Tensor, rounding: str, dtype: torch.dtype, **kwargs: Any) -> t
     kind = residual_dtype(rounding, dtype)
     residual = None if kind is None else torch.full_like(value, 7, dtype=kind)
     if rounding == "stochastic":
-        kwargs.setdefault("noise", numbers(12345, 0, value.numel(), value.device))
+        kwargs.setdefault("noise", stream_positions(12345, 0, value.numel(), value.device))
     store_(p, value, residual, **kwargs)
     return p, residual
 
@@ -139,7 +139,7 @@ def test_kahan_passes_infinities_on(dtype: torch.dtype) -> None:
 @given(bits=bit_patterns, first=st.integers(0, 2**61))
 def test_stochastic_rounding_gives_a_neighbour(bits: list[int], first: int, dtype: torch.dtype) -> None:
     value = from_bits([*bits, *largest, *(x - 2**31 for x in largest)])
-    noise = numbers(first, 0, value.numel(), value.device)
+    noise = stream_positions(first, 0, value.numel(), value.device)
     p, _ = stored(value, "stochastic", dtype, noise=noise)
     nearest = value.to(dtype)
     inside = value.abs() <= torch.finfo(dtype).max
@@ -160,8 +160,8 @@ def test_stochastic_rounding_is_unbiased(value: float, dtype: torch.dtype) -> No
     """Over streams of one parameter and over steps of one element, within 4 standard errors."""
     n = 2**16
     x = torch.full((n,), value)
-    steps = torch.tensor([first_number(t, 3) for t in range(1, n + 1)])
-    for noise in (numbers(first_number(1, 0), 0, n, x.device), steps):
+    steps = torch.tensor([stream_start(t, 3) for t in range(1, n + 1)])
+    for noise in (stream_positions(stream_start(1, 0), 0, n, x.device), steps):
         p, _ = stored(x, "stochastic", dtype, noise=noise)
         values = p.double().unique()
         assert len(values) == 2, "neither neighbour is favoured so far that only one comes up"
@@ -174,7 +174,7 @@ def test_stochastic_rounding_is_unbiased(value: float, dtype: torch.dtype) -> No
 
 
 def bits_of_elements(t: int, position: int, n: int) -> Tensor:
-    return random_bits(numbers(first_number(t, position), 0, n, torch.device("cpu")))
+    return random_bits(stream_positions(stream_start(t, position), 0, n, torch.device("cpu")))
 
 
 def test_random_bits_are_uniform_and_independent_of_each_other() -> None:
@@ -217,7 +217,7 @@ def test_periodic_updates_are_rounded_without_bias(period: int, dtype: torch.dty
     value, exact = torch.full((n,), 1.5).to(dtype), 1.5
     update = 5 / 16 * spacing  # Of which float32 rounds nothing off.
     for t in range(period, steps + 1, period):
-        noise = numbers(first_number(t, 0), 0, n, value.device)
+        noise = stream_positions(stream_start(t, 0), 0, n, value.device)
         store_(value, value.float() + update, None, noise)
         exact += update
         if exact > 1.75:  # In [1, 2) all numbers are equally far apart.
@@ -241,7 +241,7 @@ def test_updates_that_swing_with_the_numbers_go_astray_to_and_fro(monkeypatch: p
     for t in range(32, 32 * (blocks + 1)):
         update = 0.3 * spacing * math.sin(2 * math.pi * _STRIDE / 2**16 * t)
         exact += update
-        noise = numbers(first_number(t, 0), 0, n, value.device)
+        noise = stream_positions(stream_start(t, 0), 0, n, value.device)
         store_(value, value.float() + update, None, noise)
         if t % 32 == 31:
             errors.append((value.double() - exact) / spacing)
@@ -317,7 +317,7 @@ def added(
             tasks = []
             for i, (p, state) in enumerate(zip(params, states)):
                 g = 1e-3 * torch.randn(p.shape, generator=generator).to(device)
-                noise = first_number(t, i) if rounding == "stochastic" else None
+                noise = stream_start(t, i) if rounding == "stochastic" else None
                 tasks.append(Task(t, p, g, 1.0, state, scalars, p, noise=noise))
             run_rules([Batch(rule, group, tasks)], backend, finite)
     return [x for p, state in zip(params, states) for x in (p, *state.values())]
@@ -360,7 +360,7 @@ def test_stacks_store_the_same_bits(rounding: str, dtype: torch.dtype) -> None:
                 value = value + 1e-3 * torch.randn(p.shape, generator=generator)
                 noise = None
                 if rounding == "stochastic":
-                    noise = numbers(first_number(t, i), 0, p.numel(), p.device).view(p.shape)
+                    noise = stream_positions(stream_start(t, i), 0, p.numel(), p.device).view(p.shape)
                 store_(p, value, state.get(RESIDUAL), noise)
     assert_equal(of_matrices, [x for p, state in zip(params, states) for x in (p, *state.values())])
 

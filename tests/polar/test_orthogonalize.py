@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from benchmarks.polar_quality import DTYPES, EmulatedProducts, polar_error, spectra
+from lightning_optim import private
 from lightning_optim.polar import METHODS, find, methods, orthogonalize, products
 
 #: Slope at zero, and the range on [0.1, 1], [0.01, 1] and [1e-3, 1], of the scalar maps, to the digits given.
@@ -238,9 +239,9 @@ def test_stacks_beyond_the_cache_are_worked_off_in_parts(monkeypatch: pytest.Mon
 
 def test_low_precision_on_a_cpu_needs_matrix_units(monkeypatch: pytest.MonkeyPatch) -> None:
     large, small = torch.zeros(256, 256), torch.zeros(64, 256)
-    monkeypatch.setattr(methods, "_cpu_has_bfloat16_units", lambda: False)
+    monkeypatch.setattr(private, "has_matrix_tiles", lambda: False)
     assert methods.iteration_dtype(large) == torch.float32
-    monkeypatch.setattr(methods, "_cpu_has_bfloat16_units", lambda: True)
+    monkeypatch.setattr(private, "has_matrix_tiles", lambda: True)
     assert methods.iteration_dtype(large) == torch.bfloat16
     assert methods.iteration_dtype(small) == torch.float32
     assert methods.iteration_dtype(large.double()) == torch.float64
