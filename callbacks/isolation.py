@@ -51,7 +51,7 @@ def not_isolated(module: nn.Module) -> str:
         for kind in _HOOKS:
             if any(_reaches_out(hook) for hook in getattr(part, kind).values()):
                 return f"a hook{where} is a function that holds other objects"
-        for attribute, value in vars(part).items():
+        for attribute, value in vars(part).items() if not _is_installed(type(part)) else ():
             if attribute not in _OWN and not attribute.startswith("_") and _reaches_out(value, hook=False):
                 return f"its attribute {attribute!r}{where} is a function that holds other objects"
     for found, value in _globals_of(module):
@@ -108,8 +108,8 @@ def _is_plain(x: Any) -> bool:
         return all(_is_plain(y) for y in x)
     if isinstance(x, (*_CONSTANTS, types.BuiltinFunctionType, functools.partial)):
         return True
-    if isinstance(x, nn.Module):  # such as a loss
-        return not x.state_dict()
+    if isinstance(x, nn.Module):  # such as a loss: without buffers there is nothing that a forward pass changes
+        return next(x.buffers(), None) is None
     return type(x).__module__.partition(".")[0] in ("logging", "enum", "pathlib", "re") or _is_torch_constant(x)
 
 

@@ -663,9 +663,9 @@ def test_overrides_change_the_role_and_keep_the_kind() -> None:
 
 def test_what_is_forced_to_the_matrix_rule_keeps_its_structure() -> None:
     net = nn.Sequential(ManyParameters(), nn.Conv2d(8, 8, 3, groups=8), nn.ConvTranspose2d(8, 4, 2, groups=2))
-    routes = route(net, matrix=["0.experts", "0.A_log", "1.weight", "2.weight"])
+    routes = route(net, matrix=["0.stack", "0.A_log", "1.weight", "2.weight"])
     structure = {name: (r.blocks, r.transposed) for name, r in routes.items() if r.role == "matrix"}
-    assert structure == {"0.experts": (3, False), "0.A_log": (1, False), "1.weight": (8, False), "2.weight": (2, True)}
+    assert structure == {"0.stack": (3, False), "0.A_log": (1, False), "1.weight": (8, False), "2.weight": (2, True)}
 
 
 def test_a_pattern_that_matches_nothing() -> None:

@@ -112,8 +112,8 @@ def forgets_on_change() -> Iterator[None]:
 
     def forget(parser_or_action: Any, before: Any, now: Any) -> None:
         if before and "class_path" in before and before["class_path"] != now["class_path"]:
-            old, new = import_class(before["class_path"]), import_class(now["class_path"])
-            if old is new:  # by another path
+            old, new = _class_of(before["class_path"]), _class_of(now["class_path"])
+            if old is new and old is not None:  # by another path
                 return
             are_classes = isinstance(old, type) and isinstance(new, type)  # and not functions that make an object
             if are_classes and any(issubclass(old, some) and issubclass(new, some) for some in _FORGOTTEN):
@@ -129,6 +129,14 @@ def forgets_on_change() -> Iterator[None]:
         yield
     finally:
         setattr(_typehints, name, keep)
+
+
+def _class_of(path: str) -> Any:
+    """What a class path names, ``None`` if nothing: a default such as ``"auto"`` stands there as one, too."""
+    try:
+        return import_class(path)
+    except (ImportError, AttributeError, ValueError):
+        return None
 
 
 _FORGOTTEN = (torch.optim.Optimizer, LRSchedulerTypeTuple)

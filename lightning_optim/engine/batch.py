@@ -250,9 +250,9 @@ class PreparedGroup:
             for i in indices:
                 tasks[i].t, tasks[i].scalars = step.t, step.scalars
             steps.append(step)
-        sign = -1.0 if self.group["maximize"] else 1.0
+        ascends = self.group["maximize"]
         for task, g, grad_scale in zip(tasks, grads, grad_scales):
-            task.g, task.grad_scale = g, grad_scale * sign
+            task.g, task.grad_scale = g, (-grad_scale if ascends else grad_scale)
         for i, position, offset in self._stochastic:
             tasks[i].noise = stream_start(tasks[i].t, position) + offset
         return steps

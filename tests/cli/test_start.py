@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import lightning_optim
 from lightning_optim.cli import CommandLine, Invocation, main
 from lightning_optim.cli.entry import command_names
 from lightning_optim.cli.invocation import OPTIONS, TRAINER_COMMANDS
@@ -72,7 +73,7 @@ def test_all_commands_are_listed(args: list[str], capsys: pytest.CaptureFixture[
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--version"])
-    assert capsys.readouterr().out.startswith("lightning-optim 0.1.0 torch ")
+    assert capsys.readouterr().out.startswith(f"lightning-optim {lightning_optim.__version__} torch ")
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,11 @@ from torch.utils.data import DataLoader
 from lightning_optim import NonFiniteGradientsError, OptimizerMixin, configure_optimizers
 from lightning_optim.callbacks import Diagnostics, OptimizerSwap, RescueCheckpoint, Resume, RNGState
 
-pl: Any = importlib.import_module(sys.argv[1])
-tuner: Any = importlib.import_module(f"{sys.argv[1]}.tuner")
-logging.getLogger(sys.argv[1]).setLevel(logging.ERROR)
+# Collected for doctests, it has no argument.
+NAME = sys.argv[1] if sys.argv[1:2] in (["pytorch_lightning"], ["lightning.pytorch"]) else "lightning.pytorch"
+pl: Any = importlib.import_module(NAME)
+tuner: Any = importlib.import_module(f"{NAME}.tuner")
+logging.getLogger(NAME).setLevel(logging.ERROR)
 torch.set_num_threads(1)
 DATA = DataLoader(torch.randn(64, 8, generator=torch.Generator().manual_seed(0)), 8)
 
