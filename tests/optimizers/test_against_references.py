@@ -58,6 +58,8 @@ def compare(name: str, arguments: dict[str, Any], ours: list[nn.Parameter], opti
         # Both are float64 and differ in the order of operations, which roots of small variances, powers and
         # eigenvectors amplify by some orders of magnitude; the references' iteration also adds 1e-7 to the norm.
         rtol = 1e-7 if arguments.get("orthogonalizer", "exact") == "exact" else 1e-5
+        if amplifies(name, "bases"):
+            rtol *= 10  # Eigenvectors of nearly equal eigenvalues turn by far more than the rounding that moves them.
         np.testing.assert_allclose(p.detach().numpy(), expected, rtol=rtol, atol=rtol / 10)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from packaging.version import Version
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.nn.utils import vector_to_parameters
@@ -58,6 +59,10 @@ def test_files_of_earlier_versions_go_on(file: Path, case: str) -> None:
     torch.testing.assert_close(now, then, rtol=0, atol=max(1e-6, 1.01 * torch.finfo(dtype).eps))
 
 
+@pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.15"),
+    reason="torch reads no folder that a later torch has written, and this one is of 2.15",
+)
 def test_folders_of_shards_of_earlier_versions_go_on() -> None:
     """torch asks a folder for every key that the optimizer has now, so that no new one may be there."""
     found = torch.load(FILES / "0.1.0" / "shards.pt", weights_only=True)
