@@ -12,7 +12,7 @@ class RNGState(ExactResume):
     CPU and of the accelerator that the process uses (CUDA, MPS, XPU, ...). Each rank of a distributed run has its own
     in the checkpoint; one that is resumed on more ranks seeds the additional ones afresh.
 
-    Random numbers are not all. Lightning itself (checked with 2.5.5 and 2.6.6) skips an epoch when a run with
+    Random numbers are not all. Lightning itself (checked with 2.6.6) skips an epoch when a run with
     ``max_steps`` is resumed from the end of an epoch, loses the gradients of an accumulation that is under way, and
     does not make a validation that was due. This callback writes what is missing into the checkpoint and continues
     there. Where it cannot, a warning says so when the checkpoint is written. It has to be in the Trainer that writes

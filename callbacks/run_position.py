@@ -5,7 +5,7 @@ several: with ``max_steps``, a checkpoint from the end of an epoch skips the nex
 epoch skips the rest of it; a validation that was due is not made, or one that was made is repeated. So the moment is
 written into the checkpoint here, and the loops are told where to continue.
 
-All that resuming needs of Lightning's private interfaces is in this file. Checked with Lightning 2.5.5 and 2.6.6.
+All that resuming needs of Lightning's private interfaces is in this file. Checked with Lightning 2.6.6.
 """
 
 from __future__ import annotations
