@@ -69,7 +69,7 @@ def _reaches_out(x: Any, hook: bool = True) -> bool:
     if isinstance(x, types.FunctionType):
         held = [cell.cell_contents for cell in x.__closure__ or ()]
         # A hook has somewhere to put what it sees; other functions may be made of settings.
-        return any(not _is_plain(y) or (hook and isinstance(y, _CONTAINERS)) for y in held)
+        return any(isinstance(y, nn.Module) or not _is_plain(y) or (hook and isinstance(y, _CONTAINERS)) for y in held)
     return False
 
 

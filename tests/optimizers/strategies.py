@@ -23,7 +23,7 @@ _WHOLE = [1, 2, 3]
 #: What is wrong for some hyperparameter or other.
 _SUSPECTS: list[Any] = [
     *(_NAN, _INF, -_INF, -1e-9, -0.1, -1.0, 0, 0.0, 1e-30, 1, 1.0, 1.5, 2.5, 1e20, 1e30, None, True, False),
-    *("a tenth", "sometimes", "kj0", "svd", ["exact"], torch.tensor(_NAN), torch.ones(2)),
+    *("a tenth", "sometimes", "kj0", "svd", ("exact",), torch.tensor(_NAN), torch.ones(2)),
     *((1.0, 0.9), (0.9, -0.1), (0.9, _NAN), (0.9,), (0.9, 0.9, 0.9), "ab"),
 ]
 

@@ -16,8 +16,7 @@ from torch.utils.data import DataLoader
 from lightning_optim import NonFiniteGradientsError, OptimizerMixin, configure_optimizers
 from lightning_optim.callbacks import Diagnostics, OptimizerSwap, RescueCheckpoint, Resume, RNGState
 
-# Collected for doctests, it has no argument.
-NAME = sys.argv[1] if sys.argv[1:2] in (["pytorch_lightning"], ["lightning.pytorch"]) else "lightning.pytorch"
+NAME = sys.argv[1]
 pl: Any = importlib.import_module(NAME)
 tuner: Any = importlib.import_module(f"{NAME}.tuner")
 logging.getLogger(NAME).setLevel(logging.ERROR)
