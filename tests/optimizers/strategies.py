@@ -16,6 +16,12 @@ from lightning_optim.engine.rule import Rule, as_attributes, buffers_of
 
 Strategy = st.SearchStrategy[Any]
 
+
+def thousandths(least: float, most: float) -> Strategy:
+    """Numbers that are zero or not tiny: of a decay rate of 1e-14 what is left after a difference is rounding."""
+    return st.floats(least, most).map(lambda x: round(x, 3))
+
+
 _NAN, _INF = float("nan"), float("inf")
 #: Numbers at the bounds of what is allowed, and between.
 _NUMBERS = [0.0, 1e-18, 1e-8, 1e-3, 0.1, 0.5, 0.95, 0.9999999, 1.0, 100.0]
@@ -31,7 +37,7 @@ _SUSPECTS: list[Any] = [
 _SHARED: dict[str, tuple[Strategy, Strategy]] = {
     "lr": (st.just(0.01), st.sampled_from([0.0, 1e-18, 1e-3, 0.1, 1.0, torch.tensor(0.01)])),
     "betas": (
-        st.tuples(st.floats(0, 0.99), st.floats(0.1, 0.999)),
+        st.tuples(thousandths(0, 0.99), thousandths(0.1, 0.999)),
         st.tuples(st.sampled_from([0.0, 0.5, 0.9, 0.999]), st.sampled_from([0.0, 0.5, 0.99, 0.999, 0.9999999])),
     ),
     "eps": (st.sampled_from([1e-8, 1e-4]), st.sampled_from([1e-18, 1e-16, 1e-8, 1e-3, 1.0])),
@@ -74,11 +80,11 @@ def usual(field: Field) -> Strategy:
         return st.integers(1, 4).filter(lambda x: satisfies(field.constraint, x))
     default = field.default or 0.0
     if is_decay_rate(field):
-        numbers = st.floats(0, 0.99)
+        numbers = thousandths(0, 0.99)
     elif default:
         numbers = st.floats(*sorted((default / 4, default * 4)))
     else:
-        numbers = st.floats(0, 1)
+        numbers = thousandths(0, 1)
     numbers = numbers.filter(lambda x: satisfies(field.constraint, x))
     return st.none() | numbers if satisfies(field.constraint, None) else numbers
 
