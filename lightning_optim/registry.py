@@ -23,16 +23,23 @@ class OptimizerInfo:
         cls: The class.
         description: One line.
         paper: Where it was published.
+        experimental: What its sources leave open, so that it had to be derived; empty where they leave nothing open.
     """
 
     cls: type[torch.optim.Optimizer]
     description: str
     paper: str
+    experimental: str = ""
 
     @property
     def name(self) -> str:
         """The name it is asked for by, the class's own."""
         return self.cls.__name__
+
+    @property
+    def summary(self) -> str:
+        """The description, and whether it is experimental."""
+        return f"{self.description} (experimental)" if self.experimental else self.description
 
     @property
     def kind(self) -> str:
@@ -84,7 +91,7 @@ def internals_of(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> 
 OPTIMIZERS: dict[str, OptimizerInfo] = {
     info.name: info
     for info in (
-        *(OptimizerInfo(cls, cls.about, cls.paper) for cls in ALGORITHMS.values()),
+        *(OptimizerInfo(cls, cls.about, cls.paper, cls.experimental) for cls in ALGORITHMS.values()),
         OptimizerInfo(torch.optim.SGD, "stochastic gradient descent with momentum (torch.optim)", "ICML 2013"),
         OptimizerInfo(torch.optim.Adam, "adaptive moments (torch.optim)", "arXiv 1412.6980"),
         OptimizerInfo(torch.optim.AdamW, "Adam with decoupled weight decay (torch.optim)", "arXiv 1711.05101"),
@@ -115,7 +122,7 @@ def get(name: str) -> OptimizerInfo:
 
 def table() -> str:
     """The optimizers as a Markdown table, for the README."""
-    rows = [f"| `{o.name}` | {o.kind} | {o.description} | {o.paper} |" for o in OPTIMIZERS.values()]
+    rows = [f"| `{o.name}` | {o.kind} | {o.summary} | {o.paper} |" for o in OPTIMIZERS.values()]
     return "\n".join(["| name | kind | what it is | paper |", "|---|---|---|---|", *rows])
 
 

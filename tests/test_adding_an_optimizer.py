@@ -32,7 +32,12 @@ from ..engine.hyperparameters import number
 from ..engine.kinds import Elementwise, Move
 
 
-class Wobble(Elementwise, paper="arXiv 0000.00001", about="momentum that is pulled by the gradient"):
+class Wobble(
+    Elementwise,
+    paper="arXiv 0000.00001",
+    about="momentum that is pulled by the gradient",
+    experimental="The paper leaves the default of ``pull`` open.",
+):
     r"""Wobble (`arXiv 0000.00001 <https://arxiv.org/abs/0000.00001>`_).
 
     .. math::
@@ -309,6 +314,8 @@ print(json.dumps({
     "table": [name for name in ("Wobble", "Choir", "Turn") if f"`{name}`" in table()],
     "signature": {name: list(inspect.signature(getattr(lo, name)).parameters) for name in ("Wobble", "Choir", "Turn")},
     "documentation": lo.Wobble.__doc__,
+    "experimental": {info.name: info.experimental for info in OPTIMIZERS.values() if info.experimental},
+    "rows": [row for row in table().splitlines() if "`Wobble`" in row or "`Choir`" in row],
     "wrong": message(lambda: lo.Wobble([p()], pull=7.0)),
     "group": sorted(lo.Wobble([p()]).param_groups[0]),
     "list": printed("list"),
@@ -331,6 +338,12 @@ def test_the_library_knows_them(copy: Path) -> None:
     assert {"maximize", "backend", "rounding"} <= set(found["signature"]["Wobble"])
     assert {"fallback", "fallback_lr"} <= set(found["signature"]["Turn"])
     assert "Weight decay coefficient" in found["documentation"]  # written once, for all
+    reason = "The paper leaves the default of ``pull`` open."
+    assert found["experimental"]["Wobble"] == reason
+    assert f"**Experimental**: {reason}" in found["documentation"]
+    assert ["(experimental)" in row for row in found["rows"]] == [True, False]
+    assert "Experimental: The paper leaves the default of pull open." in found["page"]
+    assert "gradient (experimental)" in found["list"]
     assert found["wrong"] == "Wobble: pull must be a number in [0, 5], got pull=7.0."
     assert "pull" in found["group"]
     assert found["as fallback"] == "Choir"

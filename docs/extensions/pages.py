@@ -115,7 +115,7 @@ def page_of_optimizers() -> str:
     ]
     for kind, meaning in KINDS.items():
         rows = [
-            (f":doc:`{info.name} <{info.name}>`", info.description, bytes_per_element(info), with_links(info.paper))
+            (f":doc:`{info.name} <{info.name}>`", info.summary, bytes_per_element(info), with_links(info.paper))
             for info in OPTIMIZERS.values()
             if info.kind == kind
         ]
@@ -146,7 +146,7 @@ def page_of_optimizer(info: OptimizerInfo) -> str:
         "Paper": with_links(info.paper),
         "Command line": f"``lightning-optim fit --optimizer {info.name}``",
     }
-    blocks = [title(info.name), f"{info.description[0].upper()}{info.description[1:]}."]
+    blocks = [title(info.name), f"{info.summary[0].upper()}{info.summary[1:]}."]
     blocks.append("\n".join(f":{name}: {value}" for name, value in facts.items()))
     if is_ours(info.cls):
         # torch wraps `step` anew in each class.

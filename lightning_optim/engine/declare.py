@@ -70,7 +70,10 @@ def constructor(cls: type[Rule], params: Any) -> Callable[..., None]:
 
 
 def documentation(cls: type[Rule]) -> str | None:
-    """The docstring of a declaration, completed: every argument in the order of the signature, and errors."""
+    """The docstring of a declaration, completed.
+
+    It says what is experimental, documents every argument in the order of the signature, and lists the errors.
+    """
     if cls.__doc__ is None:
         return None  # python -OO
     text = inspect.cleandoc(cls.__doc__)
@@ -82,6 +85,10 @@ def documentation(cls: type[Rule]) -> str | None:
     sections.setdefault("Raises", _RAISES["matrix" if cls.kind == "matrix" else "others"])
     order = [name for name in sections if name not in ("", "Args", "Raises", "Example")]
     parts = [sections[""].rstrip()]
+    if cls.experimental:
+        summary, _, rest = parts[0].partition("\n\n")
+        note = textwrap.fill(f"**Experimental**: {cls.experimental}", _WIDTH - 4, break_long_words=False)
+        parts = [summary, note, *([rest] if rest else [])]
     for name in ("Args", "Raises", *order, "Example"):
         if name in sections:
             parts.append(f"{name}:\n{textwrap.indent(sections[name].strip(chr(10)), '    ')}")

@@ -188,7 +188,8 @@ RULES: dict[str, type[Rule]] = {}
 class Rule:
     """A rule. Class keywords: ``about``, a one-line description, and ``paper``, where it was published.
 
-    A rule with ``about`` is offered by name: it is listed in :data:`RULES`.
+    A rule with ``about`` is offered by name: it is listed in :data:`RULES`. A rule whose sources leave something open
+    that had to be derived also has ``experimental``, one sentence that says what; registry, help and docs show it.
 
     Attributes:
         name: Its name in parameter groups and checkpoints, that of the class.
@@ -210,6 +211,7 @@ class Rule:
     name: ClassVar[str]
     about: ClassVar[str] = ""
     paper: ClassVar[str] = ""
+    experimental: ClassVar[str] = ""
     fields: ClassVar[dict[str, Field]] = {}
     constraints: ClassVar[dict[str, Constraint]] = {}
     arguments: ClassVar[dict[str, Field]] = {}
@@ -223,7 +225,9 @@ class Rule:
     #: Whether the fields in the body of a class, not in those of its subclasses, are the engine's arguments.
     _of_the_engine: ClassVar[bool] = False
 
-    def __init_subclass__(cls, about: str = "", paper: str = "", name: str = "", **kwargs: Any) -> None:
+    def __init_subclass__(
+        cls, about: str = "", paper: str = "", experimental: str = "", name: str = "", **kwargs: Any
+    ) -> None:
         super().__init_subclass__(**kwargs)
         own = _own_fields(cls)
         engine = own.keys() if cls.__dict__.get("_of_the_engine") else own.keys() & cls.arguments.keys()
@@ -234,7 +238,7 @@ class Rule:
         if about or name or not hasattr(cls, "name"):
             cls.name = name or cls.__name__
         if about:
-            cls.about, cls.paper = about, paper
+            cls.about, cls.paper, cls.experimental = about, paper, experimental
             RULES[cls.name] = cls
 
     @staticmethod

@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(rows, indent=2))
         return
-    columns = [key for key in rows[0] if key not in ("defaults", "internals")]
+    columns = [key for key in rows[0] if key not in ("experimental", "defaults", "internals")]
     table = Table(*columns, box=box.SIMPLE)
     for row in rows:
         table.add_row(*(row[column] for column in columns))
@@ -72,8 +72,9 @@ def _optimizers(name: str | None) -> list[dict[str, Any]]:
         {
             "name": info.name,
             "kind": info.kind,
-            "description": info.description,
+            "description": info.summary,
             "paper": info.paper,
+            "experimental": info.experimental,
             "defaults": dict(info.defaults),
             "internals": {name: internal.description for name, internal in info.internals.items()},
         }
