@@ -189,7 +189,7 @@ class OrthogonalityError(Monitor):
     # --- spectra ------------------------------------------------------------------------------------------------
 
     def _singular_values(self, grams: Iterable[Tensor]) -> dict[str, Tensor]:
-        """Of each matrix, largest first, from the Gram matrices of each parameter; nothing where nobody looks."""
+        """Of each matrix, largest first, from the Gram matrices of each parameter; nothing where no one asks."""
         if not self._boards:
             return {}
         spectra = {}

@@ -216,7 +216,7 @@ def _metrics(prefix: str, bytes_per_token: float) -> MetricCollection:
 
 
 def _configuration(architecture: str, size: str, dimensions: dict[str, Any]) -> GPTConfig | LSTMConfig:
-    """The preset with the dimensions that are not None in the place of its own."""
+    """The preset, with every dimension that is not None replacing the preset's own."""
     if architecture not in PRESETS:
         raise ValueError(f"architecture={architecture!r} must be one of {', '.join(PRESETS)}")
     presets = PRESETS[architecture]

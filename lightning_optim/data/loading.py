@@ -84,7 +84,7 @@ class ResumableLoader(DataLoader[Any]):
 
     @property
     def _epoch(self) -> int:
-        # With `overfit_batches`, Lightning puts a sequential sampler in the place of ours.
+        # With `overfit_batches`, Lightning replaces our sampler by a sequential one.
         return getattr(self.sampler, "epoch", 0)
 
 

@@ -44,7 +44,7 @@ class DeVA(Matrix, paper="arXiv 2602.06880", about="decoupled variance adaptatio
 
     Four forms, as released: ``"momentum"`` is the above; ``"sign"`` orthogonalises the sign of the momentum (more
     stable); ``"instantaneous"`` takes :math:`r, c` from :math:`G'`; ``"efficient"`` keeps only averages of the squared
-    row and column norms of :math:`G'` in the place of :math:`V`, with
+    row and column norms of :math:`G'` instead of :math:`V`, with
     :math:`\Gamma_{ij} = (r_i^2/(s_i+\epsilon))^{1/4}(c_j^2/(s'_j+\epsilon))^{1/4}`, and orthogonalises the sign. (As
     released that class calls a function it does not define; its evident meaning is used. The paper's Algorithm 2
     leaves out the rotation back, the code has it.) The very first call only starts the bases and moves nothing.

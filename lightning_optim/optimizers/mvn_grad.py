@@ -19,8 +19,8 @@ class MVNGrad(Elementwise, paper="arXiv 2602.10204", about="momentum on variance
         u_t &= \beta_1 u_{t-1} + (1-\beta_1) z_t \\
         \theta_t &= \theta_{t-1} - \eta\, u_t/(1-\beta_1^t)
 
-    The *current gradient* is normalised, by the variance around its running mean, and momentum is taken of the
-    result. One outlier of any size therefore moves later updates by at most
+    The *current gradient* is normalised by the variance around its running mean, and the momentum averages the
+    normalised gradients. One outlier of any size therefore moves later updates by at most
     :math:`\beta_1^k(1-\beta_1)/(\beta_1\sqrt{1-\beta_2})`, and gradients without noise keep their magnitude
     instead of collapsing to their sign. State: ``m``, ``v``, ``u``, each of the parameter's shape.
 

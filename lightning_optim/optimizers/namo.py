@@ -28,7 +28,7 @@ class NAMO(Matrix, paper="arXiv 2602.17080", about="orthogonalised momentum with
         W_t = W_{t-1} - \eta\, a_t\,(\mathrm{polar}(M_t) + \lambda W_{t-1})
 
     for each weight matrix. The released code, whose behaviour is the default, adds three things, each an argument:
-    ``nesterov`` puts :math:`(1-\mu_1)G_t+\mu_1 M_t` in the place of :math:`M_t` in both the polar factor and the
+    ``nesterov`` replaces :math:`M_t` by :math:`(1-\mu_1)G_t+\mu_1 M_t` in both the polar factor and the
     norm; ``scale`` multiplies the orthogonal part by :math:`0.2\sqrt{\max(m, n)}` (not the decay); ``max_step`` bounds
     the product of learning rate, adaptive scale and that factor, and :math:`\eta a_t` in the decay, by 1. **The
     paper's algorithm** is ``nesterov=False, scale=None, max_step=None``, with ``weight_decay=0.01``. (The code's

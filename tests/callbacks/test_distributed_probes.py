@@ -58,7 +58,7 @@ def test_a_probe_that_fails_on_one_process_is_left_out_by_all(tmp_path: Path) ->
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_nobody_waits_for_ever_for_a_process_that_fails(tmp_path: Path) -> None:
+def test_no_rank_waits_forever_for_one_that_fails(tmp_path: Path) -> None:
     """With shards the first process is in the middle of a virtual step that the second does not make."""
     command = [sys.executable, distributed_probes.__file__, "failing-fsdp2", str(tmp_path)]
     # A minute is enough to start two processes, train a little and wait for five seconds.

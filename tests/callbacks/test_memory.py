@@ -18,7 +18,7 @@ from .probed import fit, normal
 WIDTH = 512
 LAYER = 4 * WIDTH**2  # bytes of one parameter in float32
 SAMPLE = 4 * 4096  # bytes of what is remembered of one
-STEP, MICRO_BATCHES = 6, 2  # The step that is looked at is measured, and not the first such one.
+STEP, MICRO_BATCHES = 6, 2  # The step under test is a measured one, but not the first.
 
 
 class Deep(pl.LightningModule):

@@ -75,7 +75,7 @@ def test_presets_have_names_of_their_own() -> None:
     assert list(presets("optimizers")) == sorted(name.lower() for name in OPTIMIZERS)
 
 
-# Data that needs no network, and sizes that need no time, in the place of a task's own.
+# Replace a task's own data and sizes by ones that need no network and little time.
 SMALL_DATA = ["--data.dataset", "digits", "--data.num_workers", "0"]
 SMALL_MODEL = ["--model.backbone", "test_resnet"]
 SMALL_VISION = [*SMALL_DATA, *SMALL_MODEL]
@@ -345,7 +345,7 @@ class Late(OptimizerMixin, BoringModel):
 
 
 class Replacing(Precision):
-    """Puts new modules in the place of the old ones, as the Transformer Engine's plugin does."""
+    """Replaces modules by new ones, as the Transformer Engine's plugin does."""
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         module.layer = nn.Linear(32, 2)

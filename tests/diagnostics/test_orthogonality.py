@@ -96,7 +96,7 @@ def test_spectral_norm_of_large_matrices(ends: float) -> None:
     assert 0.999 < float(orthogonality(u)["spectral_norm"]) <= 1 + 1e-12
 
 
-def test_zero_and_nonfinite_matrices_harm_nobody_else() -> None:
+def test_zero_and_nonfinite_matrices_leave_the_others_alone() -> None:
     u = torch.eye(3).repeat(4, 1, 1)
     u[0], u[1, 0, 0], u[2, 2, 1] = 0, torch.nan, torch.inf
     values = orthogonality(u)

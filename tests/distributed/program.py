@@ -336,7 +336,7 @@ def whole_state() -> dict[str, Any]:
 
 
 def lives_of_state() -> dict[str, Any]:
-    """State that lives with one process, through what happens to optimizers, against a single process."""
+    """State that one rank owns: everything that happens to optimizers, compared with a single process."""
     results: dict[str, Any] = {}
     for name in ("NAMO", "SOAP", "DeVA"):
         parameters, others = start(torch.float64, line()), start(torch.float64)

@@ -56,7 +56,7 @@ class Transfers(TorchDispatchMode):
 
 @pytest.fixture
 def gpu() -> Iterator[FakeTensorMode]:
-    """Tensors without content, and events that nobody waits for."""
+    """Tensors without content, and events that are never waited for."""
     with ExitStack() as stack:
         for patch in (
             mock.patch("torch.cuda.Event", mock.MagicMock()),

@@ -594,7 +594,7 @@ def steps_here_and_there(name: str, params: list[Tensor], backend: str) -> list[
     return copies
 
 
-# --- the look at the gradients ------------------------------------------------------------------------------------
+# --- the check of the gradients -----------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -466,7 +466,7 @@ class Example:
         p.data = laid_out(torch.ones_like(p.data) * 0.5, "transposed")
 
     def reshape(self, index: int) -> None:
-        """Another shape in the place of a parameter: its gradient does not fit, nor its state."""
+        """A parameter replaced by one of another shape: its gradient does not fit, nor its state."""
         p = self.params[index % len(self.params)]
         if p.numel() == 0 or p not in self.optimizer.state:
             return
