@@ -240,7 +240,7 @@ class _SmallBatches:
             "big": sum(self.sizes) * self._processes,
             "big_factor": (self._micro_batches / parts) ** 2,
         }
-        return {"small_sq": small_sq} | {name: small_sq.new_tensor(float(x)) for name, x in numbers.items()}
+        return {"small_sq": small_sq} | {name: small_sq.new_full((), float(x)) for name, x in numbers.items()}
 
 
 def _processes(trainer: pl.Trainer) -> int:

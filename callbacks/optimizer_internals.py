@@ -12,10 +12,9 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from lightning_optim.diagnostics.orthogonality import full_precision
+from lightning_optim.devices import full_precision, widest
 from lightning_optim.engine.rounding import RESIDUAL
 from lightning_optim.engine.rule import Internal, as_attributes
-from lightning_optim.engine.state import accumulation_dtype
 from lightning_optim.processes import local
 from lightning_optim.registry import internals_of
 
@@ -70,7 +69,7 @@ class OptimizerInternals(Monitor):
 
     def sums(self, step: Step) -> dict[str, Tensor]:
         device = step.change.updates[0].device
-        dtype = accumulation_dtype(device)
+        dtype = widest(device)
         sums = {}
         with full_precision(step.change.updates[0]):
             for name, internal in self._declared().items():

@@ -13,9 +13,9 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
+from lightning_optim.devices import able, full_precision, widest
 from lightning_optim.diagnostics.orthogonality import (
     factor_error,
-    full_precision,
     gram,
     orthogonality,
     orthogonality_of_gram,
@@ -195,7 +195,8 @@ class OrthogonalityError(Monitor):
         spectra = {}
         for i, g in enumerate(grams):
             with full_precision(g):
-                spectra[f"{_SPECTRUM}{i}"] = torch.linalg.eigvalsh(g.nan_to_num()).clamp(min=0).sqrt().flip(-1)
+                eigenvalues = torch.linalg.eigvalsh(able(g.nan_to_num(), torch.linalg.eigvalsh))
+            spectra[f"{_SPECTRUM}{i}"] = eigenvalues.clamp(min=0).sqrt().flip(-1)
         return spectra
 
     def _show(self, label: str, spectra: dict[str, Tensor]) -> None:
@@ -277,17 +278,18 @@ _PART = "part/"
 def _part(w: Watched, u: Tensor, shards: ShardSums) -> Tensor:
     """What a rank adds for a parameter: Gram matrices if they are sums over ranks, otherwise the matrices.
 
-    Shape ``(blocks, r, r)`` or ``(blocks, m, n)``, in float64.
+    Shape ``(blocks, r, r)`` or ``(blocks, m, n)``, in float64 where the device has it.
     """
+    wide = widest(u.device)
     p = w.parameter
     whole = u.new_zeros(p.shape)
     whole[local_slices(p)] = u
     x = _matrices(w, whole) * shards.counts(p)
     if not _has_gram(w):
-        return x.double()
+        return x.to(wide)
     peak = x.abs().amax((-2, -1), keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
     x = x / peak
-    return gram(x if _layout(w)["transposed"] else x.mT).double() * peak.double() ** 2
+    return gram(x if _layout(w)["transposed"] else x.mT).to(wide) * peak.to(wide) ** 2
 
 
 def _has_gram(w: Watched) -> bool:

@@ -25,6 +25,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_optim.devices import stopwatch, widest
 from lightning_optim.diagnostics.parameter_change import Change, sample, squares_of_gradients
 from lightning_optim.engine.optimizer import RuleOptimizer
 from lightning_optim.engine.two_rules import MatrixOptimizer
@@ -157,7 +158,7 @@ def _to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Copies on the CPU in float64, by one transfer however many tensors there are."""
     if not tensors:
         return []
-    dtype = torch.float32 if tensors[0].device.type == "mps" else torch.float64
+    dtype = widest(tensors[0].device)
     flat = torch.cat([x.detach().reshape(-1).to(tensors[0].device, dtype) for x in tensors])
     parts = flat.cpu().double().split([x.numel() for x in tensors])
     return [part.reshape(x.shape) for part, x in zip(parts, tensors)]
@@ -490,28 +491,36 @@ class _OpenStep:
 
 
 class _Clock(AbstractContextManager[None]):
-    """How long the diagnostics take, and what share of training that is."""
+    """How long the diagnostics take, and what share of training that is.
+
+    An accelerator works behind the host, and is not made to wait for the sake of the clock: it notes the time itself
+    when it begins and ends the work of the diagnostics, and these notes are read when a step's values are.
+    """
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
         self._own = self._training = 0.0
+        self._noted: list[Callable[[], float | None]] = []
         self._batch_start: float | None = None
         self._batches = 0
         self._read: tuple[float, float] | None = None
         self._batches_read = 0
 
     def __enter__(self) -> None:
-        self._wait()
+        self._stop = stopwatch(self.device)
         self._start = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
-        self._wait()
-        self._own += time.perf_counter() - self._start
+        if self._stop is None:
+            self._own += time.perf_counter() - self._start
+        else:
+            self._noted.append(self._stop())
 
-    def _wait(self) -> None:
-        """Until an accelerator is done: what it has yet to do for training is no work of the diagnostics."""
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
+    def _collect(self) -> None:
+        """Add up what the accelerator has done; what it has yet to do is left for the next time."""
+        times = [(note, note()) for note in self._noted]
+        self._own += sum(seconds for _, seconds in times if seconds is not None)
+        self._noted = [note for note, seconds in times if seconds is None]
 
     def batch_start(self) -> None:
         self._batch_start = time.perf_counter()
@@ -530,8 +539,9 @@ class _Clock(AbstractContextManager[None]):
         """
         if self._read is not None and self._batches == self._batches_read:
             return {}
+        self._collect()
         now = time.perf_counter()
-        own = self._own + now - self._start
+        own = self._own + (now - self._start if self._stop is None else 0.0)
         training = self._training + (now - self._batch_start if self._batch_start is not None else 0.0)
         own_before, training_before = self._read or (0.0, 0.0)
         own_since, training_since = own - own_before, training - training_before

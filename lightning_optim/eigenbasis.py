@@ -1,5 +1,8 @@
 """The slowly rotating eigenbasis that SOAP and spectral DeVA work in.
 
+Its products are taken in the precision of the state, whatever autocast and settings like TF32 say: ten bits are too few
+for averages that change by a few percent per step and less.
+
 Every axis ``i`` of a tensor (a stack ``(k, *shape)`` of equal ones) that is not too long has a running average
 ``gram{i}`` of the gradient's outer products over the other axes, and a matrix ``basis{i}`` whose columns
 approximate its eigenvectors. Both are ``(k, d, d)``.
@@ -15,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import devices
 from .engine.arithmetic import squared_norm
 from .engine.rule import Internal, Observer, Shape, ignore
 from .polar import symmetric_product
@@ -37,18 +41,24 @@ class Eigenbasis:
 
     def rotate(self, x: Tensor) -> Tensor:
         """Coordinates of ``x`` in the bases."""
-        for axes in self._joined():
-            x = _along(x, axes, self._basis(axes))
+        with devices.full_precision(x):
+            for axes in self._joined():
+                x = _along(x, axes, self._basis(axes))
         return x
 
     def rotate_back(self, x: Tensor) -> Tensor:
         """Inverse of :meth:`rotate`."""
-        for axes in self._joined():
-            x = _along(x, axes, self._basis(axes).mT)
+        with devices.full_precision(x):
+            for axes in self._joined():
+                x = _along(x, axes, self._basis(axes).mT)
         return x
 
     def accumulate(self, g: Tensor, beta: float) -> None:
         """Average the outer products of the gradient ``g`` with weight ``1 - beta``."""
+        with devices.full_precision(g):
+            self._accumulate(g, beta)
+
+    def _accumulate(self, g: Tensor, beta: float) -> None:
         for axes in self._joined():
             x = _join(g, axes)
             if _is_last(axes[0], x):
@@ -88,7 +98,7 @@ class Eigenbasis:
         differ between LAPACK builds. A tiny diagonal ramp makes them unique.
         """
         for axis in self.axes:
-            gram = self.state[f"gram{axis}"].double()
+            gram = devices.able(self.state[f"gram{axis}"], torch.linalg.eigh, torch.float64)
             n = gram.shape[-1]
             trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
             ramp = torch.linspace(1, 0, n, dtype=gram.dtype, device=gram.device).diag()
@@ -104,10 +114,12 @@ class Eigenbasis:
         """
         for axis in self.axes:
             gram, basis = self.state[f"gram{axis}"], self.state[f"basis{axis}"]
-            image = gram @ basis
+            with devices.full_precision(gram):
+                image = gram @ basis
             order = (basis * image).sum(-2).argsort(dim=-1, descending=True, stable=True)
             permute(axis, order)
-            basis.copy_(torch.linalg.qr(image.gather(-1, order.unsqueeze(-2).expand_as(image))).Q)
+            image = image.gather(-1, order.unsqueeze(-2).expand_as(image))
+            basis.copy_(torch.linalg.qr(devices.able(image, torch.linalg.qr)).Q)
 
     def report(self, observe: Observer) -> None:
         """Report, for each tensor, the squares off the diagonals of the averages in the bases, and all squares."""
@@ -116,7 +128,8 @@ class Eigenbasis:
         squares = [torch.zeros_like(next(iter(self.state.values()))[:, 0, 0])] * 2 if self.axes else []
         for axis in self.axes:
             gram, basis = self.state[f"gram{axis}"], self.state[f"basis{axis}"]
-            rotated = basis.mT @ gram @ basis
+            with devices.full_precision(gram):
+                rotated = basis.mT @ gram @ basis
             everything = squared_norm(rotated)[:, 0, 0]
             diagonal = rotated.diagonal(dim1=-2, dim2=-1).square().sum(-1)
             squares = [squares[0] + everything - diagonal, squares[1] + everything]

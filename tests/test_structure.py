@@ -21,7 +21,7 @@ LAYERS: list[set[str]] = [
     {"optimizers"},
     {"engine", "routing", "schedules"},
     {"processes", "polar"},
-    {"names", "page", "private", "trainer"},
+    {"devices", "names", "page", "private", "trainer"},
 ]
 #: Modules that a room consists of, where it is no folder of its own name.
 ROOMS = {

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
+from lightning_optim import devices
+from lightning_optim.devices import full_precision
 from lightning_optim.polar import exact_polar
 
 from .parameter_change import Sums
@@ -115,16 +114,20 @@ def polar_error(o: Tensor, x: Tensor) -> Tensor:
         (tensor([0.]), tensor([2.]))
     """
     finite = x.isfinite().all(-1).all(-1)
-    true = exact_polar(torch.where(finite[:, None, None], x, 0).double())
-    error = torch.linalg.matrix_norm(o.double() - true) / torch.linalg.matrix_norm(true)
+    wide = devices.widest(x.device)
+    true = exact_polar(torch.where(finite[:, None, None], x, 0).to(wide))
+    error = torch.linalg.matrix_norm(o.to(wide) - true) / torch.linalg.matrix_norm(true)
     return torch.where(finite, error, torch.nan).to(o.dtype)
 
 
 def _largest_eigenvalue(g: Tensor) -> Tensor:
     """Largest eigenvalue of positive semidefinite matrices ``(k, r, r)``, shape ``(k,)``."""
     decomposed = g.shape[-1] <= _DECOMPOSED.get(g.device.type, _KRYLOV_STEPS)
-    largest = torch.linalg.eigvalsh(g)[..., -1] if decomposed else _lanczos(g)
-    return largest.clamp(min=0)
+    return _eigenvalues(g)[..., -1].clamp(min=0) if decomposed else _lanczos(g).clamp(min=0)
+
+
+def _eigenvalues(g: Tensor) -> Tensor:
+    return torch.linalg.eigvalsh(devices.able(g, torch.linalg.eigvalsh)).to(g.device)
 
 
 def _lanczos(g: Tensor) -> Tensor:
@@ -142,19 +145,4 @@ def _lanczos(g: Tensor) -> Tensor:
         # Where nothing but rounding errors is left, the space is complete.
         q = torch.where(length > rounding, q / length, 0)
         basis = torch.cat([basis, q], -1)
-    return torch.linalg.eigvalsh(basis.mT @ g @ basis)[..., -1]
-
-
-@contextmanager
-def full_precision(x: Tensor) -> Iterator[None]:
-    """Matrix products in the precision of their factors, whatever autocast and settings like TF32 say."""
-    settings = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = [setting.fp32_precision for setting in settings]
-    try:
-        for setting in settings:
-            setting.fp32_precision = "ieee"
-        with torch.autocast(x.device.type, enabled=False):
-            yield
-    finally:
-        for setting, precision in zip(settings, before):
-            setting.fp32_precision = precision
+    return _eigenvalues(basis.mT @ g @ basis)[..., -1]

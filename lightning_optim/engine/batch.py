@@ -282,12 +282,12 @@ def counters_of(states: list[State], names: Iterable[str]) -> dict[str, Tensor]:
     vectors = {}
     for name in names:
         column = [state[name] for state in states]
-        vector = private.base(column[0])
+        vector = private.base(column[0]) if isinstance(column[0], Tensor) else None
         if vector is None or vector.shape != (len(column),) or not private.are_views(column, count(), vector):
             # New state, state from a checkpoint, or another selection of parameters than last time. Wrappers may have
             # written a count as a float, too; it has to count beyond 2^24.
             dtype = torch.int64 if name == "step" else torch.float64
-            vector = torch.stack([x.to("cpu", dtype) for x in column])
+            vector = torch.stack([torch.as_tensor(x, dtype=dtype, device="cpu") for x in column])
             for i, state in enumerate(states):
                 state[name] = vector[i]
         vectors[name] = vector

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import processes
+from ..devices import read_later
 from ..processes import Group
 from . import checkpoint, declare, formats, owned_state
 from .batch import Batch, PreparedGroup, SharedStep, local_gradient, write_step_counts
@@ -149,7 +150,7 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
         self.process_group: Group | None = None
         self.work_group: Group | None = None
         self.shard_group: Group | None = None
-        self._unsettled: _Verdict | None = None
+        self._unsettled: tuple[Callable[[], bool], list[SharedStep]] | None = None
         self._graphs: StepGraphs | None = None
         #: Of parameters with a matrix rule that have state: the rank that keeps it, ``None`` if every rank has its own.
         self._owners: dict[Tensor, int | None] = {}
@@ -366,7 +367,7 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
         self._check_gradients(work)
         finite, steps = self._run(work) if self._graphs is None else self._graphs(work)
         if isinstance(finite, Tensor):
-            self._unsettled = _Verdict(finite, steps)
+            self._unsettled = read_later(finite), steps
         else:
             self._account(finite, steps)
             self._check_skips()
@@ -493,10 +494,11 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
         The next step and :meth:`state_dict` do so themselves. Call it to read :attr:`skipped_steps` or step counts
         right after a step on an accelerator, which it waits for.
         """
-        verdict, self._unsettled = self._unsettled, None
-        if verdict is None:
+        unsettled, self._unsettled = self._unsettled, None
+        if unsettled is None:
             return
-        self._account(verdict.read(), verdict.steps)
+        finite, steps = unsettled
+        self._account(finite(), steps)
 
     def _account(self, made: bool, steps: list[SharedStep]) -> None:
         """Write down that a step was made, or skipped."""
@@ -552,6 +554,10 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
         rules (see :mod:`.formats`), is added after them.
         """
         self.settle()
+        for group in self.param_groups:
+            for state in filter(has_begun, map(self.state.get, group["params"])):
+                for name in self.rule(group).host_state:  # They are plain numbers from loading to the first step.
+                    state[name] = torch.as_tensor(state[name], dtype=torch.float64, device="cpu")
         state = self.state
         parts = owned_state.sharded_state(self._owned_parameters(), self._owners, state)
         self.state = defaultdict(dict, {**state, **parts})  # The hooks of torch see what they return.
@@ -631,26 +637,3 @@ def listed(params: Any) -> list[Any]:
 def _same(a: Any, b: Any) -> bool:
     """Whether a hyperparameter is what it was; of a tensor, which may have been changed in place, nobody knows."""
     return type(a) is type(b) and not isinstance(a, Tensor) and bool(a == b)
-
-
-class _Verdict:
-    """Whether a step's gradients were finite, and the step counts that hold if so.
-
-    On an accelerator the answer travels to the host behind the step's own work and is read at the next step, when
-    it has long arrived, so that nothing waits.
-    """
-
-    def __init__(self, finite: bool | Tensor, steps: list[SharedStep]) -> None:
-        self.steps = steps
-        self._finite = finite
-        self._event = None
-        if isinstance(finite, Tensor):
-            self._finite = finite.to("cpu", non_blocking=finite.is_cuda)
-            if finite.is_cuda:
-                self._event = torch.cuda.Event()
-                self._event.record(torch.cuda.current_stream(finite.device))
-
-    def read(self) -> bool:
-        if self._event is not None:
-            self._event.synchronize()
-        return bool(self._finite)

@@ -139,7 +139,7 @@ class Internal:
 
 def mean_of(reported: str, description: str) -> Internal:
     """The mean over all entries of a reported value."""
-    return Internal(description, lambda x: (x.sum(), x.new_tensor(float(x.numel()))), reported)
+    return Internal(description, lambda x: (x.sum(), x.new_full((), float(x.numel()))), reported)
 
 
 def gradient_to_variance(v: str = "v", what: str = "second moment") -> Internal:

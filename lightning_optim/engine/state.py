@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from .. import processes
+from .. import devices, processes
 from .arithmetic import largest_gradient
 from .rounding import RESIDUAL
 from .rule import LIKE_PARAMETER, GroupRule, MatrixRule, Rule, Shape, buffers_of, hyperparameters_of
@@ -31,11 +31,6 @@ def real_view(x: Tensor) -> Tensor:
     return torch.view_as_real(x) if x.is_complex() else x
 
 
-def accumulation_dtype(device: torch.device) -> torch.dtype:
-    """Sums over a whole parameter group are taken in float64, which Apple's GPUs lack."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
 def state_shapes(rule: type[Rule], p: Tensor, group: Mapping[str, Any]) -> dict[str, Shape | None]:
     """The rule's state tensors for a parameter, ``None`` for the parameter's own shape."""
     shape = block_shape(p.shape, group) if issubclass(rule, MatrixRule) else tuple(p.shape)
@@ -52,7 +47,7 @@ def new_state(rule: type[Rule], p: Tensor, group: Mapping[str, Any], owner: int 
 
     State of a complex parameter is that of its real view: real, with a last axis of two more than the parameter.
 
-    Counts and host scalars live on the CPU whatever the device, since the host computes with them, and have the same
+    Counts and host scalars are on the CPU whatever the device, since the host computes with them, and have the same
     precision whatever torch's default, which Lightning lowers in training steps that step by hand at 16-true.
     """
     p = real_view(p)
@@ -69,7 +64,7 @@ def new_state(rule: type[Rule], p: Tensor, group: Mapping[str, Any], owner: int 
             state[name] = processes.zeros_of_shape(p, shape, dtype, replicated=runs_on_rows(rule, p, group))
     if issubclass(rule, GroupRule):
         for name, value in rule.group_state.items():
-            state[name] = torch.tensor(value, dtype=accumulation_dtype(p.device), device=p.device)
+            state[name] = torch.full((), value, dtype=devices.widest(p.device), device=p.device)
     return state
 
 
@@ -93,7 +88,7 @@ def expected_state(rule: type[Rule], p: Tensor, group: Mapping[str, Any], saved:
     if expected.keys().isdisjoint(saved):
         return {}
     for name in rule.group_state if issubclass(rule, GroupRule) else ():
-        expected[name] = expected[name].to(accumulation_dtype(p.device))
+        expected[name] = expected[name].to(devices.widest(p.device))
     if RESIDUAL in saved:
         kind = getattr(saved[RESIDUAL], "dtype", None)
         kind = kind if kind in (torch.bfloat16, torch.float16) else torch.int16
@@ -112,8 +107,12 @@ def load_state(p: Tensor, saved: Mapping[str, Any], expected: State) -> State:
             state[name] = tree_map_only(Tensor, lambda x: x.to(p.device, copy=True), value)
             continue
         like = expected[name]
-        device = like.device if like.is_cpu else p.device  # Counts stay where the host reads them.
-        state[name] = processes.sharded_like(value.to(device, like.dtype, copy=True), like)
+        if like.is_cpu:  # Counts and host scalars stay where the host reads them.
+            number = value.to(like.device, like.dtype, copy=True)
+            # A number until the next step: Lightning moves tensors to the device, which may not have their dtype.
+            state[name] = number if name == "step" else number.item()
+        else:
+            state[name] = processes.sharded_like(value.to(p.device, like.dtype, copy=True), like)
     return state
 
 
@@ -153,7 +152,7 @@ def _convert(rule: type[Rule], p: Tensor, state: State, group: Mapping[str, Any]
     for name in names:
         state[name] = state[name].to(p.device, dtype)
     for name in rule.group_state if issubclass(rule, GroupRule) else ():
-        state[name] = state[name].to(p.device, accumulation_dtype(p.device))
+        state[name] = state[name].to(p.device, devices.widest(p.device))
 
 
 def has_owner(rule: type[Rule], p: Tensor, group: Mapping[str, Any]) -> bool:

@@ -22,7 +22,7 @@ def _axes(shape, h):
 
 
 def _spread_sums(gamma):
-    return gamma.sum(), gamma.square().sum(), gamma.new_tensor(float(gamma.numel()))
+    return gamma.sum(), gamma.square().sum(), gamma.new_full((), float(gamma.numel()))
 
 
 def _spread(total, squares, count):

@@ -9,7 +9,7 @@ _FLOOR = 1e-5  # The constant inside the square root of the released code.
 
 def _variance_adaptation(g, s, t, h):
     gamma = s.m.abs() / (s.v + _FLOOR).sqrt_()
-    return gamma.sum(), gamma.new_tensor(float(gamma.numel()))
+    return gamma.sum(), gamma.new_full((), float(gamma.numel()))
 
 
 class DeVAVector(Elementwise, paper="arXiv 2602.06880", about="decoupled variance adaptation, vector form"):

@@ -5,11 +5,11 @@ from typing import Annotated
 
 import torch
 
+from ..devices import widest
 from ..engine.arithmetic import add_, add_quotient_, ema, ema_, squared_difference
 from ..engine.hyperparameters import number
 from ..engine.kinds import Group, Move
 from ..engine.rule import Internal
-from ..engine.state import accumulation_dtype
 
 _RESTART_BELOW = 0.1  # The smoothed cosine below which the hidden vector starts anew.
 
@@ -93,7 +93,7 @@ class HVAdam(Group, paper="arXiv 2511.20277", about="Adam with a hidden vector")
     def sums(g, s, k):
         m = ema(s.m, g, k.beta1)  # as it will be
         # Products, too: the sums nearly cancel, and squares of what float32 can hold may be out of its range.
-        m, v = (x.to(accumulation_dtype(x.device)).flatten() for x in (m, s.v))
+        m, v = (x.to(widest(x.device)).flatten() for x in (m, s.v))
         return m.dot(m), m.dot(v), v.dot(v)
 
     @staticmethod

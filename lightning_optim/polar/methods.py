@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .. import private
+from .. import devices, private
 from .minimax import Coefficients
 from .presets import Iteration, find
 from .products import symmetric_baddbmm, symmetric_product
@@ -63,11 +63,12 @@ def exact_polar(x: Tensor) -> Tensor:
     of a rank-deficient matrix is unique (a partial isometry) and that of zero is zero. A matrix that holds NaN or
     infinity has the factor NaN.
     """
-    finite = x.isfinite().all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)
-    u, s, vh = torch.linalg.svd(torch.where(finite, x.double(), 0.0), full_matrices=False)
+    wide = devices.able(x, torch.linalg.svd, torch.float64)
+    finite = wide.isfinite().all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)
+    u, s, vh = torch.linalg.svd(torch.where(finite, wide, 0.0), full_matrices=False)
     cutoff = max(x.shape[-2:]) * torch.finfo(torch.float64).eps * s[..., :1]
     factor = (u * (s > cutoff).to(u.dtype).unsqueeze(-2)) @ vh
-    return torch.where(finite, factor, torch.nan).to(x.dtype)
+    return torch.where(finite, factor, torch.nan).to(x.dtype).to(x.device)
 
 
 def iteration_dtype(x: Tensor) -> torch.dtype:

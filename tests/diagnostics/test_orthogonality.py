@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lightning_optim.devices import full_precision
 from lightning_optim.diagnostics import factor_error, orthogonality, polar_error
-from lightning_optim.diagnostics.orthogonality import full_precision, gram
+from lightning_optim.diagnostics.orthogonality import gram
 from lightning_optim.polar import exact_polar, orthogonalize
 
 sizes = st.integers(1, 40)
