@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_optim.diagnostics.charts import CHARTS
 from lightning_optim.diagnostics.noise_scale import NoiseScale
 from lightning_optim.diagnostics.parameter_change import sum_of_squares
 from lightning_optim.diagnostics.what_if import parameters_of
@@ -60,13 +61,7 @@ class GradientHealth(Monitor):
 
     family = "gradient"
     needs_updates = False
-    charts: ClassVar = {
-        "gradient norm": ("Multiline", [r"gradient/norm$", r"gradient/norm_clipped$"]),
-        "clipped steps": ("Multiline", [r"gradient/clipped_fraction$"]),
-        "skipped steps and non-finite gradients": ("Multiline", [r"gradient/skipped_steps$", r"gradient/nonfinite$"]),
-        "zero gradients": ("Multiline", [r"gradient/zeros$"]),
-        "gradient noise scale": ("Multiline", [r"gradient/noise_scale$"]),
-    }
+    charts: ClassVar = CHARTS["gradient"]
 
     def __init__(
         self,

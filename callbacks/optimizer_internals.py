@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_optim.devices import full_precision, widest
+from lightning_optim.diagnostics.charts import CHARTS
 from lightning_optim.engine.rounding import RESIDUAL
 from lightning_optim.engine.rule import Internal, as_attributes
 from lightning_optim.processes import local
@@ -43,7 +44,7 @@ class OptimizerInternals(Monitor):
     """
 
     family = "internals"
-    charts: ClassVar = {"optimizer internals": ("Multiline", [r"internals/.*"])}
+    charts: ClassVar = CHARTS["internals"]
     needs_observations = True
 
     _internals: dict[Tensor, Mapping[str, Internal]]

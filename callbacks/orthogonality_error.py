@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_optim.devices import able, full_precision, widest
+from lightning_optim.diagnostics.charts import CHARTS
 from lightning_optim.diagnostics.orthogonality import (
     factor_error,
     gram,
@@ -98,11 +99,7 @@ class OrthogonalityError(Monitor):
     """
 
     family = "orthogonality"
-    charts: ClassVar = {
-        "orthogonality error": ("Multiline", [r"orthogonality/error.*", r"orthogonality/factor_error.*"]),
-        "stable rank of updates": ("Multiline", [r"orthogonality/stable_rank$"]),
-        "spectral norm of updates": ("Multiline", [r"orthogonality/spectral_norm$"]),
-    }
+    charts: ClassVar = CHARTS["orthogonality"]
     needs_matrices = True
     needs_observations = True
 

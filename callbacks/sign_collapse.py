@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from lightning_optim.diagnostics.charts import CHARTS
 from lightning_optim.diagnostics.sign_collapse import sign_collapse, sign_collapse_sums
 
 from .monitor import Monitor, Results, layers_of
@@ -26,7 +27,7 @@ class SignCollapse(Monitor):
     """
 
     family = "sign_collapse"
-    charts: ClassVar = {"sign collapse": ("Multiline", [r"sign_collapse/index$"])}
+    charts: ClassVar = CHARTS["sign_collapse"]
 
     def sums(self, step: Step) -> dict[str, Tensor]:
         return sign_collapse_sums(step.change)

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from lightning_optim.diagnostics.charts import CHARTS
 from lightning_optim.diagnostics.spike_response import (
     THRESHOLD,
     WINDOW,
@@ -86,14 +87,7 @@ class SpikeResponse(ProbingMonitor):
     """
 
     family = "spike"
-    charts: ClassVar = {
-        "gradient spikes: z-score, response, recovery": (
-            "Multiline",
-            [r"spike/(zscore|amplification|suppression|recovery_steps)$"],
-        ),
-        "response to a virtual spike": ("Multiline", [r"spike/probe_(amplification|displacement)/.*"]),
-        "steps to recover from a virtual spike": ("Multiline", [r"spike/probe_recovery_steps/.*"]),
-    }
+    charts: ClassVar = CHARTS["spike"]
 
     def __init__(
         self,

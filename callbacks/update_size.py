@@ -8,6 +8,7 @@ from typing import ClassVar
 import lightning.pytorch as pl
 from torch import Tensor
 
+from lightning_optim.diagnostics.charts import CHARTS
 from lightning_optim.diagnostics.parameter_change import inner_products, sum_of_squares
 from lightning_optim.diagnostics.update_size import cosine, update_size
 
@@ -47,12 +48,7 @@ class UpdateSize(Monitor):
     """
 
     family = "update"
-    charts: ClassVar = {
-        "update size (RMS)": ("Multiline", [r"update/rms$"]),
-        "update to weight": ("Multiline", [r"update/to_weight$"]),
-        "direction of updates": ("Multiline", [r"update/cosine_.*"]),
-        "stalled elements": ("Multiline", [r"update/stalled$"]),
-    }
+    charts: ClassVar = CHARTS["update"]
 
     def __init__(
         self,

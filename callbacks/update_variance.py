@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_optim.diagnostics.charts import CHARTS
 from lightning_optim.diagnostics.parameter_change import sample
 from lightning_optim.diagnostics.update_variance import (
     conditional_sums,
@@ -96,11 +97,7 @@ class UpdateVariance(ProbingMonitor):
     """
 
     family = "update_variance"
-    charts: ClassVar = {
-        "update variance": ("Multiline", [r"update_variance/(online|conditional)$"]),
-        "update noise to signal": ("Multiline", [r"update_variance/.*_ratio$"]),
-        "angle between mini-batches' updates": ("Multiline", [r"update_variance/cosine_spread$"]),
-    }
+    charts: ClassVar = CHARTS["update_variance"]
 
     def __init__(
         self,

@@ -28,11 +28,6 @@ ROOMS = {
     "factory": {"factory", "added_groups", "grouping", "group_rates", "own_optimizers", "safe_classes"},
     "optimizers": {"optimizers", "eigenbasis"},
 }
-#: Imports that go up nevertheless.
-EXCEPTIONS = {
-    # The charts of all callbacks are declared at their classes; looked up when a figure is drawn.
-    ("diagnostics", "callbacks"),
-}
 #: What these rooms may never import, however indirectly it is written.
 WITHOUT = {
     "optimizers": ("lightning", "pytorch_lightning"),
@@ -103,16 +98,9 @@ def test_imports_point_down() -> None:
             if parts[0] != "lightning_optim" or parts[-1] == "__version__":
                 continue
             edge = (room(name[1]), room(parts[1]))
-            if edge not in EXCEPTIONS and is_upward(*edge):
+            if is_upward(*edge):
                 found.append(f"{'.'.join(name)} imports {target}")
     assert found == []
-
-
-def test_exceptions_are_needed() -> None:
-    edges = {
-        (room(name[1]), room(x.split(".")[1])) for name, xs in modules() for x in xs if x.startswith("lightning_optim.")
-    }
-    assert edges >= EXCEPTIONS
 
 
 @pytest.mark.parametrize("name", WITHOUT)

@@ -13,6 +13,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from .charts import CHARTS
+
 
 @dataclass(frozen=True)
 class Run:
@@ -221,15 +223,7 @@ _GUIDES = {"update to weight": 1e-3}
 
 def charts() -> dict[str, list[str]]:
     """The charts of all diagnostics: ``{title: [regular expressions of tags]}``."""
-    from .. import callbacks  # here, because it imports Lightning
-    from ..callbacks.monitor import Monitor
-
-    every: dict[str, list[str]] = {}
-    for name in callbacks.__all__:
-        callback = getattr(callbacks, name)
-        if issubclass(callback, Monitor):
-            every |= {title: patterns for title, (_, patterns) in callback.charts.items()}
-    return every
+    return {title: patterns for family in CHARTS.values() for title, (_, patterns) in family.items()}
 
 
 def plot(runs: Sequence[Run]) -> Any:
