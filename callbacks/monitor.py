@@ -308,7 +308,7 @@ class ProbingMonitor(Monitor):
     probes_optional = False
     _left_out = False
     #: All ranks, for verdicts that are not mixed up with what a probe itself sends.
-    _verdicts: processes.Group | None = None
+    _verdicts: processes.ProcessGroup | None = None
 
     @property
     def can_probe(self) -> bool:

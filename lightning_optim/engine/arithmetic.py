@@ -19,7 +19,7 @@ def largest_gradient(dtype: torch.dtype) -> float:
 
 def shrink_(p: Tensor, keep: Any) -> Tensor:
     """``p *= keep``"""
-    return p if is_number(keep, 1.0) else p.mul_(keep)
+    return p if is_exactly(keep, 1.0) else p.mul_(keep)
 
 
 def regularize(g: Tensor, p: Tensor, l2: Any) -> Tensor:
@@ -33,7 +33,7 @@ def regularize(g: Tensor, p: Tensor, l2: Any) -> Tensor:
 # --- in-place operations on tensors with coefficients that are floats or 0-d tensors ---------------------------------
 
 
-def is_number(coefficient: Any, value: float) -> bool:
+def is_exactly(coefficient: Any, value: float) -> bool:
     """Whether a coefficient is a number on the host and equals ``value``."""
     return isinstance(coefficient, (int, float)) and coefficient == value
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import private, processes
 from .rounding import RESIDUAL, prepare_residual, stream_start
-from .rule import MatrixRule, Rule, Scalars, hyperparameters_of, numbers_of
+from .rule import MatrixRule, Rule, hyperparameters_of, numbers_of
 from .state import State, block_shape, compute_dtype, follow, has_begun, new_state, real_view, state_shapes
 
 
@@ -42,7 +42,7 @@ class Task:
     g: Tensor
     grad_scale: float | Tensor
     state: State
-    scalars: Scalars
+    scalars: dict[str, Any]
     parameter: Tensor
     first: int = 0
     noise: int | None = None
@@ -101,7 +101,7 @@ class SharedStep:
         self.t = int(self.before[0]) + 1
         host = dict(zip(self.rule.host_state, self.before[1:]))
         details = [*self.details, *([host] if host else [])]
-        self.scalars: Scalars = numbers_of(self.rule, self.t, self.h, *details)
+        self.scalars: dict[str, Any] = numbers_of(self.rule, self.t, self.h, *details)
         self.after: dict[str, float] = {"step": self.t, **host}
 
     def next(self) -> SharedStep:
@@ -224,14 +224,14 @@ class PreparedGroup:
             self._tensors = [state.get(name) for state in self.states for name in self._names]
 
     def begin(
-        self, grads: Iterable[Tensor], grad_scales: Iterable[Any], given: Iterator[Scalars] | None = None
+        self, grads: Iterable[Tensor], grad_scales: Iterable[Any], given: Iterator[dict[str, Any]] | None = None
     ) -> list[SharedStep] | None:
         """Set the gradients and numbers of a step.
 
         Args:
             grads: The parameters' gradients.
             grad_scales: What they are multiplied by.
-            given: Scalars to use instead of those that the rule computes, one set for each shared step.
+            given: dict[str, Any] to use instead of those that the rule computes, one set for each shared step.
 
         Returns:
             The shared steps; ``None`` if step counts that were equal no longer are, and the group must be prepared
@@ -262,7 +262,7 @@ def _layout(params: list[Tensor]) -> list[Any]:
     return [(p.dtype, p.device, p.shape, p.grad.dtype if p.grad is not None else None) for p in params]
 
 
-def local_gradient(p: Tensor) -> Tensor:
+def usable_gradient(p: Tensor) -> Tensor:
     """This rank's shard of a parameter's gradient, zero where it has none.
 
     A float64 gradient of a parameter with float32 arithmetic is converted: a value out of range becomes infinite, and

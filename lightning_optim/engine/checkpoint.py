@@ -15,8 +15,6 @@ from ..names import clean_name
 from . import formats
 from .formats import CheckpointError as CheckpointError
 
-Groups = Sequence[Mapping[str, Any]]
-
 #: Keys of a parameter group that say what is done with its parameters, ...
 STRUCTURE = ("rule", "role", "blocks", "transposed", "decoupled_weight_decay")
 #: ... what they are called, ...
@@ -78,7 +76,7 @@ def matched(optimizer: Optimizer, state_dict: Any) -> dict[str, Any]:
     return {**state_dict, "param_groups": groups}
 
 
-def _with_clean_names(groups: Groups) -> Groups:
+def _with_clean_names(groups: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
     """The groups with names that no wrapper has changed, unless two parameters would then have the same."""
     if not all("param_names" in group for group in groups):
         return groups
@@ -165,7 +163,7 @@ def _has_form(state_dict: Any) -> bool:
     )
 
 
-def _check_author(name: str, here: Groups, saved: Groups) -> None:
+def _check_author(name: str, here: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> None:
     """Refuse what another optimizer has written, as far as the groups as a whole show it."""
     rules_here, rules_saved = ({group.get("rule") for group in groups} for groups in (here, saved))
     keys_here, keys_saved = ({key for group in groups for key in group} - {*SCHEDULED} for groups in (here, saved))
@@ -177,13 +175,13 @@ def _check_author(name: str, here: Groups, saved: Groups) -> None:
         raise CheckpointError(f"The checkpoint was written by {author} and does not fit {name}.{details} {_REMEDY}")
 
 
-def _by_name(optimizer: str, here: Groups, saved: Groups) -> list[int]:
+def _by_name(optimizer: str, here: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> list[int]:
     """For each group the index of the saved group with the same parameters."""
     now, then = ({n: i for i, group in enumerate(groups) for n in group["param_names"]} for groups in (here, saved))
     # A group is the saved one of its name, else that with most of its parameters: the difference is the smaller part.
     origin: dict[int, int] = {}
     shared = Counter((now[n], then[n]) for n in now if n in then)
-    for i, j in sorted(shared, key=lambda ij: (_name(here, ij[0]) != _name(saved, ij[1]), -shared[ij])):
+    for i, j in sorted(shared, key=lambda ij: (_group_name(here, ij[0]) != _group_name(saved, ij[1]), -shared[ij])):
         if i not in origin and j not in origin.values():
             origin[i] = j
     kept = [n for n in now if n in then]
@@ -193,7 +191,9 @@ def _by_name(optimizer: str, here: Groups, saved: Groups) -> list[int]:
         "Only in the checkpoint": [n for n in then if n not in now],
         "Not in the checkpoint": [n for n in now if n not in then],
         "Treated otherwise": [f"{n} ({change})" for n, change in changes.items() if change],
-        "Grouped otherwise": [f"{n} ({_name(saved, then[n])} in the checkpoint, {_name(here, now[n])})" for n in moved],
+        "Grouped otherwise": [
+            f"{n} ({_group_name(saved, then[n])} in the checkpoint, {_group_name(here, now[n])})" for n in moved
+        ],
     }
     lines = [f"{what}: {_several(names)}." for what, names in differences.items() if names]
     if lines:
@@ -201,12 +201,12 @@ def _by_name(optimizer: str, here: Groups, saved: Groups) -> list[int]:
     return [origin[i] for i in range(len(here))]
 
 
-def _by_position(optimizer: str, here: Groups, saved: Groups) -> list[int]:
+def _by_position(optimizer: str, here: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> list[int]:
     sizes_here, sizes_saved = ([len(group["params"]) for group in groups] for groups in (here, saved))
     if sizes_here != sizes_saved:
         raise CheckpointError(
-            f"The checkpoint does not fit this {optimizer}: its groups hold {_numbers(sizes_saved)} parameters, those "
-            f"here {_numbers(sizes_here)}. {_REMEDY} With named parameters, as build_optimizer gives them, this "
+            f"The checkpoint does not fit this {optimizer}: its groups hold {_sum_of(sizes_saved)} parameters, "
+            f"those here {_sum_of(sizes_here)}. {_REMEDY} With named parameters, as build_optimizer gives them, this "
             "message says which."
         )
     for i, (group, then) in enumerate(zip(here, saved)):
@@ -223,11 +223,11 @@ def _changes(here: Mapping[str, Any], saved: Mapping[str, Any]) -> str:
     )
 
 
-def _name(groups: Groups, i: int) -> str:
+def _group_name(groups: Sequence[Mapping[str, Any]], i: int) -> str:
     return f"group {groups[i].get('name', i)!r}"
 
 
-def _numbers(values: Sequence[int]) -> str:
+def _sum_of(values: Sequence[int]) -> str:
     return " + ".join(map(str, values)) or "no"
 
 

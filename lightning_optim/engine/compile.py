@@ -26,8 +26,7 @@ import torch
 from torch import Tensor, fx
 
 from .call import call
-
-Runner = Callable[[Tensor, Tensor, "float | Tensor", Mapping[str, Tensor], "Tensor | None"], Any]
+from .hyperparameters import is_number
 
 #: Length of the vectors a kernel is traced on: long enough for Inductor to share the loop among threads.
 _EXAMPLE = 2**16
@@ -58,40 +57,35 @@ def compilations() -> int:
     return len(_kernels)
 
 
-def is_number(x: Any) -> bool:
-    """Whether a scalar of a rule is a number, which a kernel does not depend on, rather than a switch."""
-    return isinstance(x, (int, float)) and not isinstance(x, bool)
-
-
 def runner(
     function: Callable[..., Any],
     p: Tensor,
     g: Tensor,
-    gain: float | Tensor,
+    grad_scale: float | Tensor,
     finite: Tensor | None,
     state: Mapping[str, Tensor],
     scalars: Mapping[str, Any],
     noisy: bool,
     moves: bool,
-) -> Runner:
+) -> Callable[..., Any]:
     """:func:`.call.call` of ``function`` with these scalars on vectors of the same kinds as those given, compiled.
 
     Compiles now if it has to; nothing is updated. ``noisy`` says whether there will be random numbers.
 
     Returns:
-        ``run(p, g, gain, state, noise)``; a ``gain`` that is a number has to be the one given here.
+        ``run(p, g, grad_scale, state, noise)``; a ``grad_scale`` that is a number has to be the one given here.
     """
     numbers = {name: float(x) for name, x in scalars.items() if is_number(x) or _on_host(x)}
     tensors = {name: x for name, x in scalars.items() if isinstance(x, Tensor) and name not in numbers}
     switches = {name: x for name, x in scalars.items() if name not in tensors and name not in numbers}
-    own_gain = isinstance(gain, Tensor)
+    own_scale = isinstance(grad_scale, Tensor)
     key = (
-        function, p.dtype, g.dtype, own_gain, finite is not None,
+        function, p.dtype, g.dtype, own_scale, finite is not None,
         tuple((name, x.dtype) for name, x in state.items()),
         tuple(numbers), tuple((name, x.dtype) for name, x in tensors.items()), tuple(switches.items()),
         p.device, torch.get_num_threads(), noisy, moves,
     )  # fmt: skip
-    values = (*numbers.values(), 1.0 if isinstance(gain, Tensor) else gain)
+    values = (*numbers.values(), 1.0 if isinstance(grad_scale, Tensor) else grad_scale)
     kernel = _kernels.get(key)
     if kernel is None:
 
@@ -99,7 +93,7 @@ def runner(
             rest = iter(args)
             p, *vectors, gradient = [next(rest) for _ in range(2 + len(state))]
             noise = next(rest) if noisy else None
-            factor = next(rest) if own_gain else None
+            factor = next(rest) if own_scale else None
             verdict = None if finite is None else next(rest)
             given = {name: next(rest) for name in (*tensors, *numbers)} | switches
             common_factor = next(rest)
@@ -107,7 +101,7 @@ def runner(
             return call(function, p, gradient, factor, verdict, dict(zip(state, vectors)), given, noise, moves) or ()
 
         dtypes = [x.dtype for x in (p, *state.values(), g)] + [torch.int64] * noisy
-        others = [x for x in (gain, finite, *tensors.values()) if isinstance(x, Tensor)]
+        others = [x for x in (grad_scale, finite, *tensors.values()) if isinstance(x, Tensor)]
 
         def example(length: int) -> list[Tensor]:
             return [torch.zeros(length, dtype=dtype, device=p.device) for dtype in dtypes] + others
@@ -118,8 +112,8 @@ def runner(
         _kernels[key] = kernel
     fixed = [*([] if finite is None else [finite]), *tensors.values(), *kernel.prepare(values)]
 
-    def run(p: Tensor, g: Tensor, gain: float | Tensor, state: Mapping[str, Tensor], noise: Tensor | None) -> Any:
-        others = [*([] if noise is None else [noise]), *([gain] if own_gain else [])]
+    def run(p: Tensor, g: Tensor, grad_scale: float | Tensor, state: Mapping[str, Tensor], noise: Tensor | None) -> Any:
+        others = [*([] if noise is None else [noise]), *([grad_scale] if own_scale else [])]
         return kernel.run([p, *state.values(), g, *others, *fixed])
 
     return run

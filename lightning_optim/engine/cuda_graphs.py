@@ -13,9 +13,8 @@ from torch import Tensor
 
 from .. import processes
 from .batch import SharedStep
-from .compile import is_number
-from .optimizer import RuleOptimizer, Work
-from .rule import Scalars
+from .hyperparameters import is_number
+from .optimizer import RuleOptimizer
 
 #: Numbers that a graph depends on, like switches: rules skip operations that have no effect with them.
 _PLAIN = (0.0, 1.0, inf)
@@ -61,26 +60,17 @@ def capture_step(optimizer: RuleOptimizer) -> None:
 
 
 @dataclass
-class _Graph:
-    """A recorded step.
+class _Recording:
+    """Steps with tensors at the same addresses.
 
     Args:
-        values: The device tensor of numbers that it reads.
-        finite: The tensor to which it writes whether gradients were finite.
-        replay: Runs the graph.
+        steps: The shared steps of the first one.
+        graphs: For each form, a function that replays its graph with the numbers of a step and returns whether
+            gradients were finite.
     """
 
-    values: Tensor
-    finite: bool | Tensor
-    replay: Callable[[], None]
-
-
-@dataclass
-class _Recording:
-    """Steps with tensors at the same addresses: the shared steps of the first one, and a graph for each form."""
-
     steps: list[SharedStep]
-    graphs: dict[Any, _Graph] = field(default_factory=dict)
+    graphs: dict[Any, Callable[[Tensor], bool | Tensor]] = field(default_factory=dict)
 
 
 class StepGraphs:
@@ -116,7 +106,7 @@ class StepGraphs:
                     f"{name}: the rule {rule.name!r} decomposes matrices, which cannot be captured; {remedy}."
                 )
 
-    def __call__(self, work: Work) -> tuple[bool | Tensor, list[SharedStep]]:
+    def __call__(self, work: list[tuple[dict[str, Any], list[Tensor]]]) -> tuple[bool | Tensor, list[SharedStep]]:
         """Make a step, as :meth:`.optimizer.RuleOptimizer._run` does."""
         optimizer = self.optimizer
         recording = self._recordings.get(self._find_layout(work))
@@ -126,26 +116,29 @@ class StepGraphs:
         if optimizer.observer is not None:
             return optimizer._run(work)
         steps = [step.next() for step in recording.steps]
-        numbers = [_numbers(step.scalars) for step in steps]
+        numbers = [_varying(step.scalars) for step in steps]
         forms = tuple(_form(step.scalars) for step in steps)
         host = torch.tensor([x for each in numbers for x in each.values()], dtype=torch.float64, device="cpu")
-        graph = recording.graphs.get(forms)
-        if graph is not None:
-            _send(host, graph.values)
-            graph.replay()
-            return graph.finite, steps
+        if forms in recording.graphs:
+            return recording.graphs[forms](host), steps
         # Made once without a graph, so that kernels are compiled and libraries loaded. Recording does not run it again.
         device = work[0][1][0].device
         values = torch.empty_like(host, device=device)
-        _send(host, values)
+        _copy_to(values, host)
         rest = iter(values.unbind())
         given = [step.scalars | {name: next(rest) for name in each} for step, each in zip(steps, numbers)]
         finite, _ = optimizer._run(work, iter(given))
         replay, recorded = record(lambda: optimizer._run(work, iter(given))[0], device)
-        recording.graphs[forms] = _Graph(values, recorded, replay)
+
+        def replayed(host: Tensor) -> bool | Tensor:
+            _copy_to(values, host)
+            replay()
+            return recorded
+
+        recording.graphs[forms] = replayed
         return finite, steps
 
-    def _start(self, work: Work) -> tuple[bool | Tensor, list[SharedStep]]:
+    def _start(self, work: list[tuple[dict[str, Any], list[Tensor]]]) -> tuple[bool | Tensor, list[SharedStep]]:
         """Make the first step with these tensors, whose state may not exist yet."""
         self.check()
         self._moves += 1
@@ -162,7 +155,7 @@ class StepGraphs:
         self._recordings[self._find_layout(work)] = _Recording(steps)
         return finite, steps
 
-    def _find_layout(self, work: Work) -> Any:
+    def _find_layout(self, work: list[tuple[dict[str, Any], list[Tensor]]]) -> Any:
         """What a graph is bound to, besides the form of the step: addresses of tensors, and settings."""
         optimizer = self.optimizer
         settings = (optimizer.backend, optimizer.skip_nonfinite, optimizer.rounding)
@@ -191,15 +184,16 @@ def is_one_gpu(devices: Iterable[torch.device]) -> bool:
     return [device.type for device in devices] == ["cuda"]
 
 
-def _send(host: Tensor, values: Tensor) -> None:
+def _copy_to(values: Tensor, host: Tensor) -> None:
     # Pinned memory is not reused before the copy has read it, so the host need not wait.
     values.copy_(host.pin_memory() if values.is_cuda else host, non_blocking=True)
 
 
-def _numbers(scalars: Scalars) -> dict[str, float]:
+def _varying(scalars: dict[str, Any]) -> dict[str, float]:
+    """The numbers that a graph reads."""
     return {name: float(x) for name, x in scalars.items() if is_number(x) and x not in _PLAIN}
 
 
-def _form(scalars: Scalars) -> Sequence[Any]:
+def _form(scalars: dict[str, Any]) -> Sequence[Any]:
     """The form of a step: all of its scalars but the values of numbers."""
     return tuple((name, float if is_number(x) and x not in _PLAIN else x) for name, x in scalars.items())

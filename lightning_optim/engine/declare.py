@@ -80,7 +80,7 @@ def documentation(cls: type[Rule]) -> str | None:
     sections = _sections(text)
     own = _entries(sections.get("Args", ""))
     names = ["params", *cls.fields, *cls.arguments]
-    entries = [own.get(name) or _entry(name, SHARED_ARGUMENTS.get(name, "")) for name in names]
+    entries = [own.get(name) or _wrapped_entry(name, SHARED_ARGUMENTS.get(name, "")) for name in names]
     sections["Args"] = "\n".join(entries)
     sections.setdefault("Raises", _RAISES["matrix" if cls.kind == "matrix" else "others"])
     order = [name for name in sections if name not in ("", "Args", "Raises", "Example")]
@@ -107,5 +107,5 @@ def _entries(section: str) -> dict[str, str]:
     return {entry.partition(":")[0]: entry.strip("\n") for entry in found if entry.strip()}
 
 
-def _entry(name: str, text: str) -> str:
+def _wrapped_entry(name: str, text: str) -> str:
     return "\n".join(textwrap.wrap(f"{name}: {text}", _WIDTH - 8, subsequent_indent="    ", break_long_words=False))

@@ -17,36 +17,33 @@ whole shapes and never from what a rank holds.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, groupby, islice
 from math import prod
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import processes
-from ..processes import Group, Sharding, TensorSpec
+from ..processes import ProcessGroup, Sharding, TensorSpec
 from . import matrices
 from .batch import Batch, Task
 from .elementwise import split_by_size
-from .matrices import ParameterObserver, Report, Requests, Stack, StackStep
+from .matrices import Report, Requests, Stack, StackStep
 from .rounding import RESIDUAL
 from .rule import LIKE_PARAMETER, Move, Polar
 from .state import block_shape, compute_dtype, from_blocks, state_shapes, tensor_names
-
-#: A matrix of a step: its parameter, and its index among the parameter's matrices.
-MatrixKey: TypeAlias = tuple[Tensor, int]
 
 
 def run_matrices(
     batches: Sequence[Batch],
     backend: str,
     finite: Tensor | None,
-    observer: ParameterObserver | None,
-    replicas: Sequence[Group],
+    observer: Callable[[Tensor, str, Tensor], None] | None,
+    replicas: Sequence[ProcessGroup],
 ) -> Iterator[None]:
     """Update the parameters and state of matrix rules in place; yields while it waits for other ranks.
 
@@ -58,8 +55,8 @@ def run_matrices(
         replicas: Ranks that hold equal parameters and gradients and share the work, if any do.
     """
     unsharded: list[Batch] = []
-    on_rows: dict[Group, list[_ShardedTask]] = defaultdict(list)
-    on_owners: dict[Group, list[_ShardedTask]] = defaultdict(list)
+    on_rows: dict[ProcessGroup, list[_ShardedTask]] = defaultdict(list)
+    on_owners: dict[ProcessGroup, list[_ShardedTask]] = defaultdict(list)
     for batch in batches:
         if "sharded" not in batch.cache:
             batch.cache["sharded"] = any(processes.sharding_of(task.parameter) for task in batch.tasks)
@@ -150,7 +147,9 @@ def _shard_buckets(sharded: Sequence[_ShardedTask], plain: bool) -> Iterator[lis
 # --- every rank has whole parameters ----------------------------------------------------------------------------------
 
 
-def _jobs_unsharded(batches: Sequence[Batch], step: StackStep, replicas: Sequence[Group]) -> Iterator[Iterator[None]]:
+def _jobs_unsharded(
+    batches: Sequence[Batch], step: StackStep, replicas: Sequence[ProcessGroup]
+) -> Iterator[Iterator[None]]:
     if not replicas or not batches:
         return matrices.stack_jobs(batches, step)
     costs = {
@@ -167,7 +166,10 @@ def _jobs_unsharded(batches: Sequence[Batch], step: StackStep, replicas: Sequenc
 
 
 def _solve_shares(
-    requests: Requests, owner: Mapping[MatrixKey, int], group: Group, report: Report | None
+    requests: Requests,
+    owner: Mapping[tuple[Tensor, int], int],
+    group: ProcessGroup,
+    report: Report | None,
 ) -> Generator[None, None, list[Any]]:
     """Orthogonalise this rank's share of the matrices and get the other factors from the other ranks."""
     ranks = range(processes.size(group))
@@ -179,10 +181,10 @@ def _solve_shares(
         [((len(indices), *x.shape[1:]), x.dtype) for indices, (_, (x, _, _)) in zip(share, requests) if indices]
         for share in shares
     ]
-    pending = processes.all_gather(matrices.orthogonalized(own), specs, requests[0][1].matrices.device, group)
+    receive = processes.all_gather(matrices.orthogonalized(own), specs, requests[0][1].matrices.device, group)
     yield
     factors = [torch.empty_like(request.matrices) for _, request in requests]
-    for share, received in zip(shares, pending.wait()):
+    for share, received in zip(shares, receive()):
         parts = iter(received)
         for indices, factor in zip(share, factors):
             if indices:
@@ -191,7 +193,7 @@ def _solve_shares(
     return [(factor, request.sums) for factor, (_, request) in zip(factors, requests)]
 
 
-def _keys(stack: Stack) -> list[MatrixKey]:
+def _keys(stack: Stack) -> list[tuple[Tensor, int]]:
     blocks = stack.group["blocks"]
     return [(task.parameter, task.first + i) for task in stack.tasks for i in range(blocks)]
 
@@ -215,7 +217,9 @@ def _holder(x: _ShardedTask, block: int) -> int | None:
     return next((rank for rank in range(x.sharding.ranks) if x.rows(block, rank) == (0, m)), None)
 
 
-def _run_on_rows(bucket: Sequence[_ShardedTask], owner: Mapping[MatrixKey, int], step: StackStep) -> Iterator[None]:
+def _run_on_rows(
+    bucket: Sequence[_ShardedTask], owner: Mapping[tuple[Tensor, int], int], step: StackStep
+) -> Iterator[None]:
     """Run the rule on this rank's rows; only the matrices to orthogonalise are sent."""
     tasks_of: dict[Any, list[Task]] = defaultdict(list)
     batches = {}
@@ -259,7 +263,11 @@ def _equal_rows(x: _ShardedTask) -> Iterator[tuple[int, Task]]:
         first, start = first + count, stop
 
 
-def _collector(bucket: Sequence[_ShardedTask], owner: Mapping[MatrixKey, int], report: Report | None) -> Report | None:
+def _collector(
+    bucket: Sequence[_ShardedTask],
+    owner: Mapping[tuple[Tensor, int], int],
+    report: Report | None,
+) -> Report | None:
     """A report that waits for the values of all matrices of a parameter and passes them on together.
 
     All ranks compute all of these values. The owner of the parameter's first matrix reports them.
@@ -291,55 +299,58 @@ class _Solution:
 
 
 def _solve_on_owners(
-    requests: Requests, bucket: Sequence[_ShardedTask], owner: Mapping[MatrixKey, int], report: Report | None
+    requests: Requests,
+    bucket: Sequence[_ShardedTask],
+    owner: Mapping[tuple[Tensor, int], int],
+    report: Report | None,
 ) -> Generator[None, None, list[Any]]:
     """Collect each matrix on its owner, which orthogonalises it, adds up its sums and sends the rows back."""
     sharding, device = bucket[0].sharding, requests[0][1].matrices.device
     ranks, me = range(sharding.ranks), sharding.rank
     # For each matrix, this rank's rows and its sums over them; and the method.
-    parts: dict[MatrixKey, list[Tensor]] = {}
-    methods: dict[MatrixKey, str] = {}
+    parts: dict[tuple[Tensor, int], list[Tensor]] = {}
+    methods: dict[tuple[Tensor, int], str] = {}
     for stack, (x, method, sums) in requests:
         for i, key in enumerate(_keys(stack)):
             parts[key], methods[key] = [y[i] for y in (x, *sums)], method
     tasks = {(x.parameter, block): x for x in bucket for block in range(x.blocks) if (x.parameter, block) in parts}
     owned_by = [[key for key in tasks if owner[key] == rank] for rank in ranks]
 
-    def specs(key: MatrixKey, rank: int) -> list[TensorSpec]:
+    def specs(key: tuple[Tensor, int], rank: int) -> list[TensorSpec]:
         start, stop = tasks[key].rows(key[1], rank)
         rows, *sums = parts[key]
         return [((stop - start, rows.shape[1]), rows.dtype), *((y.shape, y.dtype) for y in sums)]
 
-    to_owners = processes.all_to_all(
+    receive = processes.all_to_all(
         [[x for key in keys for x in parts[key]] for keys in owned_by],
         [[spec for key in owned_by[me] for spec in specs(key, rank)] for rank in ranks],
         device,
         sharding.group,
     )
     yield
-    received = [iter(xs) for xs in to_owners.wait()]
+    received = [iter(xs) for xs in receive()]
     solved = _solve({key: [[next(xs) for xs in received] for _ in parts[key]] for key in owned_by[me]}, methods)
 
     # Observers get all matrices of a parameter at once. The owner of its first matrix calls them, and the owners of the
     # others send it theirs.
     reporters = {key: rank for key in tasks if report and (rank := owner[key[0], 0]) != owner[key]}
 
-    def returned(key: MatrixKey, rank: int) -> list[Tensor]:
+    def returned(key: tuple[Tensor, int], rank: int) -> list[Tensor]:
         start, stop = tasks[key].rows(key[1], rank)
         one = solved[key]
         return [one.factor[start:stop], *one.totals] + [one.matrix, one.factor] * (reporters.get(key) == rank)
 
-    def returned_specs(key: MatrixKey) -> list[TensorSpec]:
+    def returned_specs(key: tuple[Tensor, int]) -> list[TensorSpec]:
         return specs(key, me) + [(tasks[key].matrix_shape, parts[key][0].dtype)] * 2 * (reporters.get(key) == me)
 
-    from_owners = processes.all_to_all(
+    receive = processes.all_to_all(
         [[x for key in owned_by[me] for x in returned(key, rank)] for rank in ranks],
         [[spec for key in keys for spec in returned_specs(key)] for keys in owned_by],
         device,
         sharding.group,
     )
     yield
-    for keys, tensors in zip(owned_by, map(iter, from_owners.wait())):
+    for keys, tensors in zip(owned_by, map(iter, receive())):
         for key in keys:
             parts[key] = [next(tensors) for _ in parts[key]]
             if reporters.get(key) == me:
@@ -354,8 +365,8 @@ def _solve_on_owners(
 
 
 def _solve(
-    received: Mapping[MatrixKey, list[list[Tensor]]], methods: Mapping[MatrixKey, str]
-) -> dict[MatrixKey, _Solution]:
+    received: Mapping[tuple[Tensor, int], list[list[Tensor]]], methods: Mapping[tuple[Tensor, int], str]
+) -> dict[tuple[Tensor, int], _Solution]:
     """Orthogonalise matrices and add up their sums, given each rank's part of both."""
     wholes = [torch.cat(rows) for rows, *_ in received.values()]
     factors = matrices.orthogonalized([Polar(x[None], methods[key]) for key, x in zip(received, wholes)])
@@ -365,7 +376,11 @@ def _solve(
     }
 
 
-def _report_solved(some: Iterable[_ShardedTask], solved: Mapping[MatrixKey, _Solution], report: Report) -> None:
+def _report_solved(
+    some: Iterable[_ShardedTask],
+    solved: Mapping[tuple[Tensor, int], _Solution],
+    report: Report,
+) -> None:
     """Report all matrices of each parameter at once."""
     for x in some:
         solutions = [solved[x.parameter, block] for block in range(x.blocks)]
@@ -387,7 +402,7 @@ def _run_on_owners(bucket: Sequence[_ShardedTask], step: StackStep) -> Iterator[
     ranks = range(sharding.ranks)
     owned_by = [[x for x in bucket if x.task.owner == rank] for rank in ranks]
     mine = owned_by[sharding.rank]
-    gradients = processes.all_to_all(
+    receive = processes.all_to_all(
         [[x.task.g for x in theirs] for theirs in owned_by],
         [[(x.sharding.local_shape(rank), x.task.g.dtype) for x in mine] for rank in ranks],
         device,
@@ -395,21 +410,21 @@ def _run_on_owners(bucket: Sequence[_ShardedTask], step: StackStep) -> Iterator[
     )
     yield
     batches: dict[int, Batch] = {}
-    for x, *shards in zip(mine, *gradients.wait()):
+    for x, *shards in zip(mine, *receive()):
         batch = batches.setdefault(id(x.batch), replace(x.batch, tasks=[], cache={}))
         batch.tasks.append(replace(x.task, g=torch.cat(shards, x.sharding.dim)))
     packed: dict[Tensor, list[Tensor]] = {}
     for job in matrices.stack_jobs(batches.values(), replace(step, move=partial(_pack_move, packed))):
         for _ in job:
             pass
-    moves = processes.all_to_all(
+    receive = processes.all_to_all(
         [[x.sharding.shard(y, rank) for x in mine for y in packed[x.parameter]] for rank in ranks],
         [[spec for x in theirs for spec in _packed_specs(x)] for theirs in owned_by],
         device,
         sharding.group,
     )
     yield
-    for theirs, tensors in zip(owned_by, map(iter, moves.wait())):
+    for theirs, tensors in zip(owned_by, map(iter, receive())):
         for x in theirs:
             _move_shard(x, [next(tensors) for _ in _packed_specs(x)], step.finite)
 

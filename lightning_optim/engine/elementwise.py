@@ -63,7 +63,7 @@ class Chunk:
 
 
 def run_elementwise(
-    batches: Sequence[Batch], backend: str, finite: Tensor | None, groups: Sequence[processes.Group] = ()
+    batches: Sequence[Batch], backend: str, finite: Tensor | None, groups: Sequence[processes.ProcessGroup] = ()
 ) -> None:
     """Update the parameters and state of element-wise and group rules in place.
 
@@ -223,13 +223,13 @@ class _GroupStep:
     def __post_init__(self) -> None:
         self.device = self.batch.tasks[0].p.device
 
-    def sums(self, groups: tuple[processes.Group, ...]) -> dict[tuple[processes.Group, ...], Tensor]:
+    def sums(self, groups: tuple[processes.ProcessGroup, ...]) -> dict[tuple[processes.ProcessGroup, ...], Tensor]:
         """The rule's sums over this rank's tensors, for each set of process groups over which to add them up.
 
         Args:
             groups: Process groups that hold the other shards of parameters that are not ``DTensor``.
         """
-        by_groups: dict[tuple[processes.Group, ...], list[Task]] = {}
+        by_groups: dict[tuple[processes.ProcessGroup, ...], list[Task]] = {}
         for task in self.batch.tasks:
             by_groups.setdefault(processes.shard_groups(task.parameter) or groups, []).append(task)
         sums = {}
@@ -271,7 +271,7 @@ class _GroupStep:
         return _each(function, joint, coefficients, self.backend, self.finite, moves)
 
 
-def _run_group_rules(grouped: Sequence[_GroupStep], groups: tuple[processes.Group, ...]) -> None:
+def _run_group_rules(grouped: Sequence[_GroupStep], groups: tuple[processes.ProcessGroup, ...]) -> None:
     sums = [one.sums(groups) for one in grouped]
     totals = [torch.zeros_like(next(iter(each.values()))) for each in sums]
     for key in dict.fromkeys(key for each in sums for key in each):

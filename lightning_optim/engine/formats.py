@@ -19,12 +19,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
-
-StateDict: TypeAlias = dict[str, Any]
 
 #: The format that is written.
 FORMAT = 2
@@ -36,16 +34,16 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be loaded. The message says what is wrong and what to do."""
 
 
-def stamped(state_dict: StateDict) -> StateDict:
+def stamped(state_dict: dict[str, Any]) -> dict[str, Any]:
     """A state dict with its format number.
 
     >>> stamped({"state": {}, "param_groups": [{"rule": "NAMO", "params": [0]}]})["param_groups"]
     [{'rule': 'NAMO (format 2)', 'params': [0]}]
     """
-    return _with_rules(state_dict, lambda rule: f"{_split(rule)[0]} (format {FORMAT})")
+    return _with_rules(state_dict, lambda rule: f"{_rule_and_format(rule)[0]} (format {FORMAT})")
 
 
-def current(state_dict: StateDict) -> StateDict:
+def current(state_dict: dict[str, Any]) -> dict[str, Any]:
     """A state dict of any known format in the present one, without its number. It is not changed itself.
 
     Raises:
@@ -54,20 +52,20 @@ def current(state_dict: StateDict) -> StateDict:
     >>> current({"state": {}, "param_groups": [{"rule": "NAMO (format 2)", "params": [0]}]})["param_groups"]
     [{'rule': 'NAMO', 'params': [0]}]
     """
-    numbers = {_split(group["rule"])[1] for group in state_dict["param_groups"] if "rule" in group}
+    numbers = {_rule_and_format(group["rule"])[1] for group in state_dict["param_groups"] if "rule" in group}
     unknown = sorted(number for number in numbers if not 1 <= number <= FORMAT)
     if unknown:
         raise CheckpointError(
             f"The checkpoint has format {unknown[-1]}, and this lightning-optim reads formats 1 to {FORMAT}: "
             "a later version has written it. To update: pip install -U lightning-optim."
         )
-    state_dict = _with_rules(state_dict, lambda rule: _split(rule)[0])
+    state_dict = _with_rules(state_dict, lambda rule: _rule_and_format(rule)[0])
     for number in range(min(numbers, default=FORMAT), FORMAT):
         state_dict = MIGRATIONS[number](state_dict)
     return state_dict
 
 
-def _split(rule: Any) -> tuple[Any, int]:
+def _rule_and_format(rule: Any) -> tuple[Any, int]:
     """A rule's name and the format behind it; version 0.1.0, whose format is 1, wrote the name alone.
 
     So do other writers that take the parameter groups as they are, such as DeepSpeed, whatever the version: a migration
@@ -77,7 +75,7 @@ def _split(rule: Any) -> tuple[Any, int]:
     return (found["rule"], int(found["number"])) if found else (rule, 1)
 
 
-def _with_rules(state_dict: StateDict, change: Callable[[Any], Any]) -> StateDict:
+def _with_rules(state_dict: dict[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
     groups = [
         {**group, "rule": change(group["rule"])} if isinstance(group, Mapping) and "rule" in group else group
         for group in state_dict["param_groups"]
@@ -88,7 +86,7 @@ def _with_rules(state_dict: StateDict, change: Callable[[Any], Any]) -> StateDic
 # --- migrations -------------------------------------------------------------------------------------------------
 
 
-def _counts_to_integers(state_dict: StateDict) -> StateDict:
+def _counts_to_integers(state_dict: dict[str, Any]) -> dict[str, Any]:
     """Step counts were float32, which cannot count beyond 2^24."""
     state = {key: {**x, "step": whole(x["step"])} if "step" in x else x for key, x in state_dict["state"].items()}
     return {**state_dict, "state": state}
@@ -108,4 +106,4 @@ def whole(count: Any) -> Any:
 
 
 #: From each format to the next one.
-MIGRATIONS: dict[int, Callable[[StateDict], StateDict]] = {1: _counts_to_integers}
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _counts_to_integers}

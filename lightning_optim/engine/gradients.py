@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from .. import private, processes
-from ..processes import Group
+from ..processes import ProcessGroup
 from .arithmetic import largest_gradient
 from .elementwise import largest_entry
 from .state import compute_dtype
 
 
 def inspect_gradients(
-    grads: list[Tensor], groups: Sequence[Group] = (), alike: bool = True, backend: str = "chunked"
+    grads: list[Tensor], groups: Sequence[ProcessGroup] = (), alike: bool = True, backend: str = "chunked"
 ) -> tuple[bool | Tensor, list[float] | list[Tensor]]:
     """Whether all gradients are finite, and a factor for each that keeps its squares finite.
 
@@ -57,7 +57,7 @@ def inspect_gradients(
     return verdicts.all(), [factor.to(g.device) for factor, g in zip(factors, grads)]
 
 
-def _peaks(grads: list[Tensor], groups: Sequence[Group], alike: bool) -> Tensor:
+def _peaks(grads: list[Tensor], groups: Sequence[ProcessGroup], alike: bool) -> Tensor:
     """The largest magnitude in each gradient over all ranks, infinity for NaN, on the device of the first gradient."""
     device = grads[0].device
     dtype = torch.float64 if any(g.dtype == torch.float64 for g in grads) else torch.float32
@@ -85,7 +85,7 @@ def _bound(dtype: torch.dtype) -> float:
     return largest_gradient(compute_dtype(dtype))
 
 
-def _largest(grads: list[Tensor], groups: Sequence[Group], backend: str) -> float:
+def _largest(grads: list[Tensor], groups: Sequence[ProcessGroup], backend: str) -> float:
     """The largest magnitude over all gradients and ranks; infinite or NaN if any is."""
     peak = largest_entry(grads, backend)
     if groups:

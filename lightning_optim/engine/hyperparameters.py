@@ -21,7 +21,7 @@ LARGEST, SMALLEST = 1e10, 1e-18
 
 def number(least: float = 0.0, most: float = LARGEST) -> Constraint:
     """A number in a closed interval."""
-    return lambda x: _is_number(x) and least <= x <= most, f"a number in [{least:g}, {most:g}]"
+    return lambda x: is_number(x) and least <= x <= most, f"a number in [{least:g}, {most:g}]"
 
 
 def fraction() -> Constraint:
@@ -67,12 +67,13 @@ def satisfies(constraint: Constraint, x: Any) -> bool:
         return False
 
 
-def _is_number(x: Any) -> bool:
+def is_number(x: Any) -> bool:
+    """Whether a value is a number, and no switch."""
     return isinstance(x, (int, float)) and not isinstance(x, bool)
 
 
 def _is_fraction(x: Any) -> bool:
-    return _is_number(x) and 0 <= x < 1
+    return is_number(x) and 0 <= x < 1
 
 
 _NOT_NEGATIVE = number()

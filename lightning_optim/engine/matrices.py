@@ -27,10 +27,8 @@ from .rounding import RESIDUAL, joined_positions, load, store_, stream_positions
 from .rule import LIKE_PARAMETER, MatrixRule, Move, Polar, buffers_of, hyperparameters_of, ignore
 from .state import block_shape, compute_dtype, from_blocks, to_blocks
 
-#: Called as ``observer(p, name, value)`` with what matrix rules report.
-ParameterObserver = Callable[[Tensor, str, Tensor], None]
 #: Called as ``report(task, name, value)`` with what rules report of the matrices of a task.
-Report = Callable[[Task, str, Tensor], None]
+Report: TypeAlias = Callable[[Task, str, Tensor], None]
 
 #: Matrices of up to this many elements, gradient and state included, are stacked: below it copying them costs less than
 #: dispatching their operations one by one.
@@ -79,7 +77,7 @@ class Stack:
 
 
 #: What stacks request at the same time.
-Requests: TypeAlias = "Sequence[tuple[Stack, Polar]]"
+Requests: TypeAlias = Sequence[tuple[Stack, Polar]]
 
 
 def move_parameters_(stack: Stack, move: Move, finite: Tensor | None) -> None:
@@ -189,7 +187,9 @@ def stacks_of(batch: Batch, plain: bool) -> Iterator[Stack]:
     rule = batch.rule
     assert issubclass(rule, MatrixRule)
     alike: dict[Any, list[Task]] = {}
-    elements = {shape: _elements(rule, batch.group, shape) for shape in {task.g.shape for task in batch.tasks}}
+    elements = {
+        shape: _elements_of_matrix(rule, batch.group, shape) for shape in {task.g.shape for task in batch.tasks}
+    }
     for i, task in enumerate(batch.tasks):
         g = task.g
         small = not plain and elements[g.shape] <= STACK.get(g.device.type, STACK["cuda"])
@@ -205,7 +205,7 @@ def _phases(batch: Batch) -> int:
     return rule.phases(hyperparameters_of(rule, batch.group)) if issubclass(rule, MatrixRule) else 0
 
 
-def _elements(rule: type[MatrixRule], group: Mapping[str, Any], shape: torch.Size) -> int:
+def _elements_of_matrix(rule: type[MatrixRule], group: Mapping[str, Any], shape: torch.Size) -> int:
     """Elements of one matrix of a parameter, its gradient and its state."""
     block = block_shape(shape, group)
     shapes = buffers_of(rule, block, hyperparameters_of(rule, group))
@@ -221,7 +221,7 @@ def _update_stack(stack: Stack, step: StackStep) -> Iterator[Polar]:
     state, stacked = {}, {}
     for name, shape in shapes.items():
         xs = state[name] = [task.state[name] for task in tasks]
-        stacked[name] = stack.joined(name, xs) if shape is LIKE_PARAMETER else _join(xs)
+        stacked[name] = stack.joined(name, xs) if shape is LIKE_PARAMETER else _concatenated(xs)
     g = _stack_gradient(stack)
     if finite is not None:
         g = torch.where(finite, g, 0.0)  # Decompositions raise an error on NaN, which the host does not know of yet.
@@ -236,14 +236,14 @@ def _update_stack(stack: Stack, step: StackStep) -> Iterator[Polar]:
     step.move(stack, movement, finite)
 
 
-def _join(xs: list[Tensor]) -> Tensor:
+def _concatenated(xs: list[Tensor]) -> Tensor:
     return xs[0] if len(xs) == 1 else torch.cat(xs)
 
 
 def _stack_gradient(stack: Stack) -> Tensor:
     tasks = stack.tasks
     dtype = compute_dtype(tasks[0].p.dtype)
-    g = _join([stack.view(task.g) for task in tasks]).to(dtype)
+    g = _concatenated([stack.view(task.g) for task in tasks]).to(dtype)
     grad_scales = [task.grad_scale for task in tasks]
     if not isinstance(grad_scales[0], Tensor) and grad_scales.count(1.0) == len(grad_scales):
         return g
@@ -290,11 +290,11 @@ def run_stacks(stacks: Sequence[Stack], step: StackStep) -> Iterator[None]:
         waiting = [
             (stack, update, request)
             for (stack, update, _), answer in zip(waiting, answers)
-            if (request := _send(update, answer)) is not None
+            if (request := _resumed(update, answer)) is not None
         ]
 
 
-def _send(update: Any, answer: Any) -> Polar | None:
+def _resumed(update: Any, answer: Any) -> Polar | None:
     try:
         return update.send(answer)
     except StopIteration:
@@ -307,7 +307,11 @@ def _solve_alone(requests: Requests, report: Report | None) -> list[tuple[Tensor
     return [(factor, request.sums) for factor, (_, request) in zip(factors, requests)]
 
 
-def report_factors(report: Report | None, requests: Requests, factors: Iterable[Tensor]) -> None:
+def report_factors(
+    report: Report | None,
+    requests: Requests,
+    factors: Iterable[Tensor],
+) -> None:
     """Report the matrices that were orthogonalised, and their polar factors."""
     if report is not None:
         for (stack, request), factor in zip(requests, factors):
@@ -338,7 +342,7 @@ def orthogonalized(requests: Sequence[Polar]) -> list[Tensor]:
             continue
         xs = [requests[i].matrices for i in indices]
         shape = x.shape[-2:]
-        result = _polar(_join([x if x.shape[-2:] == shape else x.mT for x in xs]), method)
+        result = _polar(_concatenated([x if x.shape[-2:] == shape else x.mT for x in xs]), method)
         for i, x, part in zip(indices, xs, result.split([len(x) for x in xs])):
             factors[i] = part if x.shape[-2:] == shape else part.mT
     return factors

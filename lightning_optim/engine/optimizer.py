@@ -17,16 +17,15 @@ from torch import Tensor
 
 from .. import processes
 from ..devices import read_later
-from ..processes import Group
+from ..processes import ProcessGroup
 from . import checkpoint, declare, formats, owned_state
-from .batch import Batch, PreparedGroup, SharedStep, local_gradient, write_step_counts
+from .batch import Batch, PreparedGroup, SharedStep, usable_gradient, write_step_counts
 from .checkpoint import CheckpointError
 from .gradients import inspect_gradients
 from .hyperparameters import NUMBERS, count, satisfies
-from .matrices import ParameterObserver
 from .plain_values import plain_hyperparameters
 from .rounding import RESIDUAL, Rounding, is_narrow, load, residual_dtype
-from .rule import MatrixRule, Rule, Scalars
+from .rule import MatrixRule, Rule
 from .state import expected_state, has_begun, has_owner, load_state, state_shapes
 from .step import Backend, run_rules
 
@@ -34,10 +33,6 @@ if TYPE_CHECKING:
     from .cuda_graphs import StepGraphs
 
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
-#: Makes parameter groups with names, and roles, of one without.
-Router: TypeAlias = Callable[[dict[str, Any]], list[dict[str, Any]]]
-#: Parameter groups, and those of their parameters that a step updates.
-Work: TypeAlias = list[tuple[dict[str, Any], list[Tensor]]]
 
 #: Precisions of gradients that are used as they are.
 _DIRECT = (torch.float32, torch.bfloat16, torch.float16)
@@ -145,11 +140,13 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
         self.rounding = arguments["rounding"]
         self.skipped_steps = 0
         self.consecutive_skips = 0
-        self.observer: ParameterObserver | None = None
-        self.router: Router | None = None
-        self.process_group: Group | None = None
-        self.work_group: Group | None = None
-        self.shard_group: Group | None = None
+        self.observer: Callable[[Tensor, str, Tensor], None] | None = None
+        self.router: Callable[[dict[str, Any]], list[dict[str, Any]]] | None = None
+        self.process_group: ProcessGroup | None = None
+        self.work_group: ProcessGroup | None = None
+        self.shard_group: ProcessGroup | None = None
+        #: The last step, if the host does not know yet whether it was made: a function that waits for the answer, and
+        #: what the step did to step counts.
         self._unsettled: tuple[Callable[[], bool], list[SharedStep]] | None = None
         self._graphs: StepGraphs | None = None
         #: Of parameters with a matrix rule that have state: the rank that keeps it, ``None`` if every rank has its own.
@@ -373,12 +370,14 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
             self._check_skips()
         return loss
 
-    def _run(self, work: Work, given: Iterator[Scalars] | None = None) -> tuple[bool | Tensor, list[SharedStep]]:
+    def _run(
+        self, work: list[tuple[dict[str, Any], list[Tensor]]], given: Iterator[dict[str, Any]] | None = None
+    ) -> tuple[bool | Tensor, list[SharedStep]]:
         """Update parameters and state, unless gradients are not finite.
 
         Args:
             work: Parameter groups and those of their parameters that have a gradient.
-            given: Scalars to use instead of those that the rule computes, one set for each shared step.
+            given: dict[str, Any] to use instead of those that the rule computes, one set for each shared step.
 
         Returns:
             Whether the step was made, which the host may not know yet, and what it did to step counts.
@@ -386,7 +385,7 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
         params = [p for _, params in work for p in params]
         plain = self.shard_group is None
         grads = [
-            g if plain and type(g := p.grad) is Tensor and g.dtype in _DIRECT else local_gradient(p) for p in params
+            g if plain and type(g := p.grad) is Tensor and g.dtype in _DIRECT else usable_gradient(p) for p in params
         ]
         parts, replicas = processes.nontrivial(self.shard_group), processes.nontrivial(self.process_group)
         workers = processes.nontrivial(self.work_group or self.process_group)
@@ -422,7 +421,7 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
         params: list[Tensor],
         grads: list[Tensor],
         grad_scales: Sequence[Any],
-        given: Iterator[Scalars] | None,
+        given: Iterator[dict[str, Any]] | None,
     ) -> tuple[PreparedGroup, list[SharedStep]]:
         """What a group has to do, and what that does to step counts. Prepared anew only if something has changed."""
         states = [self.state[p] for p in params]
@@ -452,7 +451,7 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
             return [p for p in params if p.grad is not None and p.numel()]
         return [p for p in params if (p.numel() > 0) is (p.grad is not None)]
 
-    def _check_gradients(self, work: Work) -> None:
+    def _check_gradients(self, work: list[tuple[dict[str, Any], list[Tensor]]]) -> None:
         for _, params in work:
             for p in params:
                 g = p.grad
@@ -478,7 +477,7 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
     def _owned_parameters(self) -> list[owned_state.OwnedParameter]:
         return owned_state.owned_parameters((self.rule(group), group) for group in self.param_groups)
 
-    def _gather_owned_state(self, work: Work) -> None:
+    def _gather_owned_state(self, work: list[tuple[dict[str, Any], list[Tensor]]]) -> None:
         """Gather state that one rank keeps on that rank, if it is not there yet."""
         matrices = [p for group, params in work if issubclass(self.rule(group), MatrixRule) for p in params]
         if all(p in self._owners and has_begun(self.state.get(p)) for p in matrices):
@@ -494,11 +493,9 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
         The next step and :meth:`state_dict` do so themselves. Call it to read :attr:`skipped_steps` or step counts
         right after a step on an accelerator, which it waits for.
         """
-        unsettled, self._unsettled = self._unsettled, None
-        if unsettled is None:
-            return
-        finite, steps = unsettled
-        self._account(finite(), steps)
+        if self._unsettled is not None:
+            (made, steps), self._unsettled = self._unsettled, None
+            self._account(made(), steps)
 
     def _account(self, made: bool, steps: list[SharedStep]) -> None:
         """Write down that a step was made, or skipped."""

@@ -84,7 +84,7 @@ def gather_to_owners(
             [[(x.sharding.local_shape(rank), x.local.dtype) for x in mine] for rank in range(sharding.ranks)],
             message[0].local.device,
             sharding.group,
-        ).wait()
+        )()
         for x, *shards in zip(mine, *received):
             x.state[x.name] = torch.cat(shards, x.sharding.dim)
         for x in message:
@@ -104,7 +104,7 @@ def sharded_state(
             [[(x.sharding.local_shape(sharding.rank), x.local.dtype) for x in theirs] for theirs in owned_by],
             message[0].local.device,
             sharding.group,
-        ).wait()
+        )()
         for x, shard in zip(chain(*owned_by), chain(*received)):
             # Cloned, because checkpoints need a storage for each tensor.
             whole = processes.from_local(shard.clone(), x.parameter, x.sharding)

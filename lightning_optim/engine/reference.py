@@ -16,13 +16,12 @@ from torch import Tensor
 from ..polar import orthogonalize
 from .arithmetic import regularize
 from .batch import Batch, Task
-from .matrices import ParameterObserver
 from .rounding import RESIDUAL, load, store_, stream_positions
 from .rule import LIKE_PARAMETER, GroupRule, MatrixRule, Move, ignore
 from .state import compute_dtype, from_blocks, state_shapes, to_blocks
 
 
-def run_reference(batches: Sequence[Batch], observer: ParameterObserver | None) -> None:
+def run_reference(batches: Sequence[Batch], observer: Callable[[Tensor, str, Tensor], None] | None) -> None:
     """Update parameters and state in place.
 
     Args:
@@ -71,7 +70,9 @@ def _update_group(rule: type[GroupRule], batch: Batch) -> None:
             state[name].copy_(x)
 
 
-def _update_matrices(rule: type[MatrixRule], batch: Batch, task: Task, observer: ParameterObserver | None) -> None:
+def _update_matrices(
+    rule: type[MatrixRule], batch: Batch, task: Task, observer: Callable[[Tensor, str, Tensor], None] | None
+) -> None:
     """One step of a matrix rule for the matrices of one parameter, a stack ``(blocks, m, n)``."""
 
     def stack(x: Tensor) -> Tensor:

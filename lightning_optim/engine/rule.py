@@ -31,7 +31,7 @@ import typing
 from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 from torch import Tensor
 from typing_extensions import dataclass_transform
@@ -40,10 +40,8 @@ from .arithmetic import add_, add_quotient_, shrink_
 from .hyperparameters import GROUP_ENTRIES, Constraint, Field
 
 Shape: TypeAlias = tuple[int, ...]
-Scalars: TypeAlias = dict[str, Any]
 Observer: TypeAlias = Callable[[str, Tensor], None]
-#: State tensors by name, with their shapes; ``None`` stands for the parameter's own shape.
-Buffers: TypeAlias = Mapping[str, "Shape | None"]
+#: The shape of a state tensor that has the parameter's own.
 LIKE_PARAMETER = None
 
 
@@ -98,10 +96,6 @@ class Polar(NamedTuple):
     matrices: Tensor
     method: str
     sums: tuple[Tensor, ...] = ()
-
-
-#: The generator that an update with :class:`Polar` requests is.
-Orthogonalizing: TypeAlias = Generator[Polar, tuple[Tensor, tuple[Tensor, ...]], Move]
 
 
 # --- internals --------------------------------------------------------------------------------------------------
@@ -204,7 +198,7 @@ class Rule:
         own_decay: Whether ``update`` returns ``keep`` itself. Otherwise weight decay is the engine's; see :meth:`keep`.
         capturable: Whether a CUDA graph can record the update: it accepts its numbers as tensors, and decomposes no
             matrices.
-        internals: Scalars that it offers to diagnostics, by name.
+        internals: dict[str, Any] that it offers to diagnostics, by name.
     """
 
     kind: ClassVar[str] = "abstract"
@@ -242,7 +236,7 @@ class Rule:
             RULES[cls.name] = cls
 
     @staticmethod
-    def scalars(t: int, h: Any, *details: Any) -> Scalars:
+    def scalars(t: int, h: Any, *details: Any) -> dict[str, Any]:
         """Numbers of step ``t`` that are the same for all elements, computed in float64.
 
         Matrix rules get the shape of a tensor as a third argument, rules with ``host_state`` that dictionary.
@@ -302,7 +296,9 @@ class MatrixRule(Rule):
         return 0
 
     @staticmethod
-    def update(g: Tensor, s: Any, k: Any, observe: Observer) -> Move | Orthogonalizing:
+    def update(
+        g: Tensor, s: Any, k: Any, observe: Observer
+    ) -> Move | Generator[Polar, tuple[Tensor, tuple[Tensor, ...]], Move]:
         """Update the state in place and return how the parameters move.
 
         It may be a generator that yields a :class:`Polar` for matrices to orthogonalise. It reports intermediate
@@ -329,7 +325,7 @@ class GroupRule(Rule):
         raise NotImplementedError
 
     @staticmethod
-    def combine(sums: tuple[Tensor, ...], s: Any, k: Any) -> tuple[dict[str, Tensor], Scalars]:
+    def combine(sums: tuple[Tensor, ...], s: Any, k: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The group's new state, and coefficients, which ``update`` finds in ``k``; called once per step."""
         raise NotImplementedError
 
@@ -337,9 +333,6 @@ class GroupRule(Rule):
     def update(g: Tensor, s: Any, k: Any) -> Move:
         """Update the state in place and return how the parameters move."""
         raise NotImplementedError
-
-
-Kind = Literal["element-wise", "matrix", "group"]
 
 
 # --- the arguments of a rule ------------------------------------------------------------------------------------
@@ -364,7 +357,7 @@ def as_attributes(values: Mapping[str, Any]) -> SimpleNamespace:
     return SimpleNamespace(**found)
 
 
-def numbers_of(rule: type[Rule], t: int, h: SimpleNamespace, *details: Any) -> Scalars:
+def numbers_of(rule: type[Rule], t: int, h: SimpleNamespace, *details: Any) -> dict[str, Any]:
     """The numbers of a step: hyperparameters, the rule's scalars, and the two forms of weight decay.
 
     ``keep`` is the factor of decoupled decay, ``1 - lr * weight_decay`` for most rules; ``l2`` the coefficient of

@@ -17,18 +17,17 @@ and state in place. Rules stay free of everything that depends on how they are r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from ..processes import Group
+from ..processes import ProcessGroup
 from .batch import Batch
 from .distributed_matrices import run_matrices
 from .elementwise import run_elementwise
-from .matrices import ParameterObserver
 from .reference import run_reference
 from .rule import MatrixRule
 
@@ -40,9 +39,9 @@ def run_rules(
     batches: Sequence[Batch],
     backend: str = "auto",
     finite: Tensor | None = None,
-    observer: ParameterObserver | None = None,
-    replicas: Sequence[Group] = (),
-    parts: Sequence[Group] = (),
+    observer: Callable[[Tensor, str, Tensor], None] | None = None,
+    replicas: Sequence[ProcessGroup] = (),
+    parts: Sequence[ProcessGroup] = (),
 ) -> None:
     """Update parameters and state in place.
 

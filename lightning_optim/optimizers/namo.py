@@ -5,7 +5,7 @@ from typing import Annotated
 
 import torch
 
-from ..engine.arithmetic import ema_, is_number, mix, squared_norm
+from ..engine.arithmetic import ema_, is_exactly, mix, squared_norm
 from ..engine.hyperparameters import SMALLEST, number
 from ..engine.kinds import Matrix, Move
 from ..engine.rule import LIKE_PARAMETER, Polar, mean_of
@@ -163,5 +163,5 @@ class NAMOD(Matrix, paper="arXiv 2602.17080", about="orthogonalised momentum wit
             observe("clamp_rate", (d != free).to(d.dtype).mean(-1))
         observe("adaptive_scale", d)
         keep = 1 - k.weight_decay * (k.lr * d).clamp_(max=k.max_step)
-        keep = keep if is_number(k.max_step, inf) else keep.clamp_(min=0)
+        keep = keep if is_exactly(k.max_step, inf) else keep.clamp_(min=0)
         return Move(o, (k.lr * k.factor * d).clamp_(max=k.max_step), keep=keep)

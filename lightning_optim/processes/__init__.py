@@ -9,7 +9,6 @@ folders of shards, and :mod:`.private` holds what is used of private interfaces.
 """
 
 from .collectives import (
-    Pending,
     TensorSpec,
     all_gather,
     all_gather_equal,
@@ -20,7 +19,7 @@ from .collectives import (
     any_rank,
     bytes_sent,
 )
-from .groups import Group, new_cpu_group, node_group, nontrivial, rank, size, world
+from .groups import ProcessGroup, new_cpu_group, node_group, nontrivial, rank, size, world
 from .joining import is_joining
 from .owners import assign_owners
 from .sharding import (
@@ -45,8 +44,7 @@ from .sharding import (
 )
 
 __all__ = [
-    "Group",
-    "Pending",
+    "ProcessGroup",
     "ShardSums",
     "Sharding",
     "TensorSpec",

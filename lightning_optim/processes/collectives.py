@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .groups import Group, rank, size
+from .groups import ProcessGroup, rank, size
 
 #: Shape and dtype of a tensor to be received.
 TensorSpec = tuple[tuple[int, ...], torch.dtype]
@@ -23,17 +23,17 @@ bytes_sent: Counter[str] = Counter()
 # --- reductions ---------------------------------------------------------------------------------------------------
 
 
-def all_reduce_max(x: Tensor, groups: Sequence[Group]) -> Tensor:
+def all_reduce_max(x: Tensor, groups: Sequence[ProcessGroup]) -> Tensor:
     """The element-wise maximum of a tensor over the ranks of some groups, in place. The tensor holds no NaN."""
     return _all_reduce(x, groups, dist.ReduceOp.MAX) if groups else x
 
 
-def all_reduce_sum(x: Tensor, groups: Sequence[Group]) -> Tensor:
+def all_reduce_sum(x: Tensor, groups: Sequence[ProcessGroup]) -> Tensor:
     """The sum of a tensor over the ranks of some groups, in place."""
     return _all_reduce(x, groups, dist.ReduceOp.SUM) if groups else x
 
 
-def _all_reduce(x: Tensor, groups: Sequence[Group], operation: Any) -> Tensor:
+def _all_reduce(x: Tensor, groups: Sequence[ProcessGroup], operation: Any) -> Tensor:
     for group in groups:
         dist.all_reduce(x, operation, group)
         ranks = size(group)
@@ -41,7 +41,7 @@ def _all_reduce(x: Tensor, groups: Sequence[Group], operation: Any) -> Tensor:
     return x
 
 
-def any_rank(flag: bool, group: Group | None) -> bool:
+def any_rank(flag: bool, group: ProcessGroup | None) -> bool:
     """Whether a flag is true on any rank of a group of :func:`.new_cpu_group`.
 
     Raises:
@@ -53,33 +53,19 @@ def any_rank(flag: bool, group: Group | None) -> bool:
 # --- tensors of any types ------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Pending:
-    """Tensors on their way. What is sent must not change until :meth:`wait` returns."""
-
-    work: Any
-    received: Tensor
-    specs: list[list[TensorSpec]]
-    lengths: list[int]
-    sent: Tensor
-
-    def wait(self) -> list[list[Tensor]]:
-        """The tensors from each rank."""
-        self.work.wait()
-        parts = self.received.split(self.lengths)
-        return [_unpack(part, specs) for part, specs in zip(parts, self.specs)]
-
-
 def all_to_all(
-    send: Sequence[Sequence[Tensor]], receive: Sequence[Sequence[TensorSpec]], device: torch.device, group: Group
-) -> Pending:
-    """Send tensors of any types to each rank of a group, by one all-to-all.
+    send: Sequence[Sequence[Tensor]], receive: Sequence[Sequence[TensorSpec]], device: torch.device, group: ProcessGroup
+) -> Callable[[], list[list[Tensor]]]:
+    """Start to send tensors of any types to each rank of a group, by one all-to-all.
 
     Args:
         send: The tensors for each rank.
         receive: What comes from each rank.
         device: Device of the tensors.
         group: The process group.
+
+    Returns:
+        A function that waits for the tensors and returns those from each rank. What is sent must not change before.
     """
     parcels = [_pack(xs, device) for xs in send]
     lengths = [sum(map(_bytes, specs)) for specs in receive]
@@ -87,19 +73,22 @@ def all_to_all(
     received = packed.new_empty(sum(lengths))
     work = dist.all_to_all_single(received, packed, lengths, [len(x) for x in parcels], group=group, async_op=True)
     bytes_sent["all_to_all"] += len(packed) - len(parcels[rank(group)])
-    return Pending(work, received, [list(specs) for specs in receive], lengths, packed)
+    return partial(_wait, work, received, receive, lengths, packed)
 
 
 def all_gather(
-    xs: Sequence[Tensor], specs: Sequence[Sequence[TensorSpec]], device: torch.device, group: Group
-) -> Pending:
-    """Send tensors of any types to all ranks of a group, by one all-gather.
+    xs: Sequence[Tensor], specs: Sequence[Sequence[TensorSpec]], device: torch.device, group: ProcessGroup
+) -> Callable[[], list[list[Tensor]]]:
+    """Start to send tensors of any types to all ranks of a group, by one all-gather.
 
     Args:
         xs: The tensors of this rank.
         specs: What each rank sends.
         device: Device of the tensors.
         group: The process group.
+
+    Returns:
+        A function that waits for the tensors and returns those from each rank. What is sent must not change before.
     """
     sizes = [sum(map(_bytes, each)) for each in specs]
     length = max(sizes)
@@ -108,16 +97,24 @@ def all_gather(
     received = packed.new_empty(length * len(specs))
     work = dist.all_gather_into_tensor(received, packed, group=group, async_op=True)
     bytes_sent["all_gather"] += length * (len(specs) - 1)
-    return Pending(work, received, [list(each) for each in specs], [length] * len(specs), packed)
+    return partial(_wait, work, received, specs, [length] * len(specs), packed)
 
 
-def all_gather_equal(xs: Sequence[Tensor], group: Group) -> list[list[Tensor]]:
+def _wait(
+    work: Any, received: Tensor, specs: Sequence[Sequence[TensorSpec]], lengths: list[int], sent: Tensor
+) -> list[list[Tensor]]:
+    """The tensors from each rank, when they are here; ``sent`` is kept until then."""
+    work.wait()
+    return [_unpack(part, each) for part, each in zip(received.split(lengths), specs)]
+
+
+def all_gather_equal(xs: Sequence[Tensor], group: ProcessGroup) -> list[list[Tensor]]:
     """The tensors of every rank, which have the same shapes and dtypes everywhere."""
     spec: list[TensorSpec] = [(tuple(x.shape), x.dtype) for x in xs]
-    return all_gather(xs, [spec] * size(group), xs[0].device, group).wait()
+    return all_gather(xs, [spec] * size(group), xs[0].device, group)()
 
 
-def all_gather_object(x: Any, group: Group | None) -> list[Any]:
+def all_gather_object(x: Any, group: ProcessGroup | None) -> list[Any]:
     """An object of every rank of a group, pickled on the way; its own only where there is no group."""
     if group is None:
         return [x]

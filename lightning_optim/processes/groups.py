@@ -8,35 +8,35 @@ from typing import Any
 
 import torch.distributed as dist
 
-Group = Any  # torch.distributed.ProcessGroup, a name that builds without torch.distributed lack
+ProcessGroup = Any  # torch.distributed.ProcessGroup, a name that builds without torch.distributed lack
 
 
-def rank(group: Group) -> int:
+def rank(group: ProcessGroup) -> int:
     """The number of this process in a group."""
     return dist.get_rank(group)
 
 
-def size(group: Group) -> int:
+def size(group: ProcessGroup) -> int:
     """The number of ranks in a group."""
     return dist.get_world_size(group)
 
 
-def nontrivial(group: Group | None) -> tuple[Group, ...]:
+def nontrivial(group: ProcessGroup | None) -> tuple[ProcessGroup, ...]:
     """The group in a tuple, which is empty where there is no group or this process is alone in it."""
     return (group,) if group is not None and size(group) > 1 else ()
 
 
-def world() -> Group | None:
+def world() -> ProcessGroup | None:
     """The group of all ranks, ``None`` where this process is alone."""
     return dist.group.WORLD if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 else None
 
 
-def new_cpu_group(timeout: timedelta) -> Group | None:
+def new_cpu_group(timeout: timedelta) -> ProcessGroup | None:
     """A gloo group of all ranks, for tensors on the CPU; ``None`` where this process is alone. All ranks call it."""
     return None if world() is None else dist.new_group(backend="gloo", timeout=timeout)
 
 
 @cache
-def node_group(group: Group, ranks_per_node: int) -> Group:
+def node_group(group: ProcessGroup, ranks_per_node: int) -> ProcessGroup:
     """The ranks of a group that are on the same node as this one. All ranks call it."""
     return group if ranks_per_node == size(group) else dist.new_subgroups(ranks_per_node)[0]

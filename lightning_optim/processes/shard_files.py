@@ -128,11 +128,11 @@ def _record(name: str, x: Any) -> _Record:
 _MOST = 1 << 60
 
 
-def _size(x: Any) -> torch.Size:
+def _checked_size(x: Any) -> torch.Size:
     return torch.Size([_is(int, n, _MOST) for n in _is(tuple, x)])
 
 
-def _entry(x: Any) -> TensorStorageMetadata | BytesStorageMetadata:
+def _checked_entry(x: Any) -> TensorStorageMetadata | BytesStorageMetadata:
     if isinstance(x, _Record) and type(x).__name__ == "BytesStorageMetadata":
         return BytesStorageMetadata()
     fields = _record("TensorStorageMetadata", x).fields
@@ -140,17 +140,17 @@ def _entry(x: Any) -> TensorStorageMetadata | BytesStorageMetadata:
     chunks = [_record("ChunkStorageMetadata", chunk).fields for chunk in _is(list, fields["chunks"])]
     return TensorStorageMetadata(
         TensorProperties(dtype=_is(torch.dtype, dtype)),
-        _size(fields["size"]),
-        [ChunkStorageMetadata(_size(chunk["offsets"]), _size(chunk["sizes"])) for chunk in chunks],
+        _checked_size(fields["size"]),
+        [ChunkStorageMetadata(_checked_size(chunk["offsets"]), _checked_size(chunk["sizes"])) for chunk in chunks],
     )
 
 
-def _index(x: Any) -> MetadataIndex:
+def _checked_index(x: Any) -> MetadataIndex:
     fields = _record("MetadataIndex", x).fields
     offset, index = fields.get("offset"), fields.get("index")
     return MetadataIndex(
         _is(str, fields["fqn"]),
-        None if offset is None else _size(offset),
+        None if offset is None else _checked_size(offset),
         None if index is None else _is(int, index, _MOST),
     )
 
@@ -160,11 +160,8 @@ def _key_path(x: Any) -> tuple[str | int, ...]:
     return tuple(key if type(key) is str else _is(int, key, 1 << 16) for key in _is(tuple, x))
 
 
-#: Where an entry is: name of the file, first byte, number of bytes.
-_Place = tuple[str, int, int]
-
-
-def _place(x: Any) -> _Place:
+def _checked_place(x: Any) -> tuple[str, int, int]:
+    """Where an entry is: name of the file, first byte, number of bytes."""
     fields = _record("_StorageInfo", x).fields
     if fields.get("transform_descriptors"):
         raise ShardError("compressed or otherwise transformed shards, which are not supported")
@@ -174,13 +171,13 @@ def _place(x: Any) -> _Place:
     return name, _is(int, fields["offset"], _MOST), _is(int, fields["length"], _MOST)
 
 
-def _read_table(file: Any) -> tuple[Metadata, dict[MetadataIndex, _Place]]:
+def _read_table(file: Any) -> tuple[Metadata, dict[MetadataIndex, tuple[str, int, int]]]:
     fields = _record("Metadata", _TableUnpickler(file).load()).fields
     if fields.get("storage_meta") is not None:
         _record("StorageMeta", fields["storage_meta"])
-    entries = {_is(str, name): _entry(x) for name, x in _is(dict, fields["state_dict_metadata"]).items()}
+    entries = {_is(str, name): _checked_entry(x) for name, x in _is(dict, fields["state_dict_metadata"]).items()}
     paths = {_is(str, name): _key_path(x) for name, x in _is(dict, fields["planner_data"]).items()}
-    places = {_index(index): _place(x) for index, x in _is(dict, fields["storage_data"]).items()}
+    places = {_checked_index(index): _checked_place(x) for index, x in _is(dict, fields["storage_data"]).items()}
     for index, (_, _, length) in places.items():
         entry = entries[index.fqn]
         if isinstance(entry, TensorStorageMetadata):

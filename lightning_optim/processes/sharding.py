@@ -12,14 +12,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import private
-from .groups import Group, rank, size
+from .groups import ProcessGroup, rank, size
 
 if dist.is_available():
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 else:
     DTensor = Shard = ()  # type: ignore[assignment, misc]
-
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -27,16 +25,16 @@ class Sharding:
     """A tensor that is sharded along one dimension, as ``torch.chunk`` splits it, over the ranks of a group.
 
     Args:
-        shape: Shape of the whole tensor.
+        shape: tuple[int, ...] of the whole tensor.
         dim: The sharded dimension.
         group: The process group.
         rank: Number of this process in it.
         ranks: Number of ranks in it.
     """
 
-    shape: Shape
+    shape: tuple[int, ...]
     dim: int
-    group: Group
+    group: ProcessGroup
     rank: int
     ranks: int
 
@@ -56,8 +54,8 @@ class Sharding:
         step = -(-length // self.ranks)
         return min(rank * step, length), min((rank + 1) * step, length)
 
-    def local_shape(self, rank: int) -> Shape:
-        """Shape of the shard of a rank."""
+    def local_shape(self, rank: int) -> tuple[int, ...]:
+        """tuple[int, ...] of the shard of a rank."""
         start, stop = self.span(rank)
         return (*self.shape[: self.dim], stop - start, *self.shape[self.dim + 1 :])
 
@@ -78,7 +76,7 @@ class Sharding:
         rows = torch.arange(0, self.numel, self.shape[self.dim] * inner, device=device)
         return (rows[:, None] + torch.arange(start * inner, stop * inner, device=device)).view(self.local_shape(rank))
 
-    def with_shape(self, shape: Shape, dim: int) -> Sharding:
+    def with_shape(self, shape: tuple[int, ...], dim: int) -> Sharding:
         """A tensor of another shape on the same ranks."""
         return replace(self, shape=shape, dim=dim)
 
@@ -117,7 +115,9 @@ def local_slices(p: Tensor) -> tuple[slice, ...]:
 
 
 @lru_cache(maxsize=1024)
-def _mesh_dimensions(mesh: Any, placements: tuple[Any, ...], world: Group) -> tuple[tuple[Any, Group], ...]:
+def _mesh_dimensions(
+    mesh: Any, placements: tuple[Any, ...], world: ProcessGroup
+) -> tuple[tuple[Any, ProcessGroup], ...]:
     """Placement and group of each mesh dimension that has several ranks.
 
     Meshes of the same ranks are equal, also when ``world`` and their groups with it were destroyed and created again.
@@ -125,21 +125,21 @@ def _mesh_dimensions(mesh: Any, placements: tuple[Any, ...], world: Group) -> tu
     return tuple((placement, mesh.get_group(i)) for i, placement in enumerate(placements) if mesh.size(i) > 1)
 
 
-def _mesh_dimensions_of(p: Tensor) -> tuple[tuple[Any, Group], ...]:
+def _mesh_dimensions_of(p: Tensor) -> tuple[tuple[Any, ProcessGroup], ...]:
     return _mesh_dimensions(p.device_mesh, p.placements, dist.group.WORLD) if isinstance(p, DTensor) else ()
 
 
-def sharded_dims(p: Tensor) -> tuple[tuple[int, Group], ...]:
+def sharded_dims(p: Tensor) -> tuple[tuple[int, ProcessGroup], ...]:
     """The dimensions along which a parameter is sharded, each with the group that holds the shards."""
     return tuple((placement.dim, group) for placement, group in _mesh_dimensions_of(p) if not placement.is_replicate())
 
 
-def shard_groups(p: Tensor) -> tuple[Group, ...]:
+def shard_groups(p: Tensor) -> tuple[ProcessGroup, ...]:
     """The groups that hold the shards of a parameter."""
     return tuple(group for _, group in sharded_dims(p))
 
 
-def mesh_groups(params: Sequence[Tensor]) -> list[Group]:
+def mesh_groups(params: Sequence[Tensor]) -> list[ProcessGroup]:
     """The groups that hold shards or replicas of some parameters."""
     sharded = [p for p in params if isinstance(p, DTensor)]
     return list(dict.fromkeys([group for p in sharded for _, group in _mesh_dimensions_of(p)]))
@@ -202,7 +202,7 @@ def zeros_like(p: Tensor, dtype: torch.dtype) -> Tensor:
     return _dtensor(local(p).new_zeros(local(p).shape, dtype=dtype), p, p.shape, p.placements)
 
 
-def zeros_of_shape(p: Tensor, shape: Shape, dtype: torch.dtype, replicated: bool) -> Tensor:
+def zeros_of_shape(p: Tensor, shape: tuple[int, ...], dtype: torch.dtype, replicated: bool) -> Tensor:
     """Zeros of any shape that belong to a parameter.
 
     Args:
@@ -218,7 +218,7 @@ def zeros_of_shape(p: Tensor, shape: Shape, dtype: torch.dtype, replicated: bool
     return from_local(local(p).new_zeros(sharding.local_shape(sharding.rank), dtype=dtype), p, sharding)
 
 
-def zeros_on_rank(p: Tensor, shape: Shape, dtype: torch.dtype, owner: int) -> Tensor:
+def zeros_on_rank(p: Tensor, shape: tuple[int, ...], dtype: torch.dtype, owner: int) -> Tensor:
     """Zeros of any shape on one of the ranks that hold shards of a parameter, an empty tensor on the others."""
     (group,) = shard_groups(p)
     return local(p).new_zeros(shape if rank(group) == owner else 0, dtype=dtype)
@@ -256,7 +256,7 @@ class ShardSums:
         flat: Whether every rank holds a part of every parameter that does not say which part it is (FSDP1).
     """
 
-    groups: tuple[Group, ...] = ()
+    groups: tuple[ProcessGroup, ...] = ()
     flat: bool = False
 
     def counts(self, p: Tensor) -> bool:

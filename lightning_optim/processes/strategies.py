@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..trainer import is_lightning
 from . import private
-from .groups import Group, node_group, world
+from .groups import ProcessGroup, node_group, world
 from .sharding import ShardSums, shard_groups
 
 if dist.is_available():
@@ -26,9 +26,9 @@ class OptimizerGroups(NamedTuple):
         shard_group: Ranks that hold parts of flattened parameters.
     """
 
-    process_group: Group | None = None
-    work_group: Group | None = None
-    shard_group: Group | None = None
+    process_group: ProcessGroup | None = None
+    work_group: ProcessGroup | None = None
+    shard_group: ProcessGroup | None = None
 
 
 def optimizer_groups(strategy: Any, ranks_per_node: int) -> OptimizerGroups:
