@@ -6,12 +6,14 @@ kernels and CUDA graphs pass tensors, so that they do not depend on the values.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
+@cache
 def largest_gradient(dtype: torch.dtype) -> float:
     """The largest gradient whose powers, as rules compute them, stay finite in a dtype."""
     return torch.finfo(dtype).max ** 0.4

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import count
 from operator import is_
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .. import private, processes
 from .rounding import RESIDUAL, prepare_residual, stream_start
-from .rule import MatrixRule, Rule, hyperparameters_of, numbers_of
+from .rule import MatrixRule, Rule, hyperparameters_of, lasting_numbers
 from .state import State, block_shape, compute_dtype, follow, has_begun, new_state, real_view, state_shapes
 
 
@@ -50,38 +51,15 @@ class Task:
 
 
 @dataclass
-class Batch:
-    """The parameters of one group that take part in a step.
-
-    Args:
-        rule: Their rule.
-        group: Their parameter group.
-        tasks: One for each parameter; at least one.
-        idle: States of the group's other parameters, where they have any.
-
-    Attributes:
-        cache: What the code that runs it derived from its tasks; valid as long as the batch is.
-    """
-
-    rule: type[Rule]
-    group: Mapping[str, Any]
-    tasks: list[Task]
-    idle: list[State] = field(default_factory=list)
-    cache: dict[Any, Any] = field(default_factory=dict, compare=False)
-
-
-@dataclass
 class SharedStep:
-    """A step of those parameters of a group that share its number and its scalars.
+    """The step of those parameters of a group that share its number and its scalars.
 
     Args:
         rule: Their rule.
         group: Their group.
         details: What the rule's ``scalars`` takes besides the step and the hyperparameters.
-        before: Step count and host state before the step.
         counters: Step counts and host state of all parameters of the group; see :func:`counters_of`.
         indices: The entries of these parameters in each counter.
-        h: Hyperparameters as attributes.
 
     Attributes:
         t: The number of the step.
@@ -92,22 +70,29 @@ class SharedStep:
     rule: type[Rule]
     group: Mapping[str, Any]
     details: Sequence[Any]
-    before: tuple[float, ...]
-    counters: Mapping[str, Tensor]
+    counters: Mapping[str, np.ndarray]
     indices: list[int]
-    h: SimpleNamespace
+    t: int = 0
+    scalars: dict[str, Any] = field(default_factory=dict)
+    after: dict[str, float] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self.t = int(self.before[0]) + 1
-        host = dict(zip(self.rule.host_state, self.before[1:]))
-        details = [*self.details, *([host] if host else [])]
-        self.scalars: dict[str, Any] = numbers_of(self.rule, self.t, self.h, *details)
-        self.after: dict[str, float] = {"step": self.t, **host}
+    def begin(self, h: Any, lasting: dict[str, Any]) -> None:
+        """Compute the numbers of the step after those that were made.
 
-    def next(self) -> SharedStep:
-        """The step after this one, or this one again if it was skipped."""
-        before = tuple(vector[self.indices[0]].item() for vector in self.counters.values())
-        return replace(self, before=before, h=hyperparameters_of(self.rule, self.group))
+        Args:
+            h: Hyperparameters as attributes.
+            lasting: See :func:`.rule.lasting_numbers`.
+        """
+        first = self.indices[0]
+        count, *host_state = [vector.item(first) for vector in self.counters.values()]
+        self.t = t = count + 1
+        if host_state:
+            host = dict(zip(self.rule.host_state, host_state))
+            self.scalars = lasting | self.rule.scalars(t, h, *self.details, host)
+            self.after = {"step": t, **host}
+        else:
+            self.scalars = lasting | self.rule.scalars(t, h, *self.details)
+            self.after = {"step": t}
 
     def write(self, whole_group: bool = False) -> None:
         """Write step count and host state after the step to the state.
@@ -117,8 +102,8 @@ class SharedStep:
         """
         for name, value in self.after.items():
             vector = self.counters[name]
-            if whole_group or len(self.indices) == vector.numel():
-                vector.fill_(value)
+            if whole_group or len(self.indices) == len(vector):
+                vector.fill(value)
             else:
                 vector[self.indices] = value
 
@@ -129,7 +114,7 @@ def write_step_counts(steps: Sequence[SharedStep]) -> None:
     while done < len(steps):
         step = steps[done]
         same = [other for other in steps[done:] if other.counters is step.counters and other.after == step.after]
-        if sum([len(other.indices) for other in same]) == step.counters["step"].numel():
+        if sum([len(other.indices) for other in same]) == len(step.counters["step"]):
             step.write(whole_group=True)
             done += len(same)
         else:
@@ -137,8 +122,138 @@ def write_step_counts(steps: Sequence[SharedStep]) -> None:
             done += 1
 
 
-class PreparedGroup:
-    """A parameter group ready for a step: its state exists, with the right dtype and on the right device.
+@dataclass
+class Batch:
+    """The parameters of one group that take part in a step.
+
+    :func:`prepare` makes one, which is used for every step as long as it :meth:`holds`.
+
+    Args:
+        rule: Their rule.
+        group: Their parameter group.
+        tasks: One for each parameter; at least one.
+        idle: States of the group's other parameters, where they have any.
+        steps: The steps that tasks share.
+        params: The parameters, as the optimizer has them.
+        states: Their states, as the optimizer has them.
+        rounding: See :class:`.optimizer.RuleOptimizer`.
+        noisy: Of parameters with stochastic rounding: index, position in the optimizer, and number of elements that
+            come before this rank's.
+
+    Attributes:
+        even: Whether all gradients are multiplied by the same number.
+        cache: What the code that runs it derived from its tasks; valid as long as the batch is.
+    """
+
+    rule: type[Rule]
+    group: Mapping[str, Any]
+    tasks: list[Task]
+    idle: list[State] = field(default_factory=list)
+    steps: list[SharedStep] = field(default_factory=list)
+    params: list[Tensor] = field(default_factory=list)
+    states: list[State] = field(default_factory=list)
+    rounding: str = "nearest"
+    noisy: list[tuple[int, int, int]] = field(default_factory=list)
+    even: bool = False
+    cache: dict[Any, Any] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        self._layout = _layout(self.params)
+        #: A view stays where it is when its parameter gets other memory.
+        self._has_views = any(p.is_complex() for p in self.params)
+        self._names: tuple[str, ...] = ()
+        self._tensors: list[Any] = []
+        self._entries: list[Any] = []
+        self._hyperparameters: Any = None
+
+    def holds(
+        self, group: Mapping[str, Any], params: list[Tensor], states: Mapping[Tensor, State], rounding: str
+    ) -> bool:
+        """Whether a step of some parameters needs nothing else than this.
+
+        Parameters, their state, dtypes and devices have to be those of :meth:`seal`, and step counts that were equal
+        have to be so still.
+
+        Args:
+            group: A parameter group.
+            params: Those of its parameters that the step updates.
+            states: The optimizer's state.
+            rounding: See :class:`.optimizer.RuleOptimizer`.
+        """
+        if group is not self.group or rounding != self.rounding or len(params) != len(self.params) or self._has_views:
+            return False
+        if not all(map(is_, params, self.params)) or _layout(params) != self._layout:
+            return False
+        now = [states.get(p) for p in params]
+        if not all(map(is_, now, self.states)):
+            return False
+        names = self._names
+        if not all(map(is_, self._tensors, [state.get(name) for state in self.states for name in names])):
+            return False
+        for step in self.steps:
+            if len(step.indices) > 1:
+                for vector in step.counters.values():
+                    values = vector.tolist()
+                    if len(step.indices) < len(values):
+                        values = [values[i] for i in step.indices]
+                    if values.count(values[0]) < len(values):
+                        return False
+        return True
+
+    def seal(self) -> None:
+        """Remember the state tensors, after the first step, which may have replaced them (by views of joined ones)."""
+        if not self._names:
+            shapes = state_shapes(self.rule, self.params[0], self.group)
+            self._names = (*shapes, "step", *self.rule.host_state, RESIDUAL)
+            self._tensors = [state.get(name) for state in self.states for name in self._names]
+
+    def hyperparameters(self) -> tuple[SimpleNamespace, dict[str, Any]]:
+        """The group's hyperparameters as attributes, and the numbers that follow from them."""
+        entries = list(self.group.values())
+        if len(entries) != len(self._entries) or not all(map(is_, entries, self._entries)):
+            h = hyperparameters_of(self.rule, self.group)
+            self._hyperparameters = h, lasting_numbers(self.rule, h)
+            # What is edited in place has to be read anew in every step.
+            lasting = not any(isinstance(self.group[name], (Tensor, list)) for name in self.rule.fields)
+            self._entries = entries if lasting else []
+        return self._hyperparameters
+
+    def begin(
+        self, grads: Iterable[Tensor], grad_scales: list[Any], given: Iterator[dict[str, Any]] | None = None
+    ) -> None:
+        """Set the gradients and numbers of a step.
+
+        Args:
+            grads: The parameters' gradients.
+            grad_scales: What they are multiplied by.
+            given: Scalars to use instead of those that the rule computes, one set for each shared step.
+        """
+        h, lasting = self.hyperparameters()
+        tasks = self.tasks
+        for step in self.steps:
+            step.begin(h, lasting)
+            if given is not None:
+                step.scalars = next(given)
+            for i in step.indices:
+                tasks[i].t, tasks[i].scalars = step.t, step.scalars
+        self.even = type(grad_scales[0]) is float and grad_scales.count(grad_scales[0]) == len(grad_scales)
+        ascends = self.group["maximize"]
+        for task, g, grad_scale in zip(tasks, grads, grad_scales):
+            task.g, task.grad_scale = g, (-grad_scale if ascends else grad_scale)
+        for i, position, offset in self.noisy:
+            tasks[i].noise = stream_start(tasks[i].t, position) + offset
+
+
+def prepare(
+    rule: type[Rule],
+    group: Mapping[str, Any],
+    params: list[Tensor],
+    states: list[State],
+    owners: Sequence[int | None],
+    rounding: str,
+    positions: Mapping[Tensor, int],
+) -> Batch:
+    """A batch of some parameters of a group, whose state exists then, with the right dtype and on the right device.
 
     Args:
         rule: The group's rule.
@@ -149,117 +264,43 @@ class PreparedGroup:
         rounding: See :class:`.optimizer.RuleOptimizer`.
         positions: Positions in the optimizer of the parameters with stochastic rounding.
     """
+    for p, state, owner in zip(params, states, owners):
+        if not has_begun(state):
+            state.update(new_state(rule, p, group, owner))
+    follow(rule, params, states, group)
+    if rounding != "nearest" or any(RESIDUAL in state for state in states):
+        for p, state in zip(params, states):
+            prepare_residual(state, p, rounding)
+    tasks = [
+        Task(0, processes.local(p), p, 1.0, processes.local_state(p, state), {}, p, owner=owner)
+        for p, state, owner in zip(map(real_view, params), states, owners)
+    ]
+    noisy = [(i, positions[p], processes.flat_offset(p)) for i, p in enumerate(params) if p in positions]
+    steps = _shared_steps(rule, group, params, states)
+    return Batch(rule, group, tasks, [], steps, params, states, rounding, noisy)
 
-    def __init__(
-        self,
-        rule: type[Rule],
-        group: Mapping[str, Any],
-        params: list[Tensor],
-        states: list[State],
-        owners: Sequence[int | None],
-        rounding: str,
-        positions: Mapping[Tensor, int],
-    ) -> None:
-        for p, state, owner in zip(params, states, owners):
-            if not has_begun(state):
-                state.update(new_state(rule, p, group, owner))
-        follow(rule, params, states, group)
-        if rounding != "nearest" or any(RESIDUAL in state for state in states):
-            for p, state in zip(params, states):
-                prepare_residual(state, p, rounding)
-        self.rule, self.group = rule, group
-        self.params, self.states = params, states
-        self.rounding = rounding
-        self.counters = counters_of(states, ("step", *rule.host_state))
-        self._names = (*state_shapes(rule, params[0], group), *self.counters, RESIDUAL)
-        self._layout = _layout(params)
-        self._tensors: list[Any] = []
-        self._stochastic = [(i, positions[p], processes.flat_offset(p)) for i, p in enumerate(params) if p in positions]
-        self._parts = self._by_scalars()
-        self._has_views = any(p.is_complex() for p in params)
-        tasks = [
-            Task(0, processes.local(p), p, 1.0, processes.local_state(p, state), {}, p, owner=owner)
-            for p, state, owner in zip(map(real_view, params), states, owners)
-        ]
-        self.batch = Batch(rule, group, tasks)
 
-    def _by_scalars(self) -> list[tuple[list[Any], list[int]]]:
-        """Parameters that share their scalars: equal step counts and, for matrix rules, equal shape and phase.
-
-        Returns:
-            For each set, what ``scalars`` takes besides step and hyperparameters, and the indices of its parameters.
-        """
-        rule = self.rule
-        phases = rule.phases(hyperparameters_of(rule, self.group)) if issubclass(rule, MatrixRule) else 0
-        place = {p: i % phases for i, p in enumerate(self.group["params"])} if phases else {}
-        found: dict[Any, tuple[list[Any], list[int]]] = {}
-        for i, (p, counts) in enumerate(zip(self.params, self._counts())):
-            details: list[Any] = [block_shape(p.shape, self.group)] if issubclass(rule, MatrixRule) else []
-            if place:
-                details.append(place[p])
-            found.setdefault((counts, *details), (details, []))[1].append(i)
-        return list(found.values())
-
-    def _counts(self) -> list[tuple[float, ...]]:
-        return list(zip(*[vector.tolist() for vector in self.counters.values()]))
-
-    def holds(self, params: list[Tensor], states: list[State], rounding: str) -> bool:
-        """Whether parameters, state tensors, dtypes and devices are those of :meth:`seal`.
-
-        :meth:`begin` checks that step counts which were equal still are.
-        """
-        if rounding != self.rounding or len(params) != len(self.params):
-            return False
-        if self._has_views:
-            return False  # A view stays where it is when its parameter gets other memory.
-        if not (all(map(is_, params, self.params)) and all(map(is_, states, self.states))):
-            return False
-        if _layout(params) != self._layout:
-            return False
-        return all(map(is_, self._tensors, [state.get(name) for state in states for name in self._names]))
-
-    def seal(self) -> None:
-        """Remember the state tensors, after the first step, which may have replaced them (by views of joined ones)."""
-        if not self._tensors:
-            self._tensors = [state.get(name) for state in self.states for name in self._names]
-
-    def begin(
-        self, grads: Iterable[Tensor], grad_scales: Iterable[Any], given: Iterator[dict[str, Any]] | None = None
-    ) -> list[SharedStep] | None:
-        """Set the gradients and numbers of a step.
-
-        Args:
-            grads: The parameters' gradients.
-            grad_scales: What they are multiplied by.
-            given: dict[str, Any] to use instead of those that the rule computes, one set for each shared step.
-
-        Returns:
-            The shared steps; ``None`` if step counts that were equal no longer are, and the group must be prepared
-            again.
-        """
-        counts, h = self._counts(), hyperparameters_of(self.rule, self.group)
-        steps = []
-        tasks = self.batch.tasks
-        for details, indices in self._parts:
-            before = counts[indices[0]]
-            if len(indices) > 1 and [counts[i] for i in indices].count(before) < len(indices):
-                return None
-            step = SharedStep(self.rule, self.group, details, before, self.counters, indices, h)
-            if given is not None:
-                step.scalars = next(given)
-            for i in indices:
-                tasks[i].t, tasks[i].scalars = step.t, step.scalars
-            steps.append(step)
-        ascends = self.group["maximize"]
-        for task, g, grad_scale in zip(tasks, grads, grad_scales):
-            task.g, task.grad_scale = g, (-grad_scale if ascends else grad_scale)
-        for i, position, offset in self._stochastic:
-            tasks[i].noise = stream_start(tasks[i].t, position) + offset
-        return steps
+def _shared_steps(
+    rule: type[Rule], group: Mapping[str, Any], params: list[Tensor], states: list[State]
+) -> list[SharedStep]:
+    """One for each set of parameters with equal step counts and, for matrix rules, equal shape and phase."""
+    counters = counters_of(states, ("step", *rule.host_state))
+    phases = rule.phases(hyperparameters_of(rule, group)) if issubclass(rule, MatrixRule) else 0
+    place = {p: i % phases for i, p in enumerate(group["params"])} if phases else {}
+    found: dict[Any, SharedStep] = {}
+    for i, (p, *counts) in enumerate(zip(params, *[vector.tolist() for vector in counters.values()])):
+        details: list[Any] = [block_shape(p.shape, group)] if issubclass(rule, MatrixRule) else []
+        if place:
+            details.append(place[p])
+        found.setdefault((*counts, *details), SharedStep(rule, group, details, counters, [])).indices.append(i)
+    return list(found.values())
 
 
 def _layout(params: list[Tensor]) -> list[Any]:
-    return [(p.dtype, p.device, p.shape, p.grad.dtype if p.grad is not None else None) for p in params]
+    """All that a step depends on of parameters and gradients besides their values."""
+    return [
+        (p.dtype, p.device, p.shape, *(() if (g := p.grad) is None else (g.dtype, g.shape, g.layout))) for p in params
+    ]
 
 
 def usable_gradient(p: Tensor) -> Tensor:
@@ -274,12 +315,12 @@ def usable_gradient(p: Tensor) -> Tensor:
     return g.to(compute_dtype(p.dtype)) if g.dtype == torch.float64 else g
 
 
-def counters_of(states: list[State], names: Iterable[str]) -> dict[str, Tensor]:
-    """Scalar state that the host computes with: one vector per name, whose entries are the tensors in the state.
+def counters_of(states: list[State], names: Iterable[str]) -> dict[str, np.ndarray]:
+    """Scalar state that the host computes with: one vector per name, which shares memory with the tensors in the state.
 
-    All parameters' values are read, or written, in one operation.
+    All parameters' values are read, or written, in one operation, which takes NumPy a tenth of the time.
     """
-    vectors = {}
+    vectors: dict[str, np.ndarray] = {}
     for name in names:
         column = [state[name] for state in states]
         vector = private.base(column[0]) if isinstance(column[0], Tensor) else None
@@ -290,5 +331,5 @@ def counters_of(states: list[State], names: Iterable[str]) -> dict[str, Tensor]:
             vector = torch.stack([torch.as_tensor(x, dtype=dtype, device="cpu") for x in column])
             for i, state in enumerate(states):
                 state[name] = vector[i]
-        vectors[name] = vector
+        vectors[name] = vector.numpy()
     return vectors

@@ -115,7 +115,11 @@ class StepGraphs:
         self._moves = 0
         if optimizer.observer is not None:
             return optimizer._run(work)
-        steps = [step.next() for step in recording.steps]
+        steps = recording.steps
+        for batch in optimizer._batches.values():
+            hyperparameters = batch.hyperparameters()
+            for step in batch.steps:
+                step.begin(*hyperparameters)
         numbers = [_varying(step.scalars) for step in steps]
         forms = tuple(_form(step.scalars) for step in steps)
         host = torch.tensor([x for each in numbers for x in each.values()], dtype=torch.float64, device="cpu")

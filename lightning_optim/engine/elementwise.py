@@ -89,19 +89,16 @@ def _resolve_auto(backend: str, batches: Sequence[Batch]) -> str:
     """The backend that ``auto`` stands for."""
     if backend != "auto":
         return backend
-    size = sum([_size(batch) for batch in batches])
+    size = 0.0
+    for batch in batches:
+        if "size" not in batch.cache:
+            batch.cache["size"] = _compilable([task.p for task in batch.tasks])
+        size += batch.cache["size"]
     return "compiled or chunked" if size >= COMPILE_FROM else "chunked"
 
 
-def _size(batch: Batch) -> float:
-    """How many elements a batch updates; minus infinity on devices without compiled kernels."""
-    size = batch.cache.get("size")
-    if size is None:
-        size = batch.cache["size"] = _compilable([task.p for task in batch.tasks])
-    return size
-
-
 def _compilable(xs: Sequence[Tensor]) -> float:
+    """How many elements tensors have; minus infinity on devices without compiled kernels."""
     return sum([x.numel() for x in xs]) if all(x.device.type in ("cpu", "cuda") for x in xs) else -math.inf
 
 
@@ -132,9 +129,7 @@ class JointTasks:
 
 def _joint_tasks(batch: Batch) -> list[JointTasks]:
     """The tasks of a batch in sets that one call can take together, except those without elements on this rank."""
-    grad_scales = [task.grad_scale for task in batch.tasks]
-    same = not isinstance(grad_scales[0], Tensor) and grad_scales.count(grad_scales[0]) == len(grad_scales)
-    if same and "joint" in batch.cache:
+    if batch.even and "joint" in batch.cache:
         return batch.cache["joint"]
     groups: dict[Any, list[Task]] = {}
     for task in batch.tasks:
@@ -144,7 +139,7 @@ def _joint_tasks(batch: Batch) -> list[JointTasks]:
             groups.setdefault(key, []).append(task)
     # Parameters of one group can have several dtypes, and then only some have a residual.
     found = [JointTasks(tasks, _tensor_names(batch, tasks[0])) for tasks in groups.values()]
-    if same:
+    if batch.even:
         batch.cache["joint"] = found
     return found
 
@@ -431,8 +426,7 @@ def _slices(task: Task, names: Sequence[str], limit: int | None, noisy: bool, mo
 
 def largest_entry(xs: Sequence[Tensor], backend: str) -> float:
     """The largest absolute value in some tensors on the CPU; NaN if they hold NaN."""
-    sizes = [x.numel() for x in xs]
-    if sum(sizes) <= SMALL_EAGER["cpu"] and len({x.dtype for x in xs}) == 1 and any(sizes):
+    if 0 < sum([x.numel() for x in xs]) <= SMALL_EAGER["cpu"] and len({x.dtype for x in xs}) == 1:
         least, most = torch.aminmax(private.flatten(xs))  # NaN both if there is one.
         return max(float(most), -float(least))
     kinds: dict[Any, list[Tensor]] = {}

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
+from operator import is_
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import torch
@@ -19,7 +20,7 @@ from .. import processes
 from ..devices import read_later
 from ..processes import ProcessGroup
 from . import checkpoint, declare, formats, owned_state
-from .batch import Batch, PreparedGroup, SharedStep, usable_gradient, write_step_counts
+from .batch import Batch, SharedStep, prepare, usable_gradient, write_step_counts
 from .checkpoint import CheckpointError
 from .gradients import inspect_gradients
 from .hyperparameters import NUMBERS, count, satisfies
@@ -36,6 +37,8 @@ Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple
 
 #: Precisions of gradients that are used as they are.
 _DIRECT = (torch.float32, torch.bfloat16, torch.float16)
+#: Marks a group as seen that holds values which may be edited in place, and so is looked at in every step.
+_EDITED_IN_PLACE = "edited in place"
 #: Arguments that hold for all parameters, not for a group of them.
 _OPTIONS = {"skip_nonfinite", "max_consecutive_skips", "backend", "rounding"}
 
@@ -152,8 +155,8 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
         #: Of parameters with a matrix rule that have state: the rank that keeps it, ``None`` if every rank has its own.
         self._owners: dict[Tensor, int | None] = {}
         self._seen: list[dict[str, Any]] = []
-        #: What each of the groups that take part in a step has to do, by its place among them.
-        self._groups: dict[int, PreparedGroup] = {}
+        #: What was prepared for the last step, by the place of a group among those that took part.
+        self._batches: dict[int, Batch] = {}
         hyperparameters = {name: arguments[name] for name in self.fields}
         torch.optim.Optimizer.__init__(self, params, hyperparameters | {"maximize": arguments["maximize"]})
 
@@ -174,7 +177,7 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
             "_unsettled": None,
             "_graphs": None,
             "_owners": self._owners,
-            "_groups": {},
+            "_batches": {},
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -292,6 +295,8 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
             if i == len(self._seen):
                 self._seen.append({})
             seen = self._seen[i]
+            if len(group) == len(seen) and all(map(is_, group.values(), seen.values())):
+                continue
             if seen.get("params") is not group["params"]:
                 seen = {}  # Another group than the last time.
             bounds = self.rule(group).constraints
@@ -301,6 +306,7 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
                 if (x := group.get(name)) is not seen.get(name) or isinstance(x, (Tensor, list))  # edited in place?
             ]
             if not changed and seen:
+                self._seen[i] = group.copy()
                 continue
             for name in changed:
                 if name in seen and name not in group:
@@ -316,8 +322,10 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
                     self._check_parameters(group)
                     if seen:
                         self._check_state(group, seen, changed)
-                    self._groups.clear()
+                    self._batches.clear()
                 self._seen[i] = group.copy()
+            if any(isinstance(group.get(name), (Tensor, list)) for name in bounds):
+                self._seen[i][_EDITED_IN_PLACE] = True
 
     def _check_state(self, group: Mapping[str, Any], before: Mapping[str, Any], changed: list[str]) -> None:
         """Refuse hyperparameters that need other state than there is."""
@@ -361,7 +369,6 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
         work = [(group, params) for group in self.param_groups if (params := self._taking_part(group["params"]))]
         if not work:
             return loss
-        self._check_gradients(work)
         finite, steps = self._run(work) if self._graphs is None else self._graphs(work)
         if isinstance(finite, Tensor):
             self._unsettled = read_later(finite), steps
@@ -382,6 +389,9 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
         Returns:
             Whether the step was made, which the host may not know yet, and what it did to step counts.
         """
+        held = [self._held(i, group, params) for i, (group, params) in enumerate(work)]
+        if None in held:
+            self._check_gradients(work)
         params = [p for _, params in work for p in params]
         plain = self.shard_group is None
         grads = [
@@ -398,52 +408,37 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
             finite = True
         elif finite is False:
             return False, []
-        self._gather_owned_state(work)
+        if None in held:
+            self._gather_owned_state(work)
         batches: list[Batch] = []
-        steps: list[SharedStep] = []
         first = 0
         for i, (group, some) in enumerate(work):
             last = first + len(some)
-            prepared, begun = self._prepared(i, group, some, grads[first:last], grad_scales[first:last], given)
-            batches.append(prepared.batch)
-            steps += begun
+            batch = held[i] or self._prepare(i, group, some)
+            batch.begin(grads[first:last], grad_scales[first:last], given)
+            if len(some) < len(group["params"]):
+                others = (self.state.get(p) for p in group["params"] if p.grad is None)
+                batch.idle = [state for state in others if has_begun(state)]
+            batches.append(batch)
             first = last
         verdict = finite if isinstance(finite, Tensor) else None
         run_rules(batches, self.backend, verdict, self.observer, workers, parts)
-        for i in range(len(work)):
-            self._groups[i].seal()
-        return finite, steps
+        for batch in batches:
+            batch.seal()
+        return finite, [step for batch in batches for step in batch.steps]
 
-    def _prepared(
-        self,
-        index: int,
-        group: dict[str, Any],
-        params: list[Tensor],
-        grads: list[Tensor],
-        grad_scales: Sequence[Any],
-        given: Iterator[dict[str, Any]] | None,
-    ) -> tuple[PreparedGroup, list[SharedStep]]:
-        """What a group has to do, and what that does to step counts. Prepared anew only if something has changed."""
+    def _held(self, index: int, group: dict[str, Any], params: list[Tensor]) -> Batch | None:
+        """What was prepared for a group in the last step; ``None`` if anything about it has changed."""
+        batch = self._batches.get(index)
+        return batch if batch is not None and batch.holds(group, params, self.state, self.rounding) else None
+
+    def _prepare(self, index: int, group: dict[str, Any], params: list[Tensor]) -> Batch:
+        """Prepare the parameters of a group that a step updates."""
         states = [self.state[p] for p in params]
-        prepared = self._groups.get(index)
-        if prepared is not None and prepared.group is group and prepared.holds(params, states, self.rounding):
-            steps = prepared.begin(grads, grad_scales, given)
-            if steps is not None:
-                self._note_idle(prepared)
-                return prepared, steps
-        rule = self.rule(group)
         owners = [self._owners.get(p) for p in params] if self._owners else [None] * len(params)
-        prepared = PreparedGroup(rule, group, params, states, owners, self.rounding, self._noisy_positions())
-        self._groups[index] = prepared
-        steps = prepared.begin(grads, grad_scales, given)
-        assert steps is not None
-        self._note_idle(prepared)
-        return prepared, steps
-
-    def _note_idle(self, prepared: PreparedGroup) -> None:
-        if len(prepared.params) < len(prepared.group["params"]):
-            states = (self.state.get(p) for p in prepared.group["params"] if p.grad is None)
-            prepared.batch.idle = [state for state in states if has_begun(state)]
+        batch = prepare(self.rule(group), group, params, states, owners, self.rounding, self._noisy_positions())
+        self._batches[index] = batch
+        return batch
 
     def _taking_part(self, params: list[Tensor]) -> list[Tensor]:
         """The parameters that are updated. One without elements on this rank is, if other ranks may have some."""

@@ -358,7 +358,12 @@ def as_attributes(values: Mapping[str, Any]) -> SimpleNamespace:
 
 
 def numbers_of(rule: type[Rule], t: int, h: SimpleNamespace, *details: Any) -> dict[str, Any]:
-    """The numbers of a step: hyperparameters, the rule's scalars, and the two forms of weight decay.
+    """The numbers of a step: hyperparameters, the two forms of weight decay, and the rule's scalars."""
+    return lasting_numbers(rule, h) | rule.scalars(t, h, *details)
+
+
+def lasting_numbers(rule: type[Rule], h: SimpleNamespace) -> dict[str, Any]:
+    """The numbers that change with the hyperparameters only.
 
     ``keep`` is the factor of decoupled decay, ``1 - lr * weight_decay`` for most rules; ``l2`` the coefficient of
     coupled decay, or ``None``: ``l2 * p`` is added to the gradient, and so enters every statistic of the rule.
@@ -373,7 +378,7 @@ def numbers_of(rule: type[Rule], t: int, h: SimpleNamespace, *details: Any) -> d
         numbers |= {"keep": rule.keep(h), "l2": None}
     else:
         numbers |= {"keep": 1.0, "l2": float(weight_decay) or None}
-    return numbers | rule.scalars(t, h, *details)
+    return numbers
 
 
 #: Hyperparameters that the numbers of a step hold in another form.

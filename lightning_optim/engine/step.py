@@ -18,8 +18,7 @@ and state in place. Rules stay free of everything that depends on how they are r
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -29,7 +28,6 @@ from .batch import Batch
 from .distributed_matrices import run_matrices
 from .elementwise import run_elementwise
 from .reference import run_reference
-from .rule import MatrixRule
 
 Backend = Literal["auto", "plain", "chunked", "compiled"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
@@ -53,35 +51,32 @@ def run_rules(
         replicas: Ranks that hold equal parameters and gradients and share orthogonalisation, if any do.
         parts: Ranks that hold other shards of the parameters, where these are not ``DTensor``.
     """
-    others = [batch for batch in batches if not issubclass(batch.rule, MatrixRule)]
-    with _without_autocast(batches):
-        if backend == "plain" and finite is None and not (replicas or parts or any(map(_sharded, batches))):
-            run_reference(batches, observer)
-            return
-        if len(others) == len(batches):
-            run_elementwise(others, backend, finite, parts)
-            return
-        of_matrices = [batch for batch in batches if issubclass(batch.rule, MatrixRule)]
-        matrices = run_matrices(of_matrices, backend, finite, observer, replicas)
-        next(matrices, None)  # While the first matrices are being sent, the other rules run.
-        run_elementwise(others, backend, finite, parts)
-        for _ in matrices:
-            pass
+    if autocasting := _autocasting(batches):  # Manual optimization may make a step inside its context.
+        with torch.autocast(autocasting, enabled=False):
+            return run_rules(batches, backend, finite, observer, replicas, parts)
+    if backend == "plain" and finite is None and not (replicas or parts or any(map(_sharded, batches))):
+        return run_reference(batches, observer)
+    of_matrices = [batch for batch in batches if batch.rule.kind == "matrix"]
+    if not of_matrices:
+        return run_elementwise(batches, backend, finite, parts)
+    matrices = run_matrices(of_matrices, backend, finite, observer, replicas)
+    next(matrices, None)  # While the first matrices are being sent, the other rules run.
+    run_elementwise([batch for batch in batches if batch.rule.kind != "matrix"], backend, finite, parts)
+    for _ in matrices:
+        pass
 
 
 def _sharded(batch: Batch) -> bool:
     return any(task.p is not task.parameter for task in batch.tasks)
 
 
-def _without_autocast(batches: Sequence[Batch]) -> AbstractContextManager[Any]:
-    """Turn ``torch.autocast`` off for the step, which manual optimization may make inside its context."""
-    kinds: set[str] = set()
+def _autocasting(batches: Sequence[Batch]) -> str | None:
+    """A type of device on which a step would run in low precision, if there is one."""
     for batch in batches:
         if "devices" not in batch.cache:
-            batch.cache["devices"] = {task.p.device.type for task in batch.tasks}
-        kinds |= batch.cache["devices"]
-    enabled = [k for k in kinds if torch.is_autocast_enabled(k) and torch.amp.is_autocast_available(k)]
-    stack = ExitStack()
-    for kind in enabled:
-        stack.enter_context(torch.autocast(kind, enabled=False))
-    return stack
+            kinds = {task.p.device.type for task in batch.tasks}
+            batch.cache["devices"] = [kind for kind in kinds if torch.amp.is_autocast_available(kind)]
+        for kind in batch.cache["devices"]:
+            if torch.is_autocast_enabled(kind):
+                return kind
+    return None
