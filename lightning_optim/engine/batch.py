@@ -158,9 +158,7 @@ class Batch:
     cache: dict[Any, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
-        self._layout = _layout(self.params)
-        #: A view stays where it is when its parameter gets other memory.
-        self._has_views = any(p.is_complex() for p in self.params)
+        self._layout: list[Any] = []
         self._names: tuple[str, ...] = ()
         self._tensors: list[Any] = []
         self._entries: list[Any] = []
@@ -180,7 +178,7 @@ class Batch:
             states: The optimizer's state.
             rounding: See :class:`.optimizer.RuleOptimizer`.
         """
-        if group is not self.group or rounding != self.rounding or len(params) != len(self.params) or self._has_views:
+        if group is not self.group or rounding != self.rounding or len(params) != len(self.params):
             return False
         if not all(map(is_, params, self.params)) or _layout(params) != self._layout:
             return False
@@ -202,7 +200,9 @@ class Batch:
 
     def seal(self) -> None:
         """Remember the state tensors, after the first step, which may have replaced them (by views of joined ones)."""
-        if not self._names:
+        if not self._names and not any(p.is_complex() for p in self.params):
+            # (A view of a complex parameter stays where it is when the parameter gets other memory.)
+            self._layout = _layout(self.params)
             shapes = state_shapes(self.rule, self.params[0], self.group)
             self._names = (*shapes, "step", *self.rule.host_state, RESIDUAL)
             self._tensors = [state.get(name) for state in self.states for name in self._names]

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -30,13 +30,15 @@ from . import compile
 from .batch import Batch, Task
 from .call import call
 from .rounding import joined_positions, stream_positions
-from .rule import ElementwiseRule, GroupRule
+from .rule import ElementwiseRule
 from .state import compute_dtype, tensor_names
 
 #: Tensors of up to this many elements are joined, so that one call updates all: copies cost less than a call for each.
 SMALL = {"cpu": 2**14, "cuda": 2**18}
 #: The same for eager rules, which make one call for each of their operations.
 SMALL_EAGER = {"cpu": 2**16, "cuda": 2**18}
+#: Joined parameters of up to this many elements in all have memory of their own, which saves finding it in every step.
+KEPT = 2**14
 #: Elements of a chunk: enough that operations take longer than their dispatch (on a GPU a launch takes about as long as
 #: moving 2^22 numbers), and on a CPU few enough that operands and temporaries fit in cache.
 CHUNK = {"cpu": 2**18, "cuda": 2**22}
@@ -76,13 +78,14 @@ def run_elementwise(
     backend = _resolve_auto(backend, batches)
     grouped = []
     for batch in batches:
-        if issubclass(batch.rule, GroupRule):
-            grouped.append(_GroupStep(batch.rule, batch, backend, finite))
-        elif issubclass(batch.rule, ElementwiseRule):
-            for joint in _joint_tasks(batch):
-                _each(batch.rule.update, joint, {}, backend, finite)
+        if batch.rule.kind == "group":
+            grouped.append(batch)
+            continue
+        update = cast("type[ElementwiseRule]", batch.rule).update
+        for joint in _joint_tasks(batch):
+            _each(update, joint, {}, backend, finite)
     if grouped:
-        _run_group_rules(grouped, tuple(groups))
+        _run_group_rules(grouped, backend, finite, tuple(groups))
 
 
 def _resolve_auto(backend: str, batches: Sequence[Batch]) -> str:
@@ -206,68 +209,11 @@ def compile_or_warn(make: Callable[[], Item], backend: str) -> Item | None:
 # --- group rules ------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _GroupStep:
-    """The step of a group rule: its sums, then its update."""
-
-    rule: type[GroupRule]
-    batch: Batch
-    backend: str
-    finite: Tensor | None
-
-    def __post_init__(self) -> None:
-        self.device = self.batch.tasks[0].p.device
-
-    def sums(self, groups: tuple[processes.ProcessGroup, ...]) -> dict[tuple[processes.ProcessGroup, ...], Tensor]:
-        """The rule's sums over this rank's tensors, for each set of process groups over which to add them up.
-
-        Args:
-            groups: Process groups that hold the other shards of parameters that are not ``DTensor``.
-        """
-        by_groups: dict[tuple[processes.ProcessGroup, ...], list[Task]] = {}
-        for task in self.batch.tasks:
-            by_groups.setdefault(processes.shard_groups(task.parameter) or groups, []).append(task)
-        sums = {}
-        for key, tasks in by_groups.items():
-            some = self.batch if len(tasks) == len(self.batch.tasks) else replace(self.batch, tasks=tasks, cache={})
-            parts = [
-                part for joint in _joint_tasks(some) for part in self._call(self.rule.sums, joint, {}, moves=False)
-            ]
-            if not parts:  # This rank has none of their elements, but the other ranks wait for its zeros.
-                task = tasks[0]
-                state = {name: task.state[name] for name in _tensor_names(self.batch, task)}
-                parts = [call(self.rule.sums, task.p, task.g, task.grad_scale, None, state, task.scalars, moves=False)]
-            sums[key] = torch.stack([torch.stack([x.to(self.device) for x in column]).sum(0) for column in zip(*parts)])
-        return sums
-
-    def update(self, totals: Tensor) -> None:
-        """Update the parameters, their state and the state of the group."""
-        rule, tasks, finite = self.rule, self.batch.tasks, self.finite
-        # A parameter that gets its first gradient late joins the group's state instead of resetting it. Parameters
-        # without a gradient get the group's new state, too.
-        oldest = max(tasks, key=lambda task: task.t)
-        old = {name: oldest.state[name].to(self.device) for name in rule.group_state}
-        new, coefficients = rule.combine(totals.unbind(), SimpleNamespace(**old), SimpleNamespace(**oldest.scalars))
-        for joint in _joint_tasks(self.batch):
-            device = joint.tasks[0].p.device
-            # Operations with numbers need no temporaries; on an accelerator, the host would have to wait for them.
-            known = finite is None and device.type == "cpu"
-            coefficients_here = {name: float(x) if known else x.to(device) for name, x in coefficients.items()}
-            self._call(rule.update, joint, coefficients_here)
-        states = [*(task.state for task in tasks), *self.batch.idle]
-        for name, value in new.items():
-            if finite is not None:
-                value = torch.where(finite.to(self.device), value, old[name])
-            private.copy_each_([state[name] for state in states], [value] * len(states))
-
-    def _call(
-        self, function: Callable[..., Any], joint: JointTasks, coefficients: dict[str, Any], moves: bool = True
-    ) -> list[Any]:
-        return _each(function, joint, coefficients, self.backend, self.finite, moves)
-
-
-def _run_group_rules(grouped: Sequence[_GroupStep], groups: tuple[processes.ProcessGroup, ...]) -> None:
-    sums = [one.sums(groups) for one in grouped]
+def _run_group_rules(
+    batches: Sequence[Batch], backend: str, finite: Tensor | None, groups: tuple[processes.ProcessGroup, ...]
+) -> None:
+    """Add up the sums of all group rules, together, then update parameters and state."""
+    sums = [_group_sums(batch, backend, groups) for batch in batches]
     totals = [torch.zeros_like(next(iter(each.values()))) for each in sums]
     for key in dict.fromkeys(key for each in sums for key in each):
         members = [i for i, each in enumerate(sums) if key in each]
@@ -275,8 +221,57 @@ def _run_group_rules(grouped: Sequence[_GroupStep], groups: tuple[processes.Proc
         added = processes.all_reduce_sum(torch.cat([sums[i][key].to(device) for i in members]), key)
         for i, part in zip(members, added.split([len(totals[i]) for i in members])):
             totals[i] += part.to(totals[i].device)
-    for one, total in zip(grouped, totals):
-        one.update(total)
+    for batch, total in zip(batches, totals):
+        _update_group(batch, total, backend, finite)
+
+
+def _group_sums(
+    batch: Batch, backend: str, groups: tuple[processes.ProcessGroup, ...]
+) -> dict[tuple[processes.ProcessGroup, ...], Tensor]:
+    """A rule's sums over this rank's tensors, for each set of process groups over which to add them up.
+
+    Args:
+        batch: The rule and its parameters.
+        backend: One of :data:`.BACKENDS`.
+        groups: Process groups that hold the other shards of parameters that are not ``DTensor``.
+    """
+    rule: Any = batch.rule
+    device = batch.tasks[0].p.device
+    by_groups: dict[tuple[processes.ProcessGroup, ...], list[Task]] = {}
+    for task in batch.tasks:
+        by_groups.setdefault(processes.shard_groups(task.parameter) or groups, []).append(task)
+    sums = {}
+    for key, tasks in by_groups.items():
+        some = batch if len(tasks) == len(batch.tasks) else replace(batch, tasks=tasks, cache={})
+        parts = [part for joint in _joint_tasks(some) for part in _each(rule.sums, joint, {}, backend, None, False)]
+        if not parts:  # This rank has none of their elements, but the other ranks wait for its zeros.
+            task = tasks[0]
+            state = {name: task.state[name] for name in _tensor_names(batch, task)}
+            parts = [call(rule.sums, task.p, task.g, task.grad_scale, None, state, task.scalars, moves=False)]
+        sums[key] = torch.stack([torch.stack([x.to(device) for x in column]).sum(0) for column in zip(*parts)])
+    return sums
+
+
+def _update_group(batch: Batch, totals: Tensor, backend: str, finite: Tensor | None) -> None:
+    """Update the parameters, their state and the state of the group."""
+    rule: Any = batch.rule
+    tasks, device = batch.tasks, batch.tasks[0].p.device
+    # A parameter that gets its first gradient late joins the group's state instead of resetting it. Parameters
+    # without a gradient get the group's new state, too.
+    oldest = max(tasks, key=lambda task: task.t)
+    old = {name: oldest.state[name].to(device) for name in rule.group_state}
+    new, coefficients = rule.combine(totals.unbind(), SimpleNamespace(**old), SimpleNamespace(**oldest.scalars))
+    for joint in _joint_tasks(batch):
+        here = joint.tasks[0].p.device
+        # Operations with numbers need no temporaries; on an accelerator, the host would have to wait for them.
+        known = finite is None and here.type == "cpu"
+        coefficients_here = {name: float(x) if known else x.to(here) for name, x in coefficients.items()}
+        _each(rule.update, joint, coefficients_here, backend, finite)
+    states = [*(task.state for task in tasks), *batch.idle]
+    for name, value in new.items():
+        if finite is not None:
+            value = torch.where(finite.to(device), value, old[name])
+        private.copy_each_([state[name] for state in states], [value] * len(states))
 
 
 # --- chunks -----------------------------------------------------------------------------------------------------
@@ -353,6 +348,9 @@ class FlatBuffer:
         self.tasks, self.names = tasks, names
         self.params = [task.p for task in tasks]
         self.sizes = [p.numel() for p in self.params]
+        #: The parameters' values, and views of them; made in every step, unless they take so little that they are kept.
+        self._vector: Tensor | None = None
+        self._views: Sequence[Tensor] = ()
         # State of sharded parameters is the local part of a DTensor and cannot become a view of something else.
         self.owns_state = all(task.p is task.parameter for task in tasks)
         self._state: dict[str, Tensor] = {}
@@ -360,7 +358,14 @@ class FlatBuffer:
     def chunk(self, noisy: bool) -> Chunk:
         """Join what changes every step."""
         tasks = self.tasks
-        p, g = private.flatten(self.params), private.flatten([task.g for task in tasks])
+        if self._vector is None:
+            p = private.flatten(self.params)
+            self._views = private.unflatten(p, self.params)
+            self._vector = p if len(p) <= KEPT else None
+        else:
+            p = self._vector
+            private.copy_each_(self._views, self.params)
+        g = private.flatten([task.g for task in tasks])
         if self.owns_state:
             state = self._state = self._state or {name: _joined_state(tasks, name, self.sizes) for name in self.names}
         else:
@@ -375,7 +380,9 @@ class FlatBuffer:
 
     def write_back(self, chunk: Chunk) -> None:
         """Copy the vectors back to the tensors that they were joined from."""
-        private.copy_each_(self.params, private.unflatten(chunk.p, self.params))
+        private.copy_each_(self.params, self._views)
+        if self._vector is None:
+            self._views = ()
         if not self.owns_state:
             for name in self.names:
                 xs = [task.state[name] for task in self.tasks]

@@ -7,14 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.distributed as dist
-
-if dist.is_available():
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
 
 def local_shape_and_offset(p: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shape of the local shard of a ``DTensor`` and its first index in each dimension of the whole."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
     return compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
 
 

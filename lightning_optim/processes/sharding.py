@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Any
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import Parameter
 
 from . import private
 from .groups import ProcessGroup, rank, size
 
-if dist.is_available():
-    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-else:
-    DTensor = Shard = ()  # type: ignore[assignment, misc]
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+_DTENSOR = "torch.distributed.tensor"
+
+
+def is_sharded(x: Tensor) -> TypeGuard[DTensor]:
+    """Whether a tensor is a ``DTensor``.
+
+    Nothing is imported to find out, since this takes seconds: where the module is not loaded, there are none.
+    """
+    return type(x) not in (Tensor, Parameter) and _DTENSOR in sys.modules and isinstance(x, _dtensor_class())
+
+
+@cache
+def _dtensor_class() -> type[DTensor]:
+    from torch.distributed.tensor import DTensor
+
+    return DTensor
 
 
 @dataclass(frozen=True)
@@ -86,26 +103,26 @@ class Sharding:
 
 def local(x: Tensor) -> Tensor:
     """The local shard of a tensor; a tensor that is not sharded itself. Gradients have to be off."""
-    return x.to_local() if isinstance(x, DTensor) else x
+    return x.to_local() if is_sharded(x) else x
 
 
 def local_state(p: Tensor, state: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     """The state of a parameter with local shards in place of sharded tensors."""
-    return {name: local(x) for name, x in state.items()} if isinstance(p, DTensor) else state
+    return {name: local(x) for name, x in state.items()} if is_sharded(p) else state
 
 
 def local_gradient(p: Tensor) -> Tensor:
     """The local shard of a parameter's gradient, sharded as the parameter is."""
     g = p.grad
     assert g is not None
-    if isinstance(g, DTensor) and isinstance(p, DTensor) and g.placements != p.placements:
+    if is_sharded(g) and is_sharded(p) and g.placements != p.placements:
         g = g.redistribute(p.device_mesh, p.placements)
     return local(g)
 
 
 def local_slices(p: Tensor) -> tuple[slice, ...]:
     """Where the local shard stands in the whole parameter."""
-    if not isinstance(p, DTensor):
+    if not is_sharded(p):
         return tuple(slice(0, n) for n in p.shape)
     shape, offset = private.local_shape_and_offset(p)
     return tuple(slice(start, start + n) for start, n in zip(offset, shape))
@@ -126,7 +143,7 @@ def _mesh_dimensions(
 
 
 def _mesh_dimensions_of(p: Tensor) -> tuple[tuple[Any, ProcessGroup], ...]:
-    return _mesh_dimensions(p.device_mesh, p.placements, dist.group.WORLD) if isinstance(p, DTensor) else ()
+    return _mesh_dimensions(p.device_mesh, p.placements, dist.group.WORLD) if is_sharded(p) else ()
 
 
 def sharded_dims(p: Tensor) -> tuple[tuple[int, ProcessGroup], ...]:
@@ -141,7 +158,9 @@ def shard_groups(p: Tensor) -> tuple[ProcessGroup, ...]:
 
 def mesh_groups(params: Sequence[Tensor]) -> list[ProcessGroup]:
     """The groups that hold shards or replicas of some parameters."""
-    sharded = [p for p in params if isinstance(p, DTensor)]
+    if _DTENSOR not in sys.modules:
+        return []
+    sharded = [p for p in params if is_sharded(p)]
     return list(dict.fromkeys([group for p in sharded for _, group in _mesh_dimensions_of(p)]))
 
 
@@ -170,7 +189,7 @@ def refuse_partial(p: Tensor) -> None:
     Raises:
         ValueError: It has.
     """
-    if isinstance(p, DTensor) and any(placement.is_partial() for placement in p.placements):
+    if is_sharded(p) and any(placement.is_partial() for placement in p.placements):
         raise ValueError(
             f"A parameter of shape {tuple(p.shape)} has the placements {p.placements}: each rank holds a summand of "
             "it. Redistribute it to Shard or Replicate."
@@ -189,7 +208,7 @@ def flat_offset(p: Tensor) -> int:
 
 def placements(x: Tensor) -> tuple[Any, ...] | None:
     """Placements of a tensor on its device mesh; ``None`` for a plain tensor."""
-    return x.placements if isinstance(x, DTensor) else None
+    return x.placements if is_sharded(x) else None
 
 
 # --- new tensors ---------------------------------------------------------------------------------------------------
@@ -197,7 +216,7 @@ def placements(x: Tensor) -> tuple[Any, ...] | None:
 
 def zeros_like(p: Tensor, dtype: torch.dtype) -> Tensor:
     """Zeros of a parameter's shape, sharded as it is."""
-    if not isinstance(p, DTensor):
+    if not is_sharded(p):
         return torch.zeros_like(p, dtype=dtype, memory_format=torch.contiguous_format)
     return _dtensor(local(p).new_zeros(local(p).shape, dtype=dtype), p, p.shape, p.placements)
 
@@ -226,7 +245,9 @@ def zeros_on_rank(p: Tensor, shape: tuple[int, ...], dtype: torch.dtype, owner: 
 
 def from_local(shard: Tensor, p: Tensor, sharding: Sharding) -> Tensor:
     """The tensor that is sharded over the ranks of a parameter, of which this rank has a shard."""
-    assert isinstance(p, DTensor)
+    from torch.distributed.tensor import Shard
+
+    assert is_sharded(p)
     placements = tuple(x if x.is_replicate() else Shard(sharding.dim) for x in p.placements)
     return _dtensor(shard, p, sharding.shape, placements)
 
@@ -234,13 +255,15 @@ def from_local(shard: Tensor, p: Tensor, sharding: Sharding) -> Tensor:
 def _dtensor(shard: Tensor, p: Any, shape: Sequence[int], placements: Sequence[Any]) -> Tensor:
     size = torch.Size(shape)
     stride = torch.empty(size, device="meta").stride()
-    return DTensor.from_local(shard, p.device_mesh, placements, run_check=False, shape=size, stride=stride)
+    return _dtensor_class().from_local(shard, p.device_mesh, placements, run_check=False, shape=size, stride=stride)
 
 
 def sharded_like(x: Tensor, p: Tensor) -> Tensor:
     """A tensor of which every rank has all, sharded as a parameter is. Nothing is sent."""
-    if isinstance(x, DTensor) or not isinstance(p, DTensor):
+    if is_sharded(x) or not is_sharded(p):
         return x
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None)
 
 

@@ -15,7 +15,7 @@ from lightning_optim.cli.entry import command_names
 from lightning_optim.cli.invocation import OPTIONS, TRAINER_COMMANDS
 from lightning_optim.registry import OPTIMIZERS
 
-SLOW_TO_IMPORT = ("lightning", "pytorch_lightning", "torchvision", "timm", "torchmetrics", "sklearn")
+SLOW_TO_IMPORT = ("lightning", "pytorch_lightning", "torchvision", "timm", "torchmetrics", "sklearn", "sympy")
 
 # One process runs all of them, because what one does not import, those before it have not imported either.
 QUICK = """
@@ -29,7 +29,8 @@ from lightning_optim.cli import main
 for line in sys.argv[1:]:
     with contextlib.redirect_stdout(open(os.devnull, "w")), contextlib.suppress(SystemExit):
         main(line.split())
-    early = [name for name in SLOW if name in sys.modules and name not in before]
+    # torch imports sympy, with its compiler, when it makes an optimizer, as `spike` does last of all.
+    early = [name for name in SLOW if name in sys.modules and name not in before and (name, line) != ("sympy", LAST)]
     assert not early, f"{line!r} imports {early}"
 """
 
@@ -55,7 +56,7 @@ LINES = [
 
 
 def test_commands_import_no_more_than_they_need(tmp_path: Path) -> None:
-    code = QUICK.replace("SLOW", repr(SLOW_TO_IMPORT))
+    code = QUICK.replace("SLOW", repr(SLOW_TO_IMPORT)).replace("LAST", repr(LINES[-1]))
     run = subprocess.run([sys.executable, "-c", code, *LINES], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     # Each wrong line has been explained.
