@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import reduce
-from math import prod
+from math import prod, sqrt
 from typing import Any
 
 import torch
@@ -140,6 +140,22 @@ class Eigenbasis:
 def phases(h: Any) -> int:
     """Over how many steps the refreshes of different parameters are spread."""
     return h.precondition_frequency if h.stagger else 1
+
+
+def step_numbers(t: int, phase: int, h: Any, keep: float) -> dict[str, Any]:
+    """Numbers of a step ``t``, the first of which only starts the bases and moves nothing.
+
+    Weight decay comes after the step: ``keep``, its factor, is part of the step, too.
+    """
+    n = t - 1
+    correction = sqrt(1 - h.beta2**n) / (1 - h.beta1**n) if h.correct_bias and n else 1.0
+    return {
+        "step": keep * h.lr * correction if n else 0.0,
+        "keep": keep if n else 1.0,
+        "shampoo_beta": h.beta2 if h.shampoo_beta is None else h.shampoo_beta,
+        "start": n == 0,
+        "refresh": refreshes(n, phase, h),
+    }
 
 
 def refreshes(n: int, phase: int, h: Any) -> bool:

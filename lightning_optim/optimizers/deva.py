@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import torch
 
-from ..eigenbasis import BASIS_ERROR, Eigenbasis, axis_buffers, permute_, phases, refreshes
+from ..eigenbasis import BASIS_ERROR, Eigenbasis, axis_buffers, permute_, phases, step_numbers
 from ..engine.arithmetic import ema_, mix, squared_norm
 from ..engine.hyperparameters import count, fraction
 from ..engine.kinds import Matrix, Move
@@ -114,17 +114,8 @@ class DeVA(Matrix, paper="arXiv 2602.06880", about="decoupled variance adaptatio
 
     @staticmethod
     def scalars(t, h, shape, phase):
-        n = t - 1  # The first call only starts the bases.
-        correction = sqrt(1 - h.beta2**n) / (1 - h.beta1**n) if h.correct_bias and n else 1.0
-        step = DeVA.keep(h) * h.lr * correction * 0.2 * sqrt(max(_matrix(shape)))  # Decay comes after the step.
-        return {
-            "step": step if n else 0.0,
-            "keep": DeVA.keep(h) if n else 1.0,
-            "shampoo_beta": h.beta2 if h.shampoo_beta is None else h.shampoo_beta,
-            "start": n == 0,
-            "refresh": refreshes(n, phase, h),
-            "axes": _axes(shape, h),
-        }
+        numbers = step_numbers(t, phase, h, DeVA.keep(h))
+        return {**numbers, "step": numbers["step"] * 0.2 * sqrt(max(_matrix(shape))), "axes": _axes(shape, h)}
 
     @staticmethod
     def update(g, s, k, observe):

@@ -1,11 +1,10 @@
 """SOAP: Adam in the eigenbasis of Shampoo's preconditioner."""
 
-from math import sqrt
 from typing import Annotated
 
 import torch
 
-from ..eigenbasis import BASIS_ERROR, Eigenbasis, axis_buffers, permute_, phases, refreshes
+from ..eigenbasis import BASIS_ERROR, Eigenbasis, axis_buffers, permute_, phases, step_numbers
 from ..engine.arithmetic import ema_, ema_product_
 from ..engine.hyperparameters import count, fraction
 from ..engine.kinds import Matrix, Move
@@ -106,18 +105,8 @@ class SOAP(Matrix, paper="arXiv 2409.11321", about="Adam in the eigenbasis of Sh
 
     @staticmethod
     def scalars(t, h, shape, phase):
-        n = t - 1  # The first call only starts the bases.
-        correction = sqrt(1 - h.beta2**n) / (1 - h.beta1**n) if h.correct_bias and n else 1.0
         layout, axes = _layout(shape, h)
-        return {
-            "step": SOAP.keep(h) * h.lr * correction if n else 0.0,  # Decay comes after the step.
-            "keep": SOAP.keep(h) if n else 1.0,
-            "shampoo_beta": h.beta2 if h.shampoo_beta is None else h.shampoo_beta,
-            "start": n == 0,
-            "refresh": refreshes(n, phase, h),
-            "layout": layout,
-            "axes": axes,
-        }
+        return {**step_numbers(t, phase, h, SOAP.keep(h)), "layout": layout, "axes": axes}
 
     @staticmethod
     def update(g, s, k, observe):
