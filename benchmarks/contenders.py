@@ -1,4 +1,4 @@
-"""Who is timed: our optimizers by every way of running them, and the implementations that they are compared with."""
+"""What is timed: our optimizers with each backend, and the implementations that they are compared with."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ COMMON: dict[str, Any] = {"lr": LR, "weight_decay": WEIGHT_DECAY}
 
 BACKENDS = ("auto", "plain", "chunked", "compiled")
 
-#: Who else. ``baseline`` is written here, after published algorithms; the others are packages.
+#: Other implementations. ``baseline`` is written here, after published algorithms; the others are packages.
 PEERS = ("torch", "pytorch_optimizer", "timm", "baseline", "heavyball")
 
 #: Distributions of the peers that are packages.
@@ -129,7 +129,7 @@ def _fused_adamw(parameters: list[Tensor]) -> Optimizer:
 
 
 class CheckedAdamW(AdamW):
-    """Torch's fused AdamW after torch's own look whether all gradients are finite, which ours take in every step."""
+    """Torch's fused AdamW after torch's own check that all gradients are finite, which ours make in every step."""
 
     def step(self, closure: Any = None) -> Any:
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]

@@ -37,7 +37,7 @@ def figures(kind: str) -> dict[str, Figures]:
 
 
 def page(name: str, text: str) -> str:
-    """A page with the parts between its markers made anew.
+    """A page with the parts between its markers replaced.
 
     Args:
         name: Its name in :data:`PAGES`.

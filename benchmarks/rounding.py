@@ -33,7 +33,7 @@ from lightning_optim.models.networks import GPT, GPTConfig
 
 from . import machine
 
-#: The fourth is "stochastic" with numbers that are drawn anew for every step, to compare with.
+#: The fourth is "stochastic" with independent random numbers for every step, for comparison.
 WAYS = ("nearest", "stochastic", "kahan", "independent", "split")
 _NAMES = {"independent": "stochastic"}
 _LENGTH, _BATCH = 64, 16

@@ -44,7 +44,7 @@ from .step_time import at_least
 from .workload import MODELS
 
 PROCESSES = (1, 2, 4)
-#: ``torch.optim.AdamW`` is what everybody knows; the others are one of each kind of rule.
+#: ``torch.optim.AdamW`` is the usual baseline; the others are one of each kind of rule.
 OPTIMIZERS = ("torch.optim.AdamW", "MVNGrad", "HVAdam", "Muon", "NAMO", "SOAP")
 WARM_UP = 3
 

@@ -3,10 +3,10 @@
     python -m benchmarks.step_time --models vit-tiny d512 --json benchmarks/results/step-time.json
     python -m benchmarks.step_time --models gpt2-124m --optimizers LaProp MVNGrad --backends compiled --rounds 10
 
-All steps of one model are interleaved in one process, on the same parameters and gradients, in an order that is drawn
-anew in every round, so that whatever else the machine does hits all alike and nobody finds the caches warm. The ratio
-to torch's fused AdamW is the median of the ratios within rounds. Slow implementations take part in fewer rounds. On a
-GPU ours are also timed as CUDA graphs, whose matrix products are not counted.
+All steps of one model are interleaved in one process, on the same parameters and gradients, in a random order in every
+round, so that other load on the machine affects all alike and none has warm caches. The ratio to torch's fused AdamW is
+the median of the ratios within rounds. Slow implementations take part in fewer rounds. On a GPU ours are also timed as
+CUDA graphs, whose matrix products are not counted.
 
 The JSON file holds ``{"machine": ..., "settings": ..., "rows": [{"model", "optimizer", "implementation", "backend",
 "median_ms", ...}]}``; :data:`COLUMNS` says what every number is.
@@ -68,7 +68,7 @@ _MATRIX_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 
 @dataclass
 class Entry:
-    """A contender on its way through the rounds."""
+    """A contender, and what was measured of it."""
 
     contender: Contender
     steppers: list[Stepper]
@@ -136,7 +136,8 @@ class Entry:
 def _profiled(work: Callable[[], Any], device: torch.device, flops: bool) -> tuple[int, int, int]:
     """Run something; returns the bytes that it leaves allocated, the most it had, and its matrix products' flops.
 
-    Operations are counted from recorded shapes. Nothing may be compiled meanwhile: to record a symbolic shape fixes it.
+    Operations are counted from recorded shapes. Nothing may be compiled during that time: recording a symbolic shape
+    would fix it.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -164,21 +165,21 @@ def time_steps(
     machine: Mapping[str, Any],
     progress: Progress,
 ) -> list[dict[str, Any]]:
-    """Time one step of everybody, interleaved.
+    """Time one step of every contender, interleaved.
 
     Args:
         work: Parameters and gradients.
-        who: Whom to time; the first is what the others are compared with.
+        who: The contenders; the others are compared with the first.
         rounds: How often, at most.
-        seconds: About how long in all, warm-up excluded; everybody is timed at least three times.
-        limit: Leave out whoever needs longer for a step, by the rate at which the machine multiplies bfloat16.
+        seconds: About how long in all, warm-up excluded; each is timed at least three times.
+        limit: Leave out contenders whose step would take longer, judged by the machine's rate of bfloat16 products.
         machine: Holds the machine's :func:`~.machine.limits`.
         progress: Where to show how far it is.
 
     Returns:
         A row for each contender.
     """
-    # glibc gives memory back, to be paged in anew, until it has seen large blocks freed, as each training step does.
+    # glibc returns memory, which then has to be paged in again, until it has seen large blocks freed, as in training.
     torch.zeros(31 * 2**18)
     rate = machine["matmul_gflop_per_s"]["bfloat16"] * 1e9
     notes = {}

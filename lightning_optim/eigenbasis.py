@@ -3,7 +3,7 @@
 Its products are taken in the precision of the state, whatever autocast and settings like TF32 say: ten bits are too few
 for averages that change by a few percent per step and less.
 
-Every axis ``i`` of a tensor (a stack ``(k, *shape)`` of equal ones) that is not too long has a running average
+Every axis ``i`` of a tensor (in a stack ``(k, *shape)`` of equal ones) that is not too long has a running average
 ``gram{i}`` of the gradient's outer products over the other axes, and a matrix ``basis{i}`` whose columns
 approximate its eigenvectors. Both are ``(k, d, d)``.
 """
@@ -138,7 +138,7 @@ class Eigenbasis:
 
 
 def phases(h: Any) -> int:
-    """Over how many steps the refreshes of different parameters are spread."""
+    """Over how many steps the refreshes of different parameters are distributed."""
     return h.precondition_frequency if h.stagger else 1
 
 

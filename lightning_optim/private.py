@@ -45,7 +45,7 @@ norms: Callable[..., list[Tensor]] = getattr(torch, "_foreach_norm", norms_fallb
 
 
 def base(x: Tensor) -> Tensor | None:
-    """The tensor that ``x`` is a view of; without torch's attribute ``None``, so that views are made anew."""
+    """The tensor that ``x`` is a view of; ``None`` without torch's attribute, so that views are made again."""
     return getattr(x, "_base", None)
 
 

@@ -1,4 +1,4 @@
-"""Whether a checkpoint fits an optimizer, and where it does not."""
+"""Whether a checkpoint fits an optimizer, and if not, why."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ..names import clean_name
 from . import formats
 from .formats import CheckpointError as CheckpointError
 
-#: Keys of a parameter group that say what is done with its parameters, ...
+#: Keys of a parameter group that say how its parameters are treated, ...
 STRUCTURE = ("rule", "role", "blocks", "transposed", "decoupled_weight_decay")
 #: ... what they are called, ...
 LABELS = ("params", "param_names", "name")
-#: ... and what schedules note down there. The others are hyperparameters.
+#: ... and what schedules store there. All other keys are hyperparameters.
 SCHEDULED = ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum")
 
 _REMEDY = (
@@ -89,9 +89,9 @@ def check_state(saved: Mapping[str, Mapping[str, Any]], expected: Mapping[str, M
     """Compare the saved state of parameters with what it has to be.
 
     Args:
-        saved: For each parameter, by its label, its state in the checkpoint. What a wrapper keeps there under a name
-            of its own is not looked at.
-        expected: Likewise tensors of the right names, shapes, dtypes and placements; their values do not matter.
+        saved: For each parameter, by its label, its state in the checkpoint. Entries that a wrapper
+            keeps there under names of its own are ignored.
+        expected: By label, tensors of the right names, shapes, dtypes and placements; their values do not matter.
 
     Raises:
         CheckpointError: A tensor is missing, of another shape or dtype, or sharded otherwise.
@@ -164,7 +164,7 @@ def _has_form(state_dict: Any) -> bool:
 
 
 def _check_author(name: str, here: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse what another optimizer has written, as far as the groups as a whole show it."""
+    """Refuse a checkpoint of another optimizer, as far as the keys of its groups show that it is one."""
     rules_here, rules_saved = ({group.get("rule") for group in groups} for groups in (here, saved))
     keys_here, keys_saved = ({key for group in groups for key in group} - {*SCHEDULED} for groups in (here, saved))
     odd, lacking = sorted(keys_saved - keys_here - {*LABELS}), sorted(keys_here - keys_saved - {*LABELS})

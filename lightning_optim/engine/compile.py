@@ -1,8 +1,8 @@
 """Rules compiled to one kernel each, whatever the model.
 
 A rule's function is traced once, on vectors of symbolic length and with its hyperparameters as 0-d tensors, and
-handed to Inductor. Dynamo (``torch.compile``'s front end) is left out on purpose: a traced function has no guards, so
-that nothing can ever recompile it, and a call costs 4 microseconds instead of 60. What :func:`torch.compile` would
+compiled by Inductor. Dynamo (``torch.compile``'s front end) is left out on purpose: a traced function has no guards, so
+it is never recompiled, and a call costs 4 microseconds instead of 60. What :func:`torch.compile` would
 specialise on, dtypes, device and switches (booleans, strings, ``None``), is the key under which a kernel is kept.
 
 What this takes from torch is private: ``torch._inductor.compile_fx.compile_fx_inner`` and the symbols of
@@ -172,7 +172,7 @@ def _thread(process: int) -> ThreadPoolExecutor:
 
 @torch.no_grad()
 def _compile(function: Callable[..., Any], example: list[Tensor], numbers: tuple[float, ...], threads: int) -> Kernel:
-    # Imported here because they take seconds, which nobody should pay who does not compile.
+    # Imported here because these imports take seconds, and most runs do not compile.
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.decomposition import select_decomp_table

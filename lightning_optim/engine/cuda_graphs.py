@@ -27,9 +27,9 @@ _PATIENCE = 10
 def capture_step(optimizer: RuleOptimizer) -> None:
     """Make ``optimizer.step()`` replay a CUDA graph where it can.
 
-    This saves the host the time of launching many short kernels. Numbers that change from step to step (learning rates,
-    bias corrections) are still computed on the host, in float64, and copied to the device at once before the graph
-    runs; schedules and edits of ``param_groups`` work as before.
+    The host then launches one graph instead of many short kernels. Numbers that change from step to step (learning
+    rates, bias corrections) are still computed on the host, in float64, and copied to the device at once before the
+    graph runs; schedules and edits of ``param_groups`` work as before.
 
     A graph is bound to the addresses of its tensors. If parameters, gradients or state are at addresses that the last
     few steps did not have, the step runs without a graph and records one; a step with an observer runs without a graph.
@@ -174,7 +174,7 @@ class StepGraphs:
 def record(work: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
     """Capture the kernels of ``work`` without running them; returns a function that runs them, and its result."""
     graph = torch.cuda.CUDAGraph()
-    # Other threads, such as those that load data, may allocate memory meanwhile.
+    # Other threads, such as those that load data, may allocate memory at the same time.
     with (
         torch.cuda.device(device),
         torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"),

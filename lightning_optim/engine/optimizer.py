@@ -85,21 +85,21 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
 
             - ``"nearest"``: nothing is kept.
             - ``"stochastic"``: up or down at random with the odds that make the mean right. The random numbers of
-              successive steps are spread evenly, so that their errors cancel. Nothing is kept: they are made of the
-              parameter's step, its position in the optimizer and the element's, the same for every backend and after
-              every restart, and torch's generators are not touched.
+              successive steps are evenly distributed, so that their errors cancel. Nothing is kept: the numbers follow
+              from the parameter's step, its position in the optimizer and the element's position. They are the same
+              for every backend and after every restart, and leave torch's generators alone.
             - ``"kahan"``: the residual has the parameter's dtype (in units of its eps); together they have about twice
               its precision.
             - ``"split"``: the residual is the lower 16 bits of a float32 number whose nearest bfloat16 is the
               parameter: the same arithmetic as on float32 parameters, bit for bit. Not for float16.
         max_consecutive_skips: After so many skipped steps in a row ``step`` raises :class:`NonFiniteGradientsError`;
-            ``None`` for no limit. The count starts anew after the error and after loading a checkpoint. On an
+            ``None`` for no limit. The count restarts after the error and after loading a checkpoint. On an
             accelerator the host learns of a step at the next one, which raises then.
 
     Attributes:
         skipped_steps: How many steps were skipped.
-        observer: Called as ``observer(parameter, name, value)`` with what matrix rules compute on the way. Where
-            parameters are sharded, all processes have to set one for the same steps: they send it what it is told.
+        observer: Called as ``observer(parameter, name, value)`` with what matrix rules compute in between. Where
+            parameters are sharded, all processes have to set one for the same steps, since they exchange these values.
         router: Called as ``router(group)`` with a parameter group that is added without names; returns groups with
             names, and roles where there are two rules. :func:`lightning_optim.build_optimizer` sets it.
         process_group: Processes that hold equal parameters and gradients, as under DDP. Set, they share the work of
@@ -182,7 +182,7 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._seen = []  # Whoever brings other groups, a checkpoint or a copy, has them checked as a whole.
+        self._seen = []  # Groups from a checkpoint or a copy are checked as a whole.
 
     @classmethod
     def default_hyperparameters(cls) -> dict[str, Any]:
@@ -212,8 +212,8 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; its keys override the optimizer's defaults for its parameters.
 
-        Parameters without names, such as Lightning's callbacks for finetuning bring, go to the ``router`` where the
-        others have names. Without one they are named after their group and position.
+        Parameters without names, as Lightning's finetuning callbacks add them, go to the ``router`` if the others have
+        names. Without a router they are named after their group and position.
         """
         params = listed(param_group["params"])
         param_group = param_group | plain_hyperparameters(
@@ -401,9 +401,9 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
         workers = processes.nontrivial(self.work_group or self.process_group)
         if replicas and processes.is_joining(self):
             replicas = workers = ()  # Each rank makes the whole step by itself.
-        # Replicas have equal gradients; but a defect in one's must not part it from the others, who wait for it.
-        everybody = tuple(dict.fromkeys((*processes.mesh_groups(params), *parts, *replicas)))
-        finite, grad_scales = inspect_gradients(grads, everybody, not parts, self.backend)
+        # Replicas have equal gradients. But if those of one are broken, all have to skip: they wait for each other.
+        involved = tuple(dict.fromkeys((*processes.mesh_groups(params), *parts, *replicas)))
+        finite, grad_scales = inspect_gradients(grads, involved, not parts, self.backend)
         if not self.skip_nonfinite:
             finite = True
         elif finite is False:
@@ -505,11 +505,11 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
         self.consecutive_skips += 1
 
     def _check_skips(self) -> None:
-        """Only ``step`` calls this: a checkpoint can be written of an optimizer that has come to its limit."""
+        """Raise the error at the limit. Only ``step`` calls this, so that such an optimizer can still be saved."""
         count, limit = self.consecutive_skips, self.max_consecutive_skips
         if limit is None or count < limit:
             return
-        self.consecutive_skips = 0  # Whoever goes on nevertheless has as many tries again.
+        self.consecutive_skips = 0  # A caller that goes on has as many tries again.
         states = [self.state.get(p) for group in self.param_groups for p in group["params"]]
         done = max((int(state["step"]) for state in states if has_begun(state)), default=0)
         raise NonFiniteGradientsError(
@@ -627,5 +627,5 @@ def listed(params: Any) -> list[Any]:
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Whether a hyperparameter is what it was; of a tensor, which may have been changed in place, nobody knows."""
+    """Whether a hyperparameter is known to be unchanged; a tensor may have been edited in place."""
     return type(a) is type(b) and not isinstance(a, Tensor) and bool(a == b)

@@ -27,7 +27,7 @@ def plain_hyperparameters(values: Mapping[str, Any]) -> dict[str, Any]:
 def plain(x: Any) -> Any:
     """The same value made of Python's own numbers, strings, lists, tuples and dictionaries.
 
-    Configuration libraries hand over lists, mappings and numbers of types of their own (OmegaConf and Hydra,
+    Configuration libraries pass lists, mappings and numbers of types of their own (OmegaConf and Hydra,
     ml_collections, NumPy, ruamel.yaml, ...), which a checkpoint must not hold. YAML 1.1 reads ``1e-3`` as a string, so
     a string that is written as a number becomes one. Sequences that are no lists become tuples. Tensors and all other
     objects stay as they are.

@@ -128,10 +128,10 @@ def follow(rule: type[Rule], params: Sequence[Tensor], states: Sequence[State], 
         return
     for p, state in zip(map(real_view, params), states):
         x, dtype = state[alike], compute_dtype(p.dtype)
-        if x.shape != p.shape and x.numel():  # Of state that lives elsewhere nothing is here.
+        if x.shape != p.shape and x.numel():  # State that another rank keeps is empty here.
             raise ValueError(
                 f"A parameter of shape {tuple(x.shape)} was replaced by one of shape {tuple(p.shape)}, which its state "
-                "does not fit: delete optimizer.state[parameter] to start it anew, or build a new optimizer."
+                "does not fit: delete optimizer.state[parameter] to start over, or build a new optimizer."
             )
         if x.dtype != dtype or x.device != p.device:
             _convert(rule, p, state, group)
@@ -147,7 +147,7 @@ def _convert(rule: type[Rule], p: Tensor, state: State, group: Mapping[str, Any]
     if processes.all_reduce_max(peak, processes.shard_groups(p)) > limit:
         raise ValueError(
             f"A parameter of shape {tuple(p.shape)} was cast to {p.dtype}, for which its state is too large "
-            f"(above {limit:.1e}): delete optimizer.state[parameter] to start it anew, or cast it back."
+            f"(above {limit:.1e}): delete optimizer.state[parameter] to start over, or cast it back."
         )
     for name in names:
         state[name] = state[name].to(p.device, dtype)

@@ -1,4 +1,4 @@
-"""How tensors get from one rank to another."""
+"""Communication: reductions, and tensors that are sent from rank to rank."""
 
 from __future__ import annotations
 
@@ -67,12 +67,12 @@ def all_to_all(
     Returns:
         A function that waits for the tensors and returns those from each rank. What is sent must not change before.
     """
-    parcels = [_pack(xs, device) for xs in send]
+    packages = [_pack(xs, device) for xs in send]
     lengths = [sum(map(_bytes, specs)) for specs in receive]
-    packed = torch.cat(parcels)
+    packed = torch.cat(packages)
     received = packed.new_empty(sum(lengths))
-    work = dist.all_to_all_single(received, packed, lengths, [len(x) for x in parcels], group=group, async_op=True)
-    bytes_sent["all_to_all"] += len(packed) - len(parcels[rank(group)])
+    work = dist.all_to_all_single(received, packed, lengths, [len(x) for x in packages], group=group, async_op=True)
+    bytes_sent["all_to_all"] += len(packed) - len(packages[rank(group)])
     return partial(_wait, work, received, receive, lengths, packed)
 
 
@@ -109,13 +109,13 @@ def _wait(
 
 
 def all_gather_equal(xs: Sequence[Tensor], group: ProcessGroup) -> list[list[Tensor]]:
-    """The tensors of every rank, which have the same shapes and dtypes everywhere."""
+    """The tensors of every rank, which have the same shapes and dtypes on all ranks."""
     spec: list[TensorSpec] = [(tuple(x.shape), x.dtype) for x in xs]
     return all_gather(xs, [spec] * size(group), xs[0].device, group)()
 
 
 def all_gather_object(x: Any, group: ProcessGroup | None) -> list[Any]:
-    """An object of every rank of a group, pickled on the way; its own only where there is no group."""
+    """An object of every rank of a group, pickled for transport; only this rank's own where there is no group."""
     if group is None:
         return [x]
     gathered: list[Any] = [None] * size(group)

@@ -2,7 +2,7 @@
 
 torch unpickles the table of contents (``.metadata``, or ``__0.metadata`` where that fails) and everything that is no
 tensor with Python's unpickler, which executes what a file says. :class:`ShardReader` reads the table itself, checks it,
-and hands torch the finished table and plain values. torch opens no file of the folder.
+and passes the finished table and plain values to torch, which opens no file of the folder itself.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ def _read_table(file: Any) -> tuple[Metadata, dict[MetadataIndex, tuple[str, int
 
 
 def _shard_error(error: Exception) -> ShardError:
-    """An error from any other: a made-up file can lead to all kinds of them."""
+    """A :class:`ShardError` from any error; a forged file can cause all kinds of them."""
     if isinstance(error, ShardError):
         return error
     reason = str(error).partition("WeightsUnpickler error: ")[2].partition("\n")[0]
@@ -281,7 +281,7 @@ class ShardReader(dcp.StorageReader):
         """Read what a plan asks for."""
         for item in plan.items:
             if item.type == LoadItemType.BYTE_IO:
-                # torch unpickles what it gets here, so it gets what was written a moment ago.
+                # torch unpickles these bytes, so they are written here, from values that have been checked.
                 buffer = io.BytesIO()
                 torch.save(self._values[item.storage_index], buffer)
                 buffer.seek(0)
@@ -358,7 +358,7 @@ def parameters_with_state(states: Sequence[Mapping[str, Any]], module: nn.Module
 
 @contextmanager
 def requiring_gradients(module: nn.Module, names: set[str]) -> Iterator[None]:
-    """The parameters of these names require gradients for the time being, and no others."""
+    """Within this context exactly the parameters with these names require gradients."""
     before = {p: p.requires_grad for p in module.parameters()}
     try:
         for name, p in module.named_parameters():

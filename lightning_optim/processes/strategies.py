@@ -33,17 +33,17 @@ class OptimizerGroups(NamedTuple):
 
 def optimizer_groups(strategy: Any, ranks_per_node: int) -> OptimizerGroups:
     """The process groups of a strategy. The parameters of FSDP2 name theirs themselves. All ranks call it."""
-    everyone = world()
-    if everyone is None:
+    all_ranks = world()
+    if all_ranks is None:
         return OptimizerGroups()
     if is_deepspeed(strategy):
-        return OptimizerGroups(shard_group=everyone)
+        return OptimizerGroups(shard_group=all_ranks)
     if is_fsdp1(strategy) and shards_parameters(strategy):
         (wrapped, *_) = FullyShardedDataParallel.fsdp_modules(strategy.model)
         return OptimizerGroups(private.replica_group(wrapped), None, wrapped.process_group)
     if averages_gradients(strategy) and not private.averages_models(strategy):
         # Between nodes, factors take longer to arrive than to compute.
-        return OptimizerGroups(everyone, node_group(everyone, ranks_per_node))
+        return OptimizerGroups(all_ranks, node_group(all_ranks, ranks_per_node))
     return OptimizerGroups()
 
 
