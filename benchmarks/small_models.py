@@ -27,8 +27,9 @@ import lightning_optim
 from .step_time import at_least
 
 #: Shapes of the parameters of the two models.
-VECTORS = [(4,), (3,), (2, 2), (5,)]
-MATRICES, REST = [(8, 8), (16, 8)], [(8,), (16,)]
+VECTORS: list[tuple[int, ...]] = [(4,), (3,), (2, 2), (5,)]
+MATRICES: list[tuple[int, ...]] = [(8, 8), (16, 8)]
+REST: list[tuple[int, ...]] = [(8,), (16,)]
 
 
 def parameters(shapes: list[tuple[int, ...]]) -> list[nn.Parameter]:

@@ -43,7 +43,7 @@ def narrow_gradients(params: Params) -> None:
     for p in params:
         if p.grad is not None:
             g, p.grad = p.grad, None
-            p.grad_dtype = torch.bfloat16  # type: ignore[attr-defined]
+            p.grad_dtype = torch.bfloat16
             p.grad = g.bfloat16()
 
 
