@@ -126,8 +126,12 @@ def trajectory(name: str, change: Callable[[RuleOptimizer, Params], None], prepa
     return [p.detach().float() for p in params] + state
 
 
+#: Rules of every kind, with and without host state, group state, state that has shapes of its own, and phases.
+QUICK = ("MVNGrad", "LaProp", "HVAdam", "NAMO", "SOAP")
+
+
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in OURS])
 def test_a_change_is_noticed(name: str, change: str) -> None:
     with_it, without = (trajectory(name, CHANGES[change], prepared) for prepared in (True, False))
     assert len(with_it) == len(without)
@@ -135,13 +139,9 @@ def test_a_change_is_noticed(name: str, change: str) -> None:
         assert torch.equal(x, y)
 
 
-@pytest.mark.parametrize(
-    "change", [name for name in CHANGES if name not in ("nothing", "an entry of a wrapper", "checkpoint")]
-)
+@pytest.mark.parametrize("change", [x for x in CHANGES if x not in ("nothing", "an entry of a wrapper", "checkpoint")])
 def test_the_changes_make_a_difference(change: str) -> None:
-    """Except those that must not, so that the test above could fail; with one rule for all parameters."""
+    """So that the test above could fail. Memory and backend make none; a residual is another tensor in the state."""
     before, after = (trajectory("MVNGrad", CHANGES[x], True) for x in ("nothing", change))
     if change not in ("memory", "backend", "rounding"):
-        assert any(x.shape != y.shape or not torch.equal(x, y) for x, y in zip(before, after)) or len(before) != len(
-            after
-        )
+        assert not all(torch.equal(x, y) for x, y in zip(before, after))

@@ -62,7 +62,9 @@ def parameters(dtype: torch.dtype) -> list[Tensor]:
 
 
 def everything(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> list[Tensor]:
-    return [x.detach().clone() for p in params for x in (p, *optimizer.state[p].values())]
+    """Copies of parameters and state; numbers of the host are floats between loading and the next step."""
+    found = [x for p in params for x in (p, *optimizer.state[p].values())]
+    return [x.detach().clone() if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64) for x in found]
 
 
 def assert_equal(a: list[Tensor], b: list[Tensor]) -> None:
