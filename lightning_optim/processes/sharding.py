@@ -158,9 +158,8 @@ def shard_groups(p: Tensor) -> tuple[ProcessGroup, ...]:
 
 def mesh_groups(params: Sequence[Tensor]) -> list[ProcessGroup]:
     """The groups that hold shards or replicas of some parameters."""
-    if _DTENSOR not in sys.modules:
-        return []
-    sharded = [p for p in params if is_sharded(p)]
+    # Nearly all parameters are plain, and each step asks.
+    sharded = [p for p in params if type(p) is not Parameter and is_sharded(p)]
     return list(dict.fromkeys([group for p in sharded for _, group in _mesh_dimensions_of(p)]))
 
 
