@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .groups import ProcessGroup, rank, size
+from .groups import ProcessGroup, rank, size, transport
 
 #: Shape and dtype of a tensor to be received.
 TensorSpec = tuple[tuple[int, ...], torch.dtype]
@@ -35,7 +35,10 @@ def all_reduce_sum(x: Tensor, groups: Sequence[ProcessGroup]) -> Tensor:
 
 def _all_reduce(x: Tensor, groups: Sequence[ProcessGroup], operation: Any) -> Tensor:
     for group in groups:
-        dist.all_reduce(x, operation, group)
+        sent = x.to(transport(group, x.device.type))
+        dist.all_reduce(sent, operation, group)
+        if sent is not x:
+            x.copy_(sent)
         ranks = size(group)
         bytes_sent["all_reduce"] += 2 * x.nbytes * (ranks - 1) // ranks
     return x
@@ -69,11 +72,11 @@ def all_to_all(
     """
     packages = [_pack(xs, device) for xs in send]
     lengths = [sum(map(_bytes, specs)) for specs in receive]
-    packed = torch.cat(packages)
+    packed = torch.cat(packages).to(transport(group, device.type))
     received = packed.new_empty(sum(lengths))
     work = dist.all_to_all_single(received, packed, lengths, [len(x) for x in packages], group=group, async_op=True)
     bytes_sent["all_to_all"] += len(packed) - len(packages[rank(group)])
-    return partial(_wait, work, received, receive, lengths, packed)
+    return partial(_wait, work, received, receive, lengths, packed, device)
 
 
 def all_gather(
@@ -93,19 +96,24 @@ def all_gather(
     sizes = [sum(map(_bytes, each)) for each in specs]
     length = max(sizes)
     packed = _pack(xs, device)
-    packed = torch.cat([packed, packed.new_empty(length - len(packed))])
+    packed = torch.cat([packed, packed.new_empty(length - len(packed))]).to(transport(group, device.type))
     received = packed.new_empty(length * len(specs))
     work = dist.all_gather_into_tensor(received, packed, group=group, async_op=True)
     bytes_sent["all_gather"] += length * (len(specs) - 1)
-    return partial(_wait, work, received, specs, [length] * len(specs), packed)
+    return partial(_wait, work, received, specs, [length] * len(specs), packed, device)
 
 
 def _wait(
-    work: Any, received: Tensor, specs: Sequence[Sequence[TensorSpec]], lengths: list[int], sent: Tensor
+    work: Any,
+    received: Tensor,
+    specs: Sequence[Sequence[TensorSpec]],
+    lengths: list[int],
+    sent: Tensor,
+    device: torch.device,
 ) -> list[list[Tensor]]:
     """The tensors from each rank, when they are here; ``sent`` is kept until then."""
     work.wait()
-    return [_unpack(part, each) for part, each in zip(received.split(lengths), specs)]
+    return [_unpack(part, each) for part, each in zip(received.to(device).split(lengths), specs)]
 
 
 def all_gather_equal(xs: Sequence[Tensor], group: ProcessGroup) -> list[list[Tensor]]:

@@ -21,6 +21,16 @@ def size(group: ProcessGroup) -> int:
     return dist.get_world_size(group)
 
 
+@cache
+def transport(group: ProcessGroup, kind: str) -> str:
+    """The kind of device from which a group sends tensors of a kind of device.
+
+    NCCL has no way for those on the CPU, where offloaded shards are: they make a detour over the GPU.
+    """
+    kinds = [pair.partition(":")[0] for pair in dist.get_backend_config(group).split(",") if ":" in pair]
+    return kind if kind in kinds or not kinds else kinds[0]
+
+
 def nontrivial(group: ProcessGroup | None) -> tuple[ProcessGroup, ...]:
     """The group in a tuple, which is empty where there is no group or this process is alone in it."""
     return (group,) if group is not None and size(group) > 1 else ()

@@ -13,7 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
+from ..devices import widest
 from . import private
+from .collectives import all_reduce_sum
 from .groups import ProcessGroup, rank, size
 
 if TYPE_CHECKING:
@@ -294,11 +296,10 @@ class ShardSums:
         return [x * x.new_tensor(counts) if x.shape == (len(counts),) else x for x in tensors]
 
     def add(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Sums over ranks, in float64, by one all-reduce per group however many tensors there are."""
+        """Sums over ranks, in float64 where the device has it, by one all-reduce per group for all tensors."""
         if not self.groups or not tensors:
             return list(tensors)
         device = tensors[0].device
-        flat = torch.cat([x.detach().reshape(-1).to(device, torch.float64) for x in tensors])
-        for group in self.groups:
-            dist.all_reduce(flat, group=group)
+        flat = torch.cat([x.detach().reshape(-1).to(device, widest(device)) for x in tensors])
+        all_reduce_sum(flat, self.groups)
         return [part.reshape(x.shape) for part, x in zip(flat.split([x.numel() for x in tensors]), tensors)]

@@ -50,7 +50,10 @@ def optimizer_groups(strategy: Any, ranks_per_node: int) -> OptimizerGroups:
 def shard_sums(strategy: Any, params: Iterable[Tensor]) -> ShardSums:
     """How sums over the local shards of a strategy's parameters are added up."""
     if is_fsdp1(strategy):
-        return ShardSums((dist.group.WORLD,), flat=True) if shards_parameters(strategy) else ShardSums()
+        if not shards_parameters(strategy):
+            return ShardSums()
+        (wrapped, *_) = FullyShardedDataParallel.fsdp_modules(strategy.model)
+        return ShardSums((wrapped.process_group,), flat=True)  # Of one replica, where there are several.
     return ShardSums(tuple(dict.fromkeys(group for p in params for group in shard_groups(p))))
 
 

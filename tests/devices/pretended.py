@@ -78,11 +78,17 @@ class PretendedTensor(Tensor):
 
 
 class PretendedDevice(TorchDispatchMode):
-    """While it is active the device exists. ``waits`` counts what made the host wait for it, by operation."""
+    """While it is active the device exists. ``waits`` counts what made the host wait for it, by operation.
 
-    def __init__(self, kind: Kind) -> None:
+    Args:
+        kind: What it lacks.
+        accelerator_groups: Whether process groups move its tensors only, as NCCL's do, and refuse those on the CPU.
+    """
+
+    def __init__(self, kind: Kind, accelerator_groups: bool = False) -> None:
         super().__init__()
         self.kind = kind
+        self.accelerator_groups = accelerator_groups
         self.waits: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -95,6 +101,8 @@ class PretendedDevice(TorchDispatchMode):
             goes_there = torch.device(kwargs["device"]).type == DEVICE
             if goes_there:
                 kwargs = kwargs | {"device": torch.device("cpu")}
+        if func.namespace == "c10d" and self.accelerator_groups and not there:
+            raise RuntimeError(f"c10d::{name}: no backend for tensors on the CPU")
         if there or goes_there:
             self._check(name, inputs, goes_there, bool(kwargs.get("non_blocking")))
         wrappers = {id(x.held): x for x in inputs if isinstance(x, PretendedTensor)}

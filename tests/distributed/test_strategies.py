@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_optim import Grouping, OptimizerConfig, build_optimizer, processes
-from lightning_optim.callbacks import OptimizerInternals
+from lightning_optim.callbacks import GradientHealth, OptimizerInternals, UpdateSize
 from lightning_optim.engine.optimizer import RuleOptimizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
@@ -178,15 +178,15 @@ def fit(model: Model, **options: Any) -> dict[str, Any]:
                 weights[name] = p.full_tensor() if isinstance(p, DTensor) else p.detach().clone()
 
     trainer.callbacks.append(pl.callbacks.LambdaCallback(on_train_end=keep))
-    internals = OptimizerInternals(every_n_steps=1)
-    trainer.callbacks.append(internals)
+    monitors = OptimizerInternals(every_n_steps=1), UpdateSize(every_n_steps=1), GradientHealth(every_n_steps=1)
+    trainer.callbacks.extend(monitors)
     trainer.fit(model)
     (optimizer,) = optimizers
     optimizer.settle()
     groups = (optimizer.process_group, optimizer.work_group, optimizer.shard_group)
     spread = [0 if group is None else dist.get_world_size(group) for group in groups]
-    history = {tag: list(pairs) for tag, pairs in internals.history.items()}
-    return {"weights": weights, "skipped": optimizer.skipped_steps, "spread": spread, "internals": history}
+    history = {tag: list(pairs) for monitor in monitors for tag, pairs in monitor.history.items()}
+    return {"weights": weights, "skipped": optimizer.skipped_steps, "spread": spread, "values": history}
 
 
 def main(out: Path) -> None:
@@ -224,10 +224,10 @@ def test_training_is_that_of_a_single_process(name: str, results: Callable[..., 
         for key, x in expected["weights"].items():
             found = result["weights"][key]
             torch.testing.assert_close(found.double(), x, rtol=close, atol=close, msg=lambda m, key=key: f"{key}: {m}")
-        assert result["internals"].keys() == expected["internals"].keys() != set()
-        for tag, pairs in expected["internals"].items():
+        assert result["values"].keys() == expected["values"].keys() != set()
+        for tag, pairs in expected["values"].items():
             near = [(i, pytest.approx(x, rel=10 * close, abs=10 * close)) for i, x in pairs]
-            assert result["internals"][tag] == near, tag
+            assert result["values"][tag] == near, tag
         assert result["spread"] == SPREAD.get(name.split()[0], [0, 0, 0])
 
 
