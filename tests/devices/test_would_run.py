@@ -45,3 +45,10 @@ def test_a_run_with_all_diagnostics_waits_for_one_number_per_step(kind: str) -> 
     assert waits["_local_scalar_dense"] == 10
     assert sum(waits.values()) <= 14
     assert found == {"NAMO": {}, "SOAP": {}, "LaProp": {}, "HVAdam": {}}, "values that are not numbers"
+
+
+def test_offloaded_shards_go_through_groups_that_move_tensors_of_the_device_only() -> None:
+    found = run("collectives")
+    assert found["direct"] == "refused"
+    vector, number = ["cpu", [1.0, 2.0]], ["cpu", [3]]
+    assert found["ours"] == [vector, vector, number, vector, number, vector, ["cpu", 3.0]]
