@@ -21,6 +21,7 @@ class Command(Protocol):
     """What a file in ``commands`` defines."""
 
     DESCRIPTION: str  # Its first sentence stands in the list of commands.
+    # A command may set TAKES_OTHERS = True and find the arguments that it has not added in `options.others`.
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Add the command's arguments."""
@@ -72,7 +73,11 @@ def _run(name: str, args: list[str]) -> None:
     command = load_command(name)
     parser = Parser(f"lightning-optim {name}", description=command.DESCRIPTION)
     command.add_arguments(parser)
-    command.run(parser.parse_args(args))
+    options, others = parser.parse_known_args(args)
+    if others and not getattr(command, "TAKES_OTHERS", False):
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    options.others = others
+    command.run(options)
 
 
 def _train(args: list[str]) -> None:
@@ -98,6 +103,7 @@ _EXAMPLES = """examples:
   lightning-optim list NAMO                                          equations and arguments of an optimizer
   lightning-optim list --presets                                     all presets
   lightning-optim diagnostics runs [--out FIG.png]                   what the diagnostics of runs say
+  lightning-optim compare --optimizers AdamW NAMO                    which optimizer is better on a model
   lightning-optim spike --optimizers MVNGrad AdamW --out spike.png   what a gradient spike does to optimizers"""
 
 

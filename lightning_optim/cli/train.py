@@ -41,9 +41,10 @@ def run(invocation: Invocation) -> None:
 class CommandLine(OptimCLI):
     """:class:`OptimCLI` with this library's models and data, resumable runs and a place for them."""
 
-    def __init__(self, invocation: Invocation) -> None:
+    def __init__(self, invocation: Invocation, run: bool = True) -> None:
         self.invocation = invocation
         super().__init__(
+            run=run,
             args=invocation.args,
             seed_everything_default=1,
             trainer_defaults={"default_root_dir": DEFAULT_ROOT, "callbacks": [RNGState(), RescueCheckpoint(_GO_ON)]},
