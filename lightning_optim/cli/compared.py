@@ -37,7 +37,7 @@ class CommandLineTask:
     def describe(self) -> dict[str, Any]:
         from ..compare.task import code_version
 
-        cli = self._built(["--seed_everything", "1"])
+        cli = self.built(["--seed_everything", "1"])
         settings = yaml.safe_load(cli.parser.dump(cli.config, skip_link_targets=False))
         for key in ("optimizer", "seed_everything", "resume", "config", "threads"):
             settings.pop(key, None)
@@ -53,11 +53,15 @@ class CommandLineTask:
                 f"--optimizer.{name}",
                 value if isinstance(value, str) else yaml.safe_dump(value).split("\n")[0],
             ]
-        length = [] if run.steps is None else [f"--trainer.max_steps={run.steps}", "--trainer.max_epochs=-1"]
-        cli = self._built(["--seed_everything", str(run.seed), *length, *optimizer], recorder)
+        length = []
+        if run.steps is not None:
+            length = [f"--trainer.max_steps={run.steps}", "--trainer.max_epochs=-1"]
+            length += [f"--diagnostics.every_n_steps={run.interval}"]
+        cli = self.built(["--seed_everything", str(run.seed), *length, *optimizer], recorder)
         return follow(recorder, cli.trainer, cli.model, cli.datamodule)
 
-    def _built(self, more: list[str], recorder: Any = None) -> Any:
+    def built(self, more: list[str], recorder: Any = None) -> Any:
+        """The command line with these arguments in addition, its ``model``, ``datamodule`` and ``trainer`` built."""
         from .train import CommandLine
 
         class Compared(CommandLine):

@@ -244,6 +244,11 @@ class Run:
         return digest(task, self.optimizer, self.args, self.seed, self.steps, self.metric, self.mode)
 
     @property
+    def interval(self) -> int:
+        """Steps between measurements of diagnostics: ten or more of them in a run."""
+        return min(max((self.steps or 250) // 10, 1), 50)
+
+    @property
     def label(self) -> str:
         """Its name among all runs: what differs between them."""
         return f"{self.contender},lr={self.args['lr']:g},seed={self.seed}"

@@ -159,11 +159,7 @@ class Recorder(pl.Callback):
         last = max((s[-1] for s, _ in self.validated.values()), default=-1)
         if validates and not self.diverged and last != steps:
             # The last step of a run is compared, wherever in an epoch it lies.
-            for measured in trainer.validate(module, datamodule=data, verbose=False):
-                for tag, value in measured.items():
-                    at, values = self.validated.setdefault(tag, ([], []))
-                    at.append(steps)
-                    values.append(float(value))
+            trainer.validate(module, datamodule=data, verbose=False)  # which calls `on_validation_end`
         name = self.run.metric or _metric(self.validated)
         score, curve = self._score(name, steps)
         if score is not None and not math.isfinite(score):

@@ -8,12 +8,13 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from .design import Contender, Decay, Design, Rates, Run, contenders, digest
+from .design import Decay, Design, Rates, Run, contenders, digest
 from .ledger import Claim, Ledger
 from .result import Comparison
 from .search import Tuning, as_key, next_trials
@@ -171,10 +172,11 @@ class _Study:
         console = self.console
         if lost := self.ledger.recover():
             console.print(f"{lost} {_runs(lost)} of a process that has ended begin anew.")
-        if known := len(self.ledger.results()):
-            mine = sum(key in self.ledger.results() for key in self._certain())
-            others = f", {known - mine} of other settings or of another version of the code" if known > mine else ""
-            console.print(f"The study goes on: {mine} {_runs(mine)} of its plan have been made{others}.")
+        results = self.ledger.results().values()
+        if mine := sum(outcome["task"] == self.task for outcome in results):
+            console.print(f"The study goes on: {mine} {_runs(mine)} have been made.")
+        if others := len(results) - mine:
+            console.print(f"{others} {_runs(others)} of other settings of the task, or of another version of the code.")
         asked = digest(self.task, str(self.design), budget)
         settled = self.ledger.noted(f"design {asked}")
         if settled:
@@ -185,14 +187,6 @@ class _Study:
             kept = {name: getattr(self.design, name) for name in ("trials", "most_trials", "seeds")}
             self.design = replace(self.design, **self.ledger.note(f"design {asked}", kept))
         self._print_plan(times)
-
-    def _certain(self) -> list[str]:
-        """Keys of the tuning runs that every study of this design begins with."""
-        contenders = self.design.contenders
-        return [self.design.first(c, {"lr": rate}).key(self.task) for c in contenders for rate in self._first(c)]
-
-    def _first(self, contender: Contender) -> tuple[float, ...]:
-        return self.design.first_rates(contender) if self.design.search == "grid" else ()
 
     def _times(self) -> dict[str, float]:
         """Seconds of one run of each contender: one run of the baseline, and a few steps of the others."""
@@ -209,12 +203,12 @@ class _Study:
         if measured["status"] == "failed":
             raise StudyError(f"{base.name} cannot be trained: {measured['message']}")
         steps = measured["steps"]
-        times = {base.name: measured["seconds"]}
-        known = {outcome["contender"]: outcome for outcome in self.ledger.results().values() if "contender" in outcome}
+        known = [outcome for outcome in self.ledger.results().values() if outcome.get("steps") == steps]
+        times = {base.name: median(o["seconds"] for o in known if o["contender"] == base.name)}
         probes: dict[str, Future[dict[str, Any]]] = {}
         for contender in self.design.contenders[1:]:
-            if (outcome := known.get(contender.name)) and outcome.get("steps") == steps:
-                times[contender.name] = outcome["seconds"]
+            if before := [outcome["seconds"] for outcome in known if outcome["contender"] == contender.name]:
+                times[contender.name] = median(before)
                 continue
             short = self.design.first(contender, {"lr": contender.start})
             probes[contender.name] = self.workers.train(replace(short, steps=min(_PROBE, steps), metric=None))
@@ -383,7 +377,7 @@ class _Study:
                 self.ledger.offer([(claim.key, run)])
                 return
             outcome = {"status": "failed", "score": None, "message": f"it crashed twice: {error}", "seconds": 0.0}
-        self.ledger.finish(claim, {**outcome, "contender": run.contender})
+        self.ledger.finish(claim, {**outcome, "contender": run.contender, "task": self.task})
 
 
 def _runs(count: int) -> str:
