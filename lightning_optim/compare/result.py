@@ -151,6 +151,27 @@ class Comparison:
                 return standing
         raise KeyError(f"There is no contender {name!r}. Known: {', '.join(s.name for s in self.standings)}.")
 
+    def apply(self, module: Any, name: str) -> None:
+        """Make a LightningModule train with the best setting of a contender.
+
+        The rates of its parameter groups keep their ratios, and its schedule its course.
+
+        Args:
+            module: The module.
+            name: The contender.
+
+        Raises:
+            KeyError: There is none of this name.
+            ValueError: It has no best setting: it failed, or diverged with every rate.
+        """
+        from .task import set_optimizer
+
+        standing = self.standing(name)
+        if not standing.args:
+            raise ValueError(f"{name} has no setting to train with: {standing.words}.")
+        optimizer = next(c.optimizer for c in self.design.contenders if c.name == name)
+        set_optimizer(module, optimizer, standing.args)
+
     # --- forms --------------------------------------------------------------------------------------------------------
 
     def rows(self) -> list[list[str]]:

@@ -8,20 +8,19 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 
-import lightning_optim
-
 from ..callbacks import Diagnostics
 from ..factory import OptimizerConfig, OptimizerMixin, replace_optimizers
 from .design import Run, digest
 from .recording import Recorder, follow, without_files
 
-__all__ = ["ModuleTask", "code_version"]
+__all__ = ["ModuleTask", "code_version", "set_optimizer"]
 
 
 @dataclass
@@ -81,15 +80,20 @@ class ModuleTask:
             "enable_progress_bar": False,
             "enable_model_summary": False,
         }
-        optimizer = OptimizerConfig(run.optimizer, dict(run.args))
-        if isinstance(model, OptimizerMixin):
-            model.optimizer, model.lr = optimizer, None
-        else:
-            own = model.configure_optimizers
-            model.configure_optimizers = partial(  # type: ignore[method-assign]
-                replace_optimizers, model, own, optimizer, said_by="compare"
-            )
+        set_optimizer(model, run.optimizer, run.args)
         return follow(recorder, pl.Trainer(**settings | quiet, callbacks=[*callbacks, recorder]), model, data)
+
+
+def set_optimizer(module: pl.LightningModule, name: str, args: Mapping[str, Any]) -> None:
+    """Make a module train with another optimizer; what its own says of groups and schedules is kept."""
+    optimizer = OptimizerConfig(name, dict(args))
+    if isinstance(module, OptimizerMixin):
+        module.optimizer, module.lr = optimizer, None
+        return
+    own = module.configure_optimizers
+    module.configure_optimizers = partial(  # type: ignore[method-assign]
+        replace_optimizers, module, own, optimizer, said_by="compare"
+    )
 
 
 def _name(function: Callable[..., Any]) -> str:
@@ -117,9 +121,13 @@ def code_version() -> str:
 
     The files of the project are those of modules that have been imported from outside the installed packages.
     """
-    package = Path(lightning_optim.__file__).parent
+    package = Path(__file__).parents[1]
     files = {path for path in package.rglob("*.py") if path.relative_to(package).parts[0] not in ("cli", "page.py")}
     files -= {path for path in (package / "compare").glob("*.py") if path.name not in ("recording.py", "task.py")}
+    for room in ("callbacks", "models"):  # which an editable install has elsewhere
+        spec = find_spec(f"lightning_optim.{room}")
+        if spec is not None and spec.origin:
+            files |= {*Path(spec.origin).parent.glob("*.py")}
     for name, module in sorted(sys.modules.items()):
         file = getattr(module, "__file__", None)
         if file and name != "__main__" and not _is_installed(Path(file)) and not name.startswith("lightning_optim"):

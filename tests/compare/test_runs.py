@@ -20,8 +20,10 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from lightning_optim.cli.compared import CommandLineTask
 from lightning_optim.compare import compare
-from lightning_optim.compare.design import Run
+from lightning_optim.compare.design import Design, Run, contenders
 from lightning_optim.compare.ledger import Ledger
+from lightning_optim.compare.result import Comparison
+from lightning_optim.compare.search import Tuning
 from lightning_optim.compare.task import ModuleTask
 
 from .foreign.shapes import Points, Regression
@@ -58,10 +60,26 @@ def test_pairs_share_weights_and_data_and_ends_are_compared() -> None:
         assert x["state_bytes"] > 0
         assert {"update/rms", "gradient/norm"} <= x["diagnostics"].keys()
     # The ratio of the module's own groups is kept.
-    rates = sorted({group["lr"] / results["AdamW"]["groups"][0]["lr"] for group in results["AdamW"]["groups"]})
+    groups = results["AdamW"]["groups"]
+    rates = sorted({group["initial_lr"] / groups[0]["initial_lr"] for group in groups})
     assert rates[0] == pytest.approx(0.1) or rates[-1] == pytest.approx(10)
     # The same run is the same result.
     assert task.train(run("NAMO"))["score"] == results["NAMO"]["score"]
+
+
+def test_a_setting_is_set_on_a_module() -> None:
+    d = Design(tuple(contenders(["NAMO"], 0.01, "decoupled")), seeds=1)
+    tunings = [Tuning(c, tried=[{"lr": 0.02}], costs={(("lr", 0.02),): 1.0}) for c in d.contenders]
+    result = Comparison.of("t", d, tunings, [], {})
+    module = Regression()
+    result.apply(module, "NAMO")
+    trainer = pl.Trainer(fast_dev_run=True, accelerator="cpu", enable_model_summary=False)
+    trainer.fit(module, datamodule=Points())
+    rates = {group["name"]: group["initial_lr"] for group in trainer.optimizers[0].param_groups}
+    assert rates["matrix/group-0"] == 0.02
+    assert rates["fallback/group-1"] == pytest.approx(0.0002)  # a tenth for the fallback, and a tenth for the head
+    with pytest.raises(ValueError, match="no setting"):
+        Comparison.of("t", d, [Tuning(c) for c in d.contenders], [], {}).apply(module, "NAMO")
 
 
 def test_the_last_step_is_measured_wherever_it_lies() -> None:
