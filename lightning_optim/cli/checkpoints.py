@@ -14,8 +14,13 @@ from ..checkpoint_io import CheckpointError, look_at_checkpoint
 from .errors import UsageError, nearest
 
 
-def find_checkpoint(name: str, folder: Path) -> Path:
+def find_checkpoint(name: str, folder: Path, run: str = "") -> Path:
     """The path of a checkpoint that is named by its path, or as ``last`` or ``best`` of the newest run in a folder.
+
+    Args:
+        name: ``last``, ``best`` or a path.
+        folder: Folder of runs, or of folders of runs.
+        run: Name of the only run to look at, or nothing.
 
     One that is damaged or not written to its end is passed over with a warning.
 
@@ -31,6 +36,8 @@ def find_checkpoint(name: str, folder: Path) -> Path:
         except (FileNotFoundError, CheckpointError) as error:
             raise UsageError(f"--ckpt_path: {error} {nearest(name, map(str, checkpoints), '')}") from error
         return Path(name)
+    if run:
+        checkpoints = [path for path in checkpoints if path.parent.parent.name == run]
     checkpoints.sort(key=_age, reverse=True)
     for last in checkpoints:
         try:
@@ -39,7 +46,10 @@ def find_checkpoint(name: str, folder: Path) -> Path:
         except CheckpointError as error:
             warnings.warn(f"--ckpt_path {name} passes over a checkpoint: {error}", stacklevel=2)
     else:
-        raise UsageError(f"--ckpt_path {name}: there is no checkpoint in {folder} yet. Leave it out to begin a run.")
+        of = f" of a run {run}" if run else ""
+        raise UsageError(
+            f"--ckpt_path {name}: there is no checkpoint{of} in {folder} yet. Leave it out to begin a run."
+        )
     if name == "best":
         callbacks = checkpoint["callbacks"]
         best = [state["best_model_path"] for key, state in callbacks.items() if key.startswith("ModelCheckpoint")]

@@ -30,11 +30,13 @@ OPTIONS = (
     "lr_scheduler",
     "lr_scheduler_interval",
     "model",
+    "name",
     "optimizer",
     "print_config",
     "resume",
     "return_predictions",
     "seed_everything",
+    "task",
     "threads",
     "trainer",
     "verbose",
@@ -53,7 +55,7 @@ class Invocation:
         args: The complete arguments.
         model: Name of the model's class.
         task: Name of the folder of the runs.
-        run: Folder of the run that goes on, if one does.
+        run: Folder of the run that goes on, if one does. Other runs get a folder of their own.
         settings: Configuration file of that run.
     """
 
@@ -74,22 +76,28 @@ class Invocation:
             return cls(args)
         subcommand, *args = args
         check_options(args)
-        model, task, root = None, "", DEFAULT_ROOT
+        model, task, root, name = None, "", DEFAULT_ROOT, ""
         for _, option, value in given(args, "-c", "--config", "--model"):
             if option == "--model":
                 model = task = value.rpartition(".")[2]
                 continue
             config = load_config(find_config(value))
             if path := class_path(config.get("model")):
-                model, task = path.rpartition(".")[2], Path(value).stem
+                model, task = path.rpartition(".")[2], _task_of(value)
+            task = config.get("task") or task
             root = (config.get("trainer") or {}).get("default_root_dir") or root
         for _, _, value in given(args, "--trainer.default_root_dir"):
             root = value
+        for _, option, value in given(args, "--task", "--name"):
+            if option == "--task":
+                task = check_name(option, value)
+            else:
+                name = check_name(option, value)
         run, settings = None, None
         for _, _, value in list(given(args, "--ckpt_path")):
             from .checkpoints import find_checkpoint  # here, because it imports Lightning
 
-            checkpoint = find_checkpoint(value, Path(root) / task)
+            checkpoint = find_checkpoint(value, Path(root) / task, name)
             args += ["--ckpt_path", str(checkpoint)]
             if checkpoint.parent.name == "checkpoints":
                 run = checkpoint.parent.parent
@@ -108,7 +116,30 @@ class Invocation:
             args = ["-c", base, *args]
             path = class_path(load_config(base).get("model")) or ""
             model, task = path.rpartition(".")[2], task or DEFAULT_TASK
+        if name and run is not None and run.name != name:
+            run = None  # Another run goes on from where that one was.
         return cls([subcommand, *args], model, task, run, settings)
+
+
+def check_name(option: str, name: str) -> str:
+    """A name of a task or run if it can be that of a folder.
+
+    Raises:
+        UsageError: It cannot.
+    """
+    if not name.strip(" .") or name != name.strip() or set(name) & set('/\\:*?"<>|'):
+        raise UsageError(f"{option} {name!r} is no name of a folder: use letters, digits, and any of . _ - = +")
+    return name
+
+
+def _task_of(config: str) -> str:
+    """The task of a configuration file that does not say it: the file's name, or the task of the run it is of."""
+    path = Path(config)
+    if path.name == "config.yaml" and (
+        (path.parent / "checkpoints").is_dir() or any(path.parent.glob("events.out.tfevents.*"))
+    ):
+        return path.resolve().parent.parent.name
+    return path.stem
 
 
 def _of_another(settings: str, root: str) -> str:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import warnings
 from functools import partial
-from typing import Any
+from typing import Any, Optional
 
 import lightning.pytorch as pl
 import torch
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from .. import factory
 from ..callbacks import Diagnostics, RescueCheckpoint, RNGState
@@ -20,7 +19,8 @@ from .errors import UsageError
 from .invocation import DEFAULT_ROOT, Invocation
 from .optim_cli import OptimCLI
 from .presets import class_path, load_config
-from .record import RecordSettings
+from .record import RecordOutcome, RecordSettings
+from .run_folder import RunLogger, run_name
 
 _GO_ON = "lightning-optim fit --ckpt_path {path}"
 
@@ -71,6 +71,18 @@ class CommandLine(OptimCLI):
             type=PositiveInt,
             help="CPU threads of torch. Small models are fastest with one. Default: torch's own choice.",
         )
+        parser.add_argument(
+            "--task",
+            type=str,
+            default=self.invocation.task,
+            help="Folder of the run in trainer.default_root_dir. Default: the name of the preset, file or model.",
+        )
+        parser.add_argument(
+            "--name",
+            type=Optional[str],  # noqa: UP045
+            help="Name of the run and of its folder, followed by -2, -3, ... where there is one. With --ckpt_path last "
+            "or best, the run that goes on. Default: optimizer, learning rate and seed, as NAMO-lr0.012-s1.",
+        )
         parser.add_lightning_class_args(Diagnostics, "diagnostics")
         for name in _LINKS.get(self.invocation.model or "", ()):
             link = partial(_take, name)
@@ -95,14 +107,31 @@ class CommandLine(OptimCLI):
         if settings.logger in (None, True):
             run = self.invocation.run
             if run is None:
-                place = {"save_dir": settings.default_root_dir, "name": self.invocation.task}
+                kwargs["logger"] = RunLogger(settings.default_root_dir, self.invocation.task, self._run_name())
             else:
-                place = {"save_dir": str(run.parent.parent), "name": run.parent.name, "version": run.name}
-            kwargs["logger"] = TensorBoardLogger(**place)
+                kwargs["logger"] = RunLogger(run.parent.parent, run.parent.name, run.name, exists=True)
         trainer: Any = super().instantiate_trainer(**kwargs)
         if trainer.loggers:
-            trainer.callbacks.insert(0, LearningRateMonitor())
+            trainer.callbacks[:0] = [LearningRateMonitor(), RecordOutcome()]
         return trainer
+
+    def _run_name(self) -> str:
+        name = self._get(self.config, "name")
+        if name:
+            return name
+        seed = self._get(self.config, "seed_everything")
+        spec = self._get(self.config, "optimizer")
+        if spec:
+            return run_name(spec.class_path, spec.get("init_args", {}).get("lr"), seed)
+        if isinstance(self.model, factory.OptimizerMixin):
+            own = factory.config_of(factory.OptimizerConfig, "optimizer", self.model.optimizer)
+            return run_name(own.name, own.args.get("lr"), seed)
+        return run_name(type(self.model).__name__, None, seed)
+
+    def before_fit(self) -> None:
+        for logger in self.trainer.loggers:
+            if isinstance(logger, RunLogger):
+                logger.version  # noqa: B018 (makes the folder, before processes are spawned that know of it)
 
     def after_fit(self) -> None:
         trainer: Any = self.trainer

@@ -36,12 +36,12 @@ def start(command: list[str], folder: Path) -> subprocess.Popen[str]:
 
 
 def check_run(folder: Path, output: str) -> None:
-    run = folder / "runs" / "digits" / "version_0"
+    run = folder / "runs" / "digits" / "NAMO-lr0.012-s1"
     assert "Starting with 2 processes" in output
     assert output.count("Logs and checkpoints") == 1
     assert (run / "config.yaml").is_file()
     assert (run / "checkpoints" / "last.ckpt").is_file()
-    assert [path.name for path in run.parent.iterdir()] == ["version_0"]
+    assert [path.name for path in run.parent.iterdir()] == ["NAMO-lr0.012-s1"]
 
 
 @pytest.mark.distributed

@@ -102,8 +102,8 @@ def test_a_model_of_ones_own_is_trained_from_the_command_line(tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     main(shlex.split(command.code.replace("\\\n", " "))[1:])
-    assert (tmp_path / "runs" / "Regressor" / "version_0" / "config.yaml").is_file()
-    assert list(tmp_path.glob("runs/Regressor/version_0/checkpoints/*.ckpt"))
+    assert (tmp_path / "runs" / "Regressor" / "NAMO-lr0.01-s1" / "config.yaml").is_file()
+    assert list(tmp_path.glob("runs/Regressor/NAMO-lr0.01-s1/checkpoints/*.ckpt"))
 
 
 def test_the_rule_on_the_design_page_is_mvn_grad() -> None:

@@ -275,7 +275,7 @@ def run(begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lightning-optim"])
-    return Path("runs/digits/version_0")
+    return Path("runs/digits/NAMO-lr0.01-s1")
 
 
 def groups(folder: Path = Path("runs")) -> list[dict[str, Any]]:
