@@ -5,6 +5,7 @@ from .gradient_health import GradientHealth
 from .optimizer_internals import OptimizerInternals
 from .optimizer_swap import OptimizerSwap
 from .orthogonality_error import OrthogonalityError
+from .pictures import Pictures
 from .rescue_checkpoint import RescueCheckpoint
 from .resume import Resume
 from .rng_state import RNGState
@@ -19,6 +20,7 @@ __all__ = [
     "OptimizerInternals",
     "OptimizerSwap",
     "OrthogonalityError",
+    "Pictures",
     "RNGState",
     "RescueCheckpoint",
     "Resume",

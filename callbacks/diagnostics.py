@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import base64
+import html
+import io
+from collections import deque
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+from rich.console import Console
 from torch import Tensor
 from torch.optim import Optimizer
+
+from lightning_optim.diagnostics import figures, report
+from lightning_optim.diagnostics.charts import LEARNING
+from lightning_optim.diagnostics.report import Run
 
 from .gradient_health import GradientHealth
 from .monitor import Keyed, Monitor, ProbingMonitor
 from .optimizer_internals import OptimizerInternals
 from .orthogonality_error import OrthogonalityError
+from .pictures import Pictures
 from .sign_collapse import SignCollapse
 from .spike_response import SpikeResponse
 from .update_size import UpdateSize
@@ -20,6 +30,13 @@ from .update_variance import UpdateVariance
 
 #: Probes are made at every so many-th measured step.
 _PROBES = 20
+
+
+class Text(str):
+    """Words that a notebook shows line by line."""
+
+    def __repr__(self) -> str:
+        return str(self)
 
 
 class Diagnostics(Keyed):
@@ -31,16 +48,20 @@ class Diagnostics(Keyed):
     ``off``      none
     ``light``    :class:`.GradientHealth` and :class:`.UpdateSize`, norms only: for every step
     ``standard`` all of these, :class:`.UpdateVariance` (online), :class:`.OrthogonalityError`, :class:`.SignCollapse`,
-                 :class:`.OptimizerInternals`, and :class:`.SpikeResponse`, which looks at the norm of every gradient
-    ``full``     the same, with the values of every layer, and probes of update variance and spike response at every
-                 20th measured step, which cost several training steps each; a run that cannot be probed (manual
-                 optimization, a data set without indices, ...) goes on without, after a warning
+                 :class:`.OptimizerInternals`, :class:`.SpikeResponse`, which looks at the norm of every gradient, and
+                 :class:`.Pictures`
+    ``full``     the same, with the values of every layer and more pictures, and probes of update variance and spike
+                 response at every 20th measured step, which cost several training steps each; a run that cannot be
+                 probed (manual optimization, a data set without indices, ...) goes on without, after a warning
     ============ ===================================================================================================
 
     Works with any torch optimizer and never changes training. Values go to every logger of the Trainer, to
     ``trainer.callback_metrics`` (for early stopping and checkpoints) and to the ``history`` of each of ``monitors``;
-    TensorBoard shows them on one page, "Custom scalars", "Diagnostics". What they cost is logged as
-    ``diagnostics/overhead_ms`` and ``diagnostics/overhead_share``.
+    TensorBoard shows them on one page, "Custom scalars", below the questions that they answer. What they cost is logged
+    as ``diagnostics/overhead_ms`` and ``diagnostics/overhead_share``.
+
+    After training, also in a notebook, :meth:`plot` draws all of them, :meth:`summary` says what they mean, and
+    :meth:`to_frame` makes a table of them. A notebook shows the callback itself as both.
 
     Args:
         tier: How much to measure.
@@ -86,13 +107,69 @@ class Diagnostics(Keyed):
                 OptimizerInternals(**common),
                 SpikeResponse(**probes),
             ]
+            del common["layers"]
+            self.monitors.append(Pictures(details=tier == "full", **common))
         for monitor in self.monitors:
             if isinstance(monitor, ProbingMonitor):
                 monitor.probes_optional = True
+        #: Losses and validation metrics by tag, for :meth:`plot`.
+        self._learning: dict[str, deque[tuple[int, Tensor]]] = {}
         self.tier = tier
         self.every_n_steps = every_n_steps
         self.first_n_steps = first_n_steps
         self.layers = tuple(layers)
+
+    # --- afterwards ---------------------------------------------------------------------------------------------
+
+    def run(self, name: str = "this run") -> Run:
+        """What has been measured, as :func:`lightning_optim.diagnostics.report.read_runs` reads it from logs."""
+        series: dict[str, Iterable[tuple[int, Any]]] = dict(self._learning)
+        for monitor in self.monitors:
+            series |= monitor.history
+        columns = {tag: list(zip(*values)) for tag, values in series.items()}
+        return Run(name, {tag: (list(map(int, x)), list(map(float, y))) for tag, (x, y) in columns.items()})
+
+    def plot(self) -> Any:
+        """Every chart of what has been measured, as a ``matplotlib.figure.Figure``.
+
+        Raises:
+            ValueError: Nothing has been measured yet.
+        """
+        return figures.plot([self.run()])
+
+    def summary(self) -> str:
+        """What the values mean, in words."""
+        text = io.StringIO()
+        console = Console(file=text, width=100, force_jupyter=False)
+        for part in report.summary([self.run()]):
+            console.print(part)
+        return Text(text.getvalue().strip())
+
+    def to_frame(self) -> Any:
+        """The values as a ``pandas.DataFrame`` with a row per step and a column per tag.
+
+        Raises:
+            ModuleNotFoundError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError("Diagnostics.to_frame needs pandas: pip install pandas") from error
+        columns = {
+            tag: pandas.Series(values, index=pandas.Index(steps, name="step"), dtype=float).groupby(level=0).last()
+            for tag, (steps, values) in self.run().scalars.items()
+        }
+        return pandas.DataFrame(columns).sort_index().rename_axis("step")
+
+    def _repr_html_(self) -> str:
+        if not self.run().scalars:
+            return f"<p>Diagnostics({self.tier!r}): nothing has been measured yet.</p>"
+        picture = base64.b64encode(figures.png(self.plot())).decode()
+        return f'<pre>{html.escape(self.summary())}</pre><img alt="Diagnostics" src="data:image/png;base64,{picture}">'
+
+    def _note(self, tag: str, trainer: pl.Trainer, value: Any) -> None:
+        if isinstance(value, Tensor) and value.numel() == 1:
+            self._learning.setdefault(tag, deque(maxlen=10_000)).append((trainer.global_step, value.detach().clone()))
 
     # --- every hook that a monitor uses -------------------------------------------------------------------------
 
@@ -130,6 +207,21 @@ class Diagnostics(Keyed):
     ) -> None:
         for monitor in self.monitors:
             monitor.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self.monitors and self.monitors[0].measures(max(1, trainer.global_step)):
+            loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+            if isinstance(loss, Tensor):  # which Lightning has divided by the number of micro-batches
+                self._note("train/loss", trainer, loss * trainer.accumulate_grad_batches)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn != "fit" or trainer.sanity_checking or not self.monitors:
+            return
+        for tag, value in trainer.callback_metrics.items():
+            if LEARNING["validation"].shows(tag):
+                self._note(tag, trainer, value)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for monitor in self.monitors:
+            monitor.on_train_end(trainer, pl_module)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         for monitor in self.monitors:

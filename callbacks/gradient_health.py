@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_optim.diagnostics.charts import CHARTS
+from lightning_optim.diagnostics.charts import CHARTS, Chart
 from lightning_optim.diagnostics.noise_scale import NoiseScale
 from lightning_optim.diagnostics.parameter_change import sum_of_squares
 from lightning_optim.diagnostics.what_if import parameters_of
@@ -77,7 +77,7 @@ class GradientHealth(Monitor):
         self._nonfinite: dict[str, Tensor] = {}
         self._small = _SmallBatches()
 
-    def charts_of(self, trainer: pl.Trainer) -> Mapping[str, tuple[str, list[str]]]:
+    def charts_of(self, trainer: pl.Trainer) -> Mapping[str, Chart]:
         empty = {"gradient noise scale": not self._has_noise_scale(trainer), "zero gradients": self.norms_only}
         return {title: chart for title, chart in self.charts.items() if not empty.get(title)}
 
@@ -121,7 +121,7 @@ class GradientHealth(Monitor):
             values["loss_scale"] = self._loss_scale
         if "small_sq" in sums:
             values["noise_scale"] = self._noise_scale(before_sq, sums)
-        return Results(values, layers_of(step, layers) if self.layers else {})
+        return Results(values, layers_of(step, layers))
 
     @staticmethod
     def _keys(step: Step) -> list[str]:

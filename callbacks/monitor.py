@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_optim import processes
+from lightning_optim.diagnostics.charts import Chart
 from lightning_optim.routing import clean_name
 
 from .recorder import Step, StepRecorder, Watched
@@ -31,16 +32,21 @@ _HISTORY = 10_000
 PATIENCE = timedelta(minutes=5)
 
 
+#: Values of single parameters by their names, to which ``/`` and a part may be added.
+Layers = Mapping[str, float]
+
+
 class Results(NamedTuple):
     """What a monitor makes of a step.
 
     Args:
         values: Values by name.
-        layers: By name, the values of single parameters by their names, to which ``/`` and a part may be added.
+        layers: By name, the values of all single parameters that have one. Which of them are logged,
+            ``Monitor.layers`` says.
     """
 
     values: dict[str, float]
-    layers: dict[str, dict[str, float]] = {}  # noqa: RUF012 (never written to)
+    layers: Mapping[str, Layers] = {}
 
 
 class Keyed(pl.Callback):
@@ -100,8 +106,8 @@ class Monitor(Keyed):
 
     #: First part of the tags.
     family: ClassVar[str]
-    #: Charts for TensorBoard's custom scalars by title, each with its kind and regular expressions of tags.
-    charts: ClassVar[Mapping[str, tuple[str, list[str]]]] = {}
+    #: Charts of its values by title: for TensorBoard's custom scalars, and for reports.
+    charts: ClassVar[Mapping[str, Chart]] = {}
     #: Whether it measures hidden matrices only, which FSDP1 does not keep.
     needs_matrices: ClassVar[bool] = False
     #: Whether it looks at the change of the parameters, for which they are copied.
@@ -172,6 +178,9 @@ class Monitor(Keyed):
         """The values, from the condensed sums, which are float64 on the CPU."""
         raise NotImplementedError
 
+    def look(self, step: Step, layers: Mapping[str, Layers]) -> None:
+        """Called when all monitors have their results, with the values of single parameters by ``family/name``."""
+
     def remembered(self, step: Step, name: str, current: Sequence[Tensor]) -> list[Tensor]:
         """What was remembered under a name for each parameter of the step, like ``current``; zeros at first."""
         self._sharded = bool(step.shards.groups)
@@ -185,7 +194,7 @@ class Monitor(Keyed):
         """Remember a tensor for each parameter of the step."""
         self.memory |= {f"{step.label}{name}/{parameter}": x.clone() for parameter, x in zip(step.names, current)}
 
-    def charts_of(self, trainer: pl.Trainer) -> Mapping[str, tuple[str, list[str]]]:
+    def charts_of(self, trainer: pl.Trainer) -> Mapping[str, Chart]:
         """Those of :attr:`charts` that a run of this Trainer fills."""
         return self.charts
 

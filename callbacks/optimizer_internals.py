@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_optim.devices import full_precision, widest
-from lightning_optim.diagnostics.charts import CHARTS
+from lightning_optim.diagnostics.charts import CHARTS, Chart
 from lightning_optim.engine.rounding import RESIDUAL
 from lightning_optim.engine.rule import Internal, as_attributes
 from lightning_optim.processes import local
@@ -51,7 +51,7 @@ class OptimizerInternals(Monitor):
     _reported: dict[tuple[str, Tensor], tuple[Tensor, ...]]
     _informed = False
 
-    def charts_of(self, trainer: pl.Trainer) -> Mapping[str, tuple[str, list[str]]]:
+    def charts_of(self, trainer: pl.Trainer) -> Mapping[str, Chart]:
         declared = any(internals_of(o, group) for o in trainer.optimizers for group in o.param_groups)
         return self.charts if declared else {}
 

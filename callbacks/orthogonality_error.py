@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_optim.devices import able, full_precision, widest
 from lightning_optim.diagnostics.charts import CHARTS
+from lightning_optim.diagnostics.figures import spectra as spectra_figure
 from lightning_optim.diagnostics.orthogonality import (
     factor_error,
     gram,
@@ -202,22 +203,8 @@ class OrthogonalityError(Monitor):
             for name, values in shown.items():
                 board.experiment.add_histogram(f"{label}orthogonality_spectrum/{name}", values.numpy(), self._x)
             if shown and find_spec("matplotlib"):
-                board.experiment.add_figure(f"{label}orthogonality/spectra", _drawn(shown), self._x)
-
-
-def _drawn(spectra: dict[str, Tensor]) -> Any:
-    """Singular values of each matrix over their mean, on one axis: a flat line at 1 is an orthogonal matrix."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="rank / number of singular values", ylabel="singular value / mean", yscale="log")
-    for name, values in spectra.items():
-        axes.plot(
-            torch.linspace(0, 1, len(values)).tolist(), (values / values.mean()).tolist(), label=name, linewidth=1
-        )
-    if len(spectra) <= 12:
-        axes.legend(fontsize=6)
-    return figure
+                figure = spectra_figure({name: x.tolist() for name, x in shown.items()}, "spectra of updates")
+                board.experiment.add_figure(f"{label}orthogonality/spectra", figure, self._x)
 
 
 # --- matrices in parameters ---------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_optim.devices import stopwatch, widest
+from lightning_optim.diagnostics.charts import COST, LEARNING, Chart
 from lightning_optim.diagnostics.parameter_change import Change, sample, squares_of_gradients
 from lightning_optim.engine.optimizer import RuleOptimizer
 from lightning_optim.engine.two_rules import MatrixOptimizer
@@ -33,11 +34,10 @@ from lightning_optim.processes import ShardSums, local, local_slices, sharded_di
 from lightning_optim.routing import Route, clean_name, route, routing_table
 from lightning_optim.trainer import is_lightning
 
+from . import tensorboard
+
 if TYPE_CHECKING:
     from .monitor import Monitor
-
-#: Title of the page of charts in TensorBoard's "Custom scalars".
-PAGE = "Diagnostics"
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,6 +182,7 @@ class StepRecorder:
         self._open: _OpenStep | None = None
         self._values: list[tuple[Monitor, Mapping[str, float]]] = []
         self._layout_written = False
+        self._described: set[str] = set()
         self._clock = _Clock()
 
     @classmethod
@@ -212,6 +213,7 @@ class StepRecorder:
             )
         if not self.monitors:
             self._layout_written = False
+            self._described.clear()
         if monitor not in self.monitors:
             self.monitors.append(monitor)
 
@@ -388,11 +390,15 @@ class StepRecorder:
             for monitor, step, sums in asked
         ]
         on_host = iter(_to_host([x for _, _, sums in condensed for x in sums.values()]))
+        layers: dict[str, Mapping[str, float]] = {}
         for monitor, step, sums in condensed:
             numbers = {name: next(on_host) for name in sums}
             results = self._attempt(monitor, step, partial(monitor.results, step, numbers), None)
             if results is not None:
                 self.add(monitor, monitor.tagged(step.label, results))
+                layers |= {f"{monitor.family}/{name}": values for name, values in results.layers.items()}
+        for monitor, step, _ in condensed:
+            self._attempt(monitor, step, partial(monitor.look, step, layers), None)
 
     def _settle(self) -> None:
         """A step that was announced and did not come was skipped by the loss scaler."""
@@ -451,7 +457,10 @@ class StepRecorder:
         self._values = []
         self._write_layout(trainer)
         for logger in trainer.loggers:
-            logger.log_metrics(merged, step=x)
+            if tensorboard.is_board(logger) and trainer.is_global_zero:
+                tensorboard.log(logger, merged, x, self._charts(trainer), self._described)
+            else:
+                logger.log_metrics(merged, step=x)
         trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in merged.items()})
 
     def _write_layout(self, trainer: pl.Trainer) -> None:
@@ -460,18 +469,23 @@ class StepRecorder:
             return
         self._layout_written = True
         routes = [w.route for watched, _ in self._watched.values() for w in watched if w.route is not None]
-        charts = {
-            # TensorBoard matches from the beginning of a tag, where labels of several optimizers are.
-            title: [kind, [f"(.*/)?{tag}" for tag in tags]]
-            for monitor in self.monitors
-            for title, (kind, tags) in monitor.charts_of(trainer).items()
-        }
-        charts["overhead"] = ["Multiline", [r"diagnostics/overhead_share$"]]
-        boards: list[Any] = [logger for logger in trainer.loggers if is_lightning(logger, "TensorBoardLogger")]
+        layout = tensorboard.layout(self._charts(trainer), bands=len(trainer.optimizers) == 1)
+        boards: list[Any] = [logger for logger in trainer.loggers if tensorboard.is_board(logger)]
         for logger in boards:
-            logger.experiment.add_custom_scalars({PAGE: charts})
+            logger.experiment.add_custom_scalars(layout)
             if routes and any(monitor.needs_matrices for monitor in self.monitors):
                 logger.experiment.add_text("diagnostics/matrices", routing_table(routes))
+
+    def _charts(self, trainer: pl.Trainer) -> list[Chart]:
+        """The charts that the run fills, those of what Lightning and the module log first."""
+        ours = [chart for monitor in self.monitors for chart in monitor.charts_of(trainer).values()]
+        logged = [*trainer.callback_metrics, *trainer.logged_metrics]
+        filled = {
+            "training loss": any(LEARNING["training loss"].shows(tag) for tag in logged),
+            "validation": trainer.enable_validation,
+            "learning rate": any(is_lightning(x, "LearningRateMonitor") for x in trainer.callbacks),  # type: ignore[attr-defined]
+        }
+        return [*(chart for title, chart in LEARNING.items() if filled[title]), *ours, COST]
 
 
 @dataclass(eq=False)

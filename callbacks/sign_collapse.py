@@ -36,4 +36,4 @@ class SignCollapse(Monitor):
         index = sign_collapse(**sums)["index"]
         numel = sums["numel"] * index.isfinite()
         mean = (index.nan_to_num() * numel).sum() / numel.sum()
-        return Results({"index": float(mean)}, layers_of(step, {"index": index}) if self.layers else {})
+        return Results({"index": float(mean)}, layers_of(step, {"index": index}))

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_optim.diagnostics.charts import CHARTS
+from lightning_optim.diagnostics.charts import CHARTS, Chart
 from lightning_optim.diagnostics.spike_response import (
     THRESHOLD,
     WINDOW,
@@ -32,6 +32,8 @@ class SpikeResponse(ProbingMonitor):
     ===================================== ===========================================================================
     ``spike/zscore``                      robust z-score of the gradient norm before clipping, the largest since it
                                           was logged last
+    ``spike/zscore_log10``                its decimal logarithm, 0 for a z-score of 1 or less
+    ``spike/norm_max``                    largest gradient norm before clipping since it was logged last
     ``spike/count``                       number of spikes until now, from the first one on
     ``spike/amplification``               largest update RMS after a spike, relative to the baseline
     ``spike/suppression``                 smallest update RMS after a spike, relative to the baseline
@@ -125,7 +127,7 @@ class SpikeResponse(ProbingMonitor):
         self._watches: dict[str, SpikeWatch] = {}
         self._probe: dict[str, Tensor] = {}
 
-    def charts_of(self, trainer: pl.Trainer) -> Mapping[str, tuple[str, list[str]]]:
+    def charts_of(self, trainer: pl.Trainer) -> Mapping[str, Chart]:
         return {title: chart for title, chart in self.charts.items() if self.can_probe or "virtual" not in title}
 
     # --- values -------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import ClassVar
 import lightning.pytorch as pl
 from torch import Tensor
 
-from lightning_optim.diagnostics.charts import CHARTS
+from lightning_optim.diagnostics.charts import CHARTS, Chart
 from lightning_optim.diagnostics.parameter_change import inner_products, sum_of_squares
 from lightning_optim.diagnostics.update_size import cosine, update_size
 
@@ -61,7 +61,7 @@ class UpdateSize(Monitor):
         super().__init__(every_n_steps, first_n_steps, parameters, layers)
         self.norms_only = norms_only
 
-    def charts_of(self, trainer: pl.Trainer) -> Mapping[str, tuple[str, list[str]]]:
+    def charts_of(self, trainer: pl.Trainer) -> Mapping[str, Chart]:
         norms = ("update size (RMS)", "update to weight")
         return {title: chart for title, chart in self.charts.items() if title in norms or not self.norms_only}
 
@@ -85,8 +85,7 @@ class UpdateSize(Monitor):
 
     def results(self, step: Step, sums: dict[str, Tensor]) -> Results:
         together = _statistics(**{name: x.sum() for name, x in sums.items()})
-        layers = layers_of(step, _statistics(**sums)) if self.layers else {}
-        return Results({name: float(x) for name, x in together.items()}, layers)
+        return Results({name: float(x) for name, x in together.items()}, layers_of(step, _statistics(**sums)))
 
 
 def _statistics(*, numel: Tensor, update_sq: Tensor, weight_sq: Tensor, **details: Tensor) -> dict[str, Tensor]:

@@ -18,11 +18,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_optim.diagnostics.charts import CHARTS
+from lightning_optim.diagnostics.charts import CHARTS, Chart
 from lightning_optim.diagnostics.parameter_change import sample
 from lightning_optim.diagnostics.update_variance import (
     conditional_sums,
     conditional_variance,
+    noise_share,
     noise_to_signal,
     online_sums,
     running_moments,
@@ -43,8 +44,10 @@ class UpdateVariance(ProbingMonitor):
     ===================================== ===========================================================================
     ``update_variance/online``            :math:`V` over the steps measured lately, in squared units of the weights
     ``update_variance/online_ratio``      its ratio to :math:`\|\mathbb{E} d\|^2`, both without bias
+    ``update_variance/online_share``      its share of :math:`\mathbb{E}\,\|d\|^2`, from 0 to 1
     ``update_variance/conditional``       :math:`V` over mini-batches, from the state the optimizer is in
     ``update_variance/conditional_ratio`` its ratio to :math:`\|\mathbb{E} d\|^2`, both without bias
+    ``update_variance/conditional_share`` its share of :math:`\mathbb{E}\,\|d\|^2`, from 0 to 1
     ``update_variance/cosine_spread``     1 - mean cosine between the update from a mini-batch and the mean of these
     ``update_variance/batches``           how many mini-batches that were
     ===================================== ===========================================================================
@@ -130,7 +133,7 @@ class UpdateVariance(ProbingMonitor):
         self._source: _Source | None = None
         self._updates: list[list[Tensor]] = []
 
-    def charts_of(self, trainer: pl.Trainer) -> Mapping[str, tuple[str, list[str]]]:
+    def charts_of(self, trainer: pl.Trainer) -> Mapping[str, Chart]:
         return {title: chart for title, chart in self.charts.items() if self.can_probe or "mini-batches" not in title}
 
     # --- values -------------------------------------------------------------------------------------------------
@@ -162,9 +165,8 @@ class UpdateVariance(ProbingMonitor):
         of_all = sums["numel"] / sums["sampled"].clamp(min=1)
         scaled = {name: x * of_all for name, x in sums.items()}
         online, probe = _of("online_", scaled), _of("probe_", scaled)
-        together, each = _statistics(online, probe, lambda x: x.sum()), {}
-        if self.layers:
-            each = layers_of(step, _statistics(online, probe, lambda x: x))
+        together = _statistics(online, probe, lambda x: x.sum())
+        each = layers_of(step, _statistics(online, probe, lambda x: x))
         values = {name: float(x) for name, x in together.items()}
         if probe:
             values["batches"] = float(len(self._updates))
@@ -215,7 +217,11 @@ def _statistics(
     online: dict[str, Tensor], probe: dict[str, Tensor], of: Callable[[Tensor], Tensor]
 ) -> dict[str, Tensor]:
     variance, mean_sq = of(online["variance"]), of(online["mean_sq"])
-    values = {"online": variance, "online_ratio": noise_to_signal(variance, mean_sq)}
+    values = {
+        "online": variance,
+        "online_ratio": noise_to_signal(variance, mean_sq),
+        "online_share": noise_share(variance, mean_sq),
+    }
     return values | (conditional_variance(**{name: of(x) for name, x in probe.items()}) if probe else {})
 
 

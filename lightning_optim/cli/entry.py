@@ -102,7 +102,7 @@ _EXAMPLES = """examples:
   lightning-optim list [--json]                                      all optimizers
   lightning-optim list NAMO                                          equations and arguments of an optimizer
   lightning-optim list --presets                                     all presets
-  lightning-optim diagnostics runs [--out FIG.png]                   what the diagnostics of runs say
+  lightning-optim diagnostics runs [--out report.html]               what the diagnostics of runs say
   lightning-optim compare --optimizers AdamW NAMO                    which optimizer is better on a model
   lightning-optim spike --optimizers MVNGrad AdamW --out spike.png   what a gradient spike does to optimizers"""
 

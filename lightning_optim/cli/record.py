@@ -13,6 +13,7 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from ..callbacks import Resume
@@ -102,7 +103,7 @@ class RecordOutcome(pl.Callback):
         self._pause = time.perf_counter()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.training:
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._paused += time.perf_counter() - self._pause
             self._log(trainer)
 
@@ -110,7 +111,7 @@ class RecordOutcome(pl.Callback):
         self._log(trainer, ended=True)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        if trainer.training:
+        if trainer.state.fn == TrainerFn.FITTING and self._begun:
             self._log(trainer, ended=False)
 
     def _log(self, trainer: pl.Trainer, ended: bool | None = None) -> None:

@@ -12,6 +12,9 @@ from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from ..callbacks import tensorboard
+from ..diagnostics.charts import LEARNING
+
 
 def run_name(optimizer: str, lr: Any, seed: Any) -> str:
     """The default name of a run.
@@ -51,6 +54,7 @@ class RunLogger(TensorBoardLogger):
         super().__init__(save_dir=root, name=task, default_hp_metric=False)
         self._run = run
         self._made = exists
+        self._described: set[str] = set()
 
     @property
     def version(self) -> str:
@@ -65,6 +69,11 @@ class RunLogger(TensorBoardLogger):
         """Record the settings of the run in ``hparams.yaml`` and on TensorBoard's page HPARAMS."""
         super().log_hyperparams(params, metrics, step)
         self._write(*session_start(params))
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Log values, the first of each tag that is known with a description."""
+        super().log_metrics(tensorboard.log_described(self, metrics, step, _description, self._described), step)
 
     @rank_zero_only
     def log_outcome(self, outcome: Mapping[str, float], step: int, ended: bool | None = None) -> None:
@@ -82,6 +91,12 @@ class RunLogger(TensorBoardLogger):
     def _write(self, *summaries: Any) -> None:
         for summary in summaries:
             self.experiment.file_writer.add_summary(summary)
+
+
+def _description(tag: str) -> str:
+    if tag in OUTCOMES:
+        return OUTCOMES[tag][1]
+    return next((chart.description for chart in LEARNING.values() if chart.shows(tag)), "")
 
 
 def _make_folder(parent: str, name: str) -> str:

@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
-from .charts import CHARTS
+from .figures import charts, plot
+
+__all__ = ["CHECKS", "Check", "Finding", "Run", "charts", "examine", "plot", "read_runs", "summary"]
 
 
 @dataclass(frozen=True)
@@ -23,10 +24,12 @@ class Run:
     Args:
         name: What to call it.
         scalars: By tag, steps and values.
+        folder: Where its logs are.
     """
 
     name: str
     scalars: Mapping[str, tuple[list[int], list[float]]]
+    folder: Path | None = None
 
     def tags(self, pattern: str) -> list[str]:
         """Its tags that match a regular expression, which may begin after the label of an optimizer."""
@@ -62,7 +65,9 @@ def read_runs(folders: Iterable[str | Path]) -> list[Run]:
                 series = {event.step: event.value for event in by_time}
                 scalars[tag] = (sorted(series), [series[step] for step in sorted(series)])
             name = str(place.relative_to(folder)) if place != folder else place.name
-            runs[place] = Run(name if name not in {run.name for run in runs.values()} else str(place), scalars)
+            runs[place] = Run(
+                name if name not in {run.name for run in runs.values()} else str(place), scalars, folder=place
+            )
     return list(runs.values())
 
 
@@ -212,73 +217,6 @@ def examine(run: Run) -> list[Finding]:
             bounds = f"{check.low:g} to {check.high:g}" if check.low else f"at most {check.high:g}"
             findings.append(Finding(tag, value, meaning == check.healthy, meaning, bounds, check.source))
     return findings
-
-
-#: A horizontal line in a chart, from the check of the same value.
-_GUIDES = {"update to weight": 1e-3}
-
-
-# --- charts ----------------------------------------------------------------------------------------------------
-
-
-def charts() -> dict[str, list[str]]:
-    """The charts of all diagnostics: ``{title: [regular expressions of tags]}``."""
-    return {title: patterns for family in CHARTS.values() for title, (_, patterns) in family.items()}
-
-
-def plot(runs: Sequence[Run]) -> Any:
-    """One figure with every chart for which the runs have values, a colour per run and a line style per tag.
-
-    Args:
-        runs: Runs, as from :func:`read_runs`.
-
-    Returns:
-        A ``matplotlib.figure.Figure``.
-
-    Raises:
-        ValueError: There is nothing to plot.
-    """
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-
-    panels = {"loss": [r"train/loss.*", r"train_loss.*", r"loss$"]} | charts()
-    shown: dict[str, list[str]] = {}
-    for title, patterns in panels.items():
-        tags = [tag for run in runs for pattern in patterns for tag in run.tags(pattern)]
-        if tags:
-            shown[title] = list(dict.fromkeys(tags))
-    if not shown:
-        raise ValueError("There is nothing to plot: the runs hold no diagnostics. Add the callback Diagnostics().")
-    columns = min(3, len(shown))
-    rows = -(-len(shown) // columns)
-    figure = Figure(figsize=(5.2 * columns, 2.9 * rows + 0.6), layout="constrained")
-    styles: list[Any] = ["-", "--", ":", "-."]
-    for i, (title, tags) in enumerate(shown.items()):
-        axes = figure.add_subplot(rows, columns, i + 1, title=title)
-        positive = []
-        for j, tag in enumerate(tags):
-            for k, run in enumerate(runs):
-                if tag in run.scalars:
-                    steps, values = run.scalars[tag]
-                    axes.plot(
-                        steps, values, styles[j % 4], color=f"C{k % 10}", linewidth=1.3, marker="." * (len(steps) < 3)
-                    )
-                    positive += values
-        if title in _GUIDES:
-            axes.axhline(_GUIDES[title], color="grey", linewidth=0.8, linestyle="--")
-        # Series that span orders of magnitude are unreadable on a linear axis.
-        if min(positive) > 0 and max(positive) > 20 * min(positive):
-            axes.set_yscale("log")
-        if len(tags) > 1:
-            lines = [Line2D([], [], color="grey", linestyle=styles[j % 4]) for j in range(len(tags))]
-            short = [tag.rpartition("/")[2] for tag in tags]
-            axes.legend(lines, short if len(set(short)) == len(short) else tags, fontsize=7)
-        axes.grid(alpha=0.3)
-        axes.set_xlabel("step", fontsize=8)
-        axes.tick_params(labelsize=8)
-    lines = [Line2D([], [], color=f"C{k % 10}") for k in range(len(runs))]
-    figure.legend(lines, [run.name for run in runs], loc="outside upper center", ncols=min(4, len(runs)), fontsize=9)
-    return figure
 
 
 # --- words -----------------------------------------------------------------------------------------------------

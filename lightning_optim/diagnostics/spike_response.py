@@ -51,15 +51,18 @@ class SpikeResult:
 
     Args:
         rms: Update RMS of each step.
-        twin_rms: The same without the spike.
+        twin_rms: The same without the spike, of an optimizer that gets the same gradients otherwise.
         spike_at: Index of the spike's step in these.
         baseline: Mean update RMS of the (at most 30) steps before the spike.
-        amplification: Largest update RMS from the spike on, relative to the baseline.
-        suppression: Smallest update RMS from the spike on, relative to the baseline.
+        amplification: Largest update RMS from the spike on, relative to that without the spike in the same step.
+        suppression: Smallest update RMS from the spike on, relative to that without the spike in the same step.
         extra_displacement: Sum over steps from the spike on of the RMS of the difference between the updates with and
             without the spike, relative to the baseline: how many ordinary updates went astray or missing.
-        recovery_steps: Steps after the spike until the update RMS stays within 10 % of the baseline; ``None`` where it
-            does not within those that were made.
+        lost: After each step, by how many steps the optimizer is behind the one without the spike, in the direction of
+            the mean gradient; negative where the spike put it ahead, NaN where gradients have no mean.
+        recovery_steps: Steps after the spike until the update RMS stays within 10 % of that without the spike; ``None``
+            where it does not within those that were made. So updates that change in the course of training anyway, as
+            while an optimizer warms up, count as recovered.
         crossing_steps: Steps after the spike until the update RMS is within 10 % of that of the last 30 steps for the
             first time, be it on its way from too large to too small: what NVIDIA's primer calls recovery.
     """
@@ -71,8 +74,19 @@ class SpikeResult:
     amplification: float
     suppression: float
     extra_displacement: float
+    lost: Tensor
     recovery_steps: int | None
     crossing_steps: int | None
+
+    @property
+    def lost_steps(self) -> float:
+        """The last of :attr:`lost`."""
+        return float(self.lost[-1])
+
+    @property
+    def ratios(self) -> Tensor:
+        """Update RMS of each step relative to that without the spike; 1 where both are 0."""
+        return torch.where(self.rms == self.twin_rms, 1.0, self.rms / self.twin_rms)
 
 
 def spike_response(
@@ -83,20 +97,25 @@ def spike_response(
     after: int = 99,
     shape: Sequence[int] = (128, 64),
     seed: int = 0,
+    signal: float = 0.0,
 ) -> SpikeResult:
-    """Response of an optimizer to one outlier among independent standard normal gradients of a single matrix.
+    """Response of an optimizer to one outlier among independent normal gradients of a single matrix.
 
     The defaults are the protocol of the gradient-spike primer of NVIDIA's Emerging-Optimizers, in which the learning
     rate is 1 and there is no weight decay. The parameter is put back to zero before each step, lest small updates are
     rounded away.
 
+    In that protocol gradients are noise alone, to which all optimizers that divide by a running second moment respond
+    alike. With a ``signal``, those that divide by a variance, or treat the mean in another way, are told from them.
+
     Args:
         build: Makes the optimizer of a list of one parameter.
-        scale: What the gradient of the spike's step is multiplied by.
+        scale: What the noise in the gradient of the spike's step is multiplied by.
         spike_at: Number of steps before the spike.
         after: Number of steps after it.
         shape: Shape of the parameter.
         seed: Seed of the gradients.
+        signal: Size of the mean of the gradients, whose signs are random, relative to the noise.
 
     Raises:
         ValueError: There is no step before or after the spike.
@@ -104,27 +123,35 @@ def spike_response(
     Example:
         >>> sgd = spike_response(lambda params: torch.optim.SGD(params, lr=1.0), 100.0, spike_at=30, after=10)
         >>> round(sgd.amplification), sgd.recovery_steps
-        (99, 1)
+        (100, 1)
     """
     if spike_at < 1 or after < 1:
         raise ValueError(f"spike_at and after must be at least 1, got spike_at={spike_at}, after={after}.")
     generator = torch.Generator().manual_seed(seed)
+    mean = torch.zeros(*shape)
+    if signal:
+        mean = signal * (2.0 * torch.randint(2, tuple(shape), generator=torch.Generator().manual_seed(seed)) - 1.0)
     params = [nn.Parameter(torch.zeros(*shape)) for _ in range(2)]
     optimizers = [build([p]) for p in params]
     rms: list[list[float]] = [[], []]
-    extra = []
+    extra, ahead, progress = [], [], []
     for t in range(spike_at + 1 + after):
         gradient = torch.randn(*shape, generator=generator)
         for p, optimizer, factor, of_each in zip(params, optimizers, (scale, 1.0), rms):
-            p.grad = gradient * factor if t == spike_at else gradient
+            p.grad = mean + (gradient * factor if t == spike_at else gradient)
             with torch.no_grad():
                 p.zero_()
             optimizer.step()
             of_each.append(_rms(p.detach()))
-        extra.append(_rms((params[0] - params[1]).detach()))
+        difference = (params[0] - params[1]).detach()
+        extra.append(_rms(difference))
+        ahead.append(float((difference * mean).sum()))
+        progress.append(float((params[1].detach() * mean).sum()))
     last = sum(rms[0][spike_at + 1 :][-30:]) / min(30, after)
     baseline = sum(rms[0][max(0, spike_at - 30) : spike_at]) / min(30, spike_at)
-    ratios = [x / baseline if baseline else math.nan for x in rms[0][spike_at:]]
+    ratios = [1.0 if x == y else x / y if y else math.nan for x, y in zip(*(each[spike_at:] for each in rms))]
+    # A step goes down along the mean gradient, so that both are negative.
+    of_a_step = sum(progress[spike_at:]) / (after + 1)
     return SpikeResult(
         rms=torch.tensor(rms[0]),
         twin_rms=torch.tensor(rms[1]),
@@ -133,6 +160,7 @@ def spike_response(
         amplification=max(ratios),
         suppression=min(ratios),
         extra_displacement=sum(extra[spike_at:]) / baseline if baseline else math.nan,
+        lost=-torch.tensor(ahead, dtype=torch.float64).cumsum(0) / (of_a_step if signal and of_a_step else math.nan),
         recovery_steps=recovery_steps(ratios),
         crossing_steps=next(
             (k for k, x in enumerate(rms[0][spike_at:]) if k and abs(x - last) <= TOLERANCE * last), None
@@ -266,6 +294,7 @@ class SpikeWatch:
         following: Whether there is one.
         count: Number of spikes.
         zscore: Largest since :meth:`measured` was called last.
+        norm_max: Largest gradient norm since then.
         seen: Number of gradient norms.
     """
 
@@ -279,10 +308,12 @@ class SpikeWatch:
     count: int = 0
     zscore: float = math.nan
     seen: int = 0
+    norm_max: float = math.nan
 
     def see(self, norm: float) -> bool:
         """Take in the gradient norm of a step to come; whether to measure the update that it makes."""
         if math.isfinite(norm):
+            self.norm_max = norm if math.isnan(self.norm_max) else max(norm, self.norm_max)
             self._compare(norm)
             self.norms = [*self.norms, norm][-self.window :]
             self.seen += 1
@@ -299,8 +330,11 @@ class SpikeWatch:
 
     def measured(self, step: int, rms: float) -> dict[str, float]:
         """Take in the update RMS of a step; what is to be said now."""
-        values = {"zscore": self.zscore} | ({"count": float(self.count)} if self.count else {})
-        self.zscore = math.nan
+        # What is not defined yet stays NaN, also as a logarithm.
+        log10 = self.zscore if math.isnan(self.zscore) else math.log10(max(self.zscore, 1.0))
+        values = {"zscore": self.zscore, "zscore_log10": log10, "norm_max": self.norm_max}
+        values |= {"count": float(self.count)} if self.count else {}
+        self.zscore = self.norm_max = math.nan
         if not self.following:
             self.calm = [*self.calm, rms][-9:]
             return values

@@ -87,6 +87,7 @@ def conditional_variance(*, variance: Tensor, biased_mean_sq: Tensor, **sums: Te
     - ``conditional``: :math:`V = \frac{1}{K-1}\sum_k \|d_k - \bar d\|^2`;
     - ``conditional_ratio``: :math:`V / (\|\bar d\|^2 - V/K)`, the denominator being the unbiased estimate of
       :math:`\|\mathbb{E} d\|^2`; NaN where that is not positive;
+    - ``conditional_share``: :math:`V / \mathbb{E}\,\|d\|^2`, 1 where that denominator is not positive;
     - ``cosine_spread``: :math:`1 - \frac1K \sum_k \cos(d_k, \bar d)`, from 0 (all in one direction) to about
       :math:`1 - 1/\sqrt K` (no common direction).
 
@@ -99,13 +100,14 @@ def conditional_variance(*, variance: Tensor, biased_mean_sq: Tensor, **sums: Te
         >>> up, right = torch.tensor([0.0, 2.0]), torch.tensor([2.0, 0.0])
         >>> spread = conditional_variance(**conditional_sums([[up], [right]]))
         >>> {name: round(x.item(), 4) for name, x in spread.items()}  # mean (1, 1), both at 45 degrees to it
-        {'conditional': 4.0, 'conditional_ratio': nan, 'cosine_spread': 0.2929}
+        {'conditional': 4.0, 'conditional_ratio': nan, 'conditional_share': 1.0, 'cosine_spread': 0.2929}
     """
     count = len(sums) // 2
     cosines = [sums[f"product_{k}"] / (sums[f"square_{k}"] * biased_mean_sq).sqrt() for k in range(count)]
     return {
         "conditional": variance,
         "conditional_ratio": noise_to_signal(variance, biased_mean_sq - variance / count),
+        "conditional_share": noise_share(variance, biased_mean_sq - variance / count),
         "cosine_spread": 1 - torch.stack(cosines).mean(0),
     }
 
@@ -113,3 +115,12 @@ def conditional_variance(*, variance: Tensor, biased_mean_sq: Tensor, **sums: Te
 def noise_to_signal(variance: Tensor, mean_sq: Tensor) -> Tensor:
     r""":math:`V / \|\mathbb{E} d\|^2`, and NaN where noise hides the mean so far that its estimate is not positive."""
     return torch.where(mean_sq > 0, variance / mean_sq, torch.nan)
+
+
+def noise_share(variance: Tensor, mean_sq: Tensor) -> Tensor:
+    r""":math:`V / (V + \|\mathbb{E} d\|^2)`, from 0 to 1; 1 where the estimate of the mean is not positive.
+
+    >>> noise_share(torch.tensor([3.0, 3.0, 0.0]), torch.tensor([1.0, -1.0, 0.0]))
+    tensor([0.7500, 1.0000,    nan])
+    """
+    return variance / (variance + mean_sq.clamp(min=0))

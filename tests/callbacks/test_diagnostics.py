@@ -23,6 +23,7 @@ from torch import nn
 from lightning_optim import build_optimizer
 from lightning_optim.callbacks import Diagnostics
 from lightning_optim.callbacks.monitor import ProbingMonitor
+from lightning_optim.diagnostics.charts import QUESTIONS
 from lightning_optim.diagnostics.report import plot, read_runs
 
 PROJECT = Path(__file__).parents[1] / "other_project" / "train.py"
@@ -180,29 +181,85 @@ def test_charts_of_several_optimizers_are_filled(tmp_path):
     events = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0}).Reload()
     content = events.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0]
     tags = events.Tags()["scalars"]
-    for chart in layout_pb2.Layout.FromString(content).category[0].chart:
-        # As TensorBoard does.
-        assert any(re.match(pattern, tag) for pattern in chart.multiline.tag for tag in tags), chart.title
+    for category in layout_pb2.Layout.FromString(content).category:
+        for chart in category.chart:
+            # As TensorBoard does. The module validates and logs nothing of it.
+            assert chart.title == "validation" or any(
+                re.match(pattern, tag) for pattern in chart.multiline.tag for tag in tags
+            ), chart.title
 
 
 def test_every_chart_of_the_page_is_filled(tmp_path):
     logger = TensorBoardLogger(tmp_path, name="", version="")
     # A spike is looked for from the 33rd gradient on.
     options = {"max_steps": 40, "accumulate_grad_batches": 2, "logger": logger}
-    trainer(callbacks=[Diagnostics("standard", every_n_steps=1)], **options).fit(Net())
+    callbacks = [Diagnostics("standard", every_n_steps=1), pl.callbacks.LearningRateMonitor()]
+    trainer(callbacks=callbacks, **options, log_every_n_steps=1).fit(Learner())
     events = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0, "tensors": 0}).Reload()
     content = events.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0]
-    (page,) = layout_pb2.Layout.FromString(content).category
-    assert page.title == "Diagnostics"
+    pages = layout_pb2.Layout.FromString(content).category
+    assert [page.title for page in pages] == list(QUESTIONS)
     (run,) = read_runs([tmp_path])
-    for chart in page.chart:
-        assert any(run.tags(pattern) for pattern in chart.multiline.tag), f"{chart.title} is empty"
-    assert "gradient noise scale" in {chart.title for chart in page.chart}
-    titles = {axes.get_title() for axes in plot([run]).axes}
-    assert {"gradient norm", "update to weight"} <= titles
+    by_title = {chart.title: chart for page in pages for chart in page.chart}
+    for title, chart in by_title.items():
+        drawn = [
+            re.escape(x) + "$" for series in chart.margin.series for x in (series.value, series.lower, series.upper)
+        ]
+        patterns = [*chart.multiline.tag, *drawn]
+        # A spike has not happened.
+        assert any(run.tags(pattern) for pattern in patterns) or "spikes: s" in title, f"{title} is empty"
+    assert list(by_title)[:3] == ["training loss", "validation", "learning rate"]
+    assert "gradient noise scale" in by_title
+    (margin,) = by_title["update to weight"].margin.series
+    bounds = [run.scalars[tag] for tag in (margin.lower, margin.upper)]
+    # At the same steps as the value, or TensorBoard draws nothing.
+    assert [steps for steps, _ in bounds] == [run.scalars["update/to_weight"][0]] * 2
+    assert [values[-1] for _, values in bounds] == pytest.approx([1e-4, 1e-2])
+    titles = [axes.get_title() for axes in plot([run]).axes]
+    assert {"gradient norm", "update to weight"} <= set(titles)
+    assert titles[:2] == ["train_loss", "val_loss"]
+
+    # Every value of ours has a description: what it is, its unit, and what to look for.
+    families = {"update", "gradient", "update_variance", "spike", "sign_collapse", "orthogonality", "diagnostics"}
+    ours = {tag for tag in run.scalars if tag.partition("/")[0] in families} - UNCHARTED
+    assert len(ours) > 15
+    for tag in ours:
+        about = events.SummaryMetadata(tag).summary_description
+        assert re.search(r"Unit: .+\. (Usually healthy: .+\. Otherwise|Look for): .+\.$", about), (tag, about)
 
 
-@pytest.mark.parametrize(("optimizer", "most"), [("MVNGrad", 20), ("NAMO", 22)])
+#: Values without a chart: what a chart shows in another form, or next to nothing.
+UNCHARTED = {"update_variance/online", "spike/zscore", "spike/count", "gradient/loss_scale", "diagnostics/overhead_ms"}
+
+
+class Learner(Net):
+    """It logs what it learns."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)["loss"]
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", super().validation_step(batch, batch_idx)["x"])
+
+
+def test_the_largest_gradient_between_two_samples_is_kept():
+    class Spiked(Net):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx)["loss"] * (1e4 if self.global_step == 13 else 1.0)
+
+    diagnostics = Diagnostics("standard", every_n_steps=10)
+    trainer(callbacks=[diagnostics], max_steps=30, limit_val_batches=0).fit(Spiked(dropout=0))
+    tags = {tag: values for monitor in diagnostics.monitors for tag, values in monitor.history.items()}
+    calm, largest = tags["gradient/norm"], dict(tags["spike/norm_max"])
+    assert [step for step, _ in calm] == [9, 19, 29]
+    # The spike is in none of the sampled steps, and in the largest of its interval, which ends with step 20.
+    assert all(value < 1e3 for _, value in calm)
+    assert [step for step, value in largest.items() if value > 1e3] == [19]
+
+
+@pytest.mark.parametrize(("optimizer", "most"), [("MVNGrad", 23), ("NAMO", 25)])
 def test_globals_are_few(optimizer, most):
     class Ours(Net):
         def configure_optimizers(self):

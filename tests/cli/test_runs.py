@@ -172,7 +172,20 @@ def hparams(folder: Path) -> dict[str, Any]:
 def test_hparams_say_which_run_was_best() -> None:
     schedule = ["--lr_scheduler", "WarmupLinear", "--lr_scheduler.warmup", "1"]
     epochs = ["--trainer.max_epochs", "3", "--trainer.max_steps", "-1", "--trainer.limit_train_batches", "4"]
-    main(["fit", *TINY, *epochs, "--optimizer", "NAMO", "--optimizer.lr", "0.02", *schedule])
+    main(
+        [
+            "fit",
+            *TINY,
+            *epochs,
+            "--optimizer",
+            "NAMO",
+            "--optimizer.lr",
+            "0.02",
+            *schedule,
+            "--trainer.log_every_n_steps",
+            "1",
+        ]
+    )
     folder = Path("runs/digits/NAMO-lr0.02-s1")
     found = hparams(folder)
     columns = found[metadata.EXPERIMENT_TAG].hparam_infos
@@ -197,6 +210,9 @@ def test_hparams_say_which_run_was_best() -> None:
     assert len(of["outcome/steps_per_second"]) == 4
     assert all(value > 0 for value in of["outcome/steps_per_second"] + of["outcome/train_loss"])
     assert found[metadata.SESSION_END_INFO_TAG].status == 2, "a success"
+    for tag in ["train/loss", "val/accuracy", "lr-NAMO/matrix", *metrics]:
+        words = scalars.SummaryMetadata(tag).summary_description
+        assert words.endswith("."), tag
 
 
 def test_all_runs_have_the_same_first_columns() -> None:
