@@ -14,11 +14,13 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.optim.optimizer import _default_to_fused_or_foreach
@@ -26,9 +28,10 @@ from torch.optim.optimizer import _default_to_fused_or_foreach
 from . import registry, schedules
 from .added_groups import AddedGroups
 from .engine.checkpoint import matched
+from .engine.losses import RunningStatistics
 from .engine.optimizer import RuleOptimizer
 from .engine.plain_values import plain
-from .engine.rule import GroupRule
+from .engine.rule import GroupRule, ModelRule
 from .engine.two_rules import MatrixOptimizer
 from .group_rates import rates_by_group, scale_rates, watch_rates
 from .grouping import Grouping, ParameterSettings, parameter_groups, suggestion
@@ -258,6 +261,8 @@ def _build(
     if isinstance(built, RuleOptimizer):
         built.process_group, built.work_group, built.shard_group = process_groups
         built.router = AddedGroups(built, module, grouping)
+        if issubclass(cls, ModelRule):
+            built.statistics = RunningStatistics(partial(_running_statistics, module))
     else:  # The others check themselves what they load.
         built.register_load_state_dict_pre_hook(matched)
     if isinstance(built, MatrixOptimizer):
@@ -271,6 +276,12 @@ def _build(
                 )
     watch_rates(built, trainer)
     return built
+
+
+def _running_statistics(module: nn.Module) -> list[Tensor]:
+    """What the normalisations of a module average over its forward passes."""
+    layers = [layer for layer in module.modules() if isinstance(layer, _NormBase)]
+    return [x for layer in layers for x in layer.buffers(recurse=False)]
 
 
 def _say_what_rules_get(built: MatrixOptimizer, module: nn.Module, routes: list[Route], grouping: Grouping) -> None:

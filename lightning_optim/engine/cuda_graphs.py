@@ -15,6 +15,7 @@ from .. import processes
 from .batch import SharedStep
 from .hyperparameters import is_number
 from .optimizer import RuleOptimizer
+from .rule import ModelRule
 
 #: Numbers that a graph depends on, like switches: rules skip operations that have no effect with them.
 _PLAIN = (0.0, 1.0, inf)
@@ -102,9 +103,8 @@ class StepGraphs:
             rule = optimizer.rule(group)
             if not rule.capturable or group.get("orthogonalizer") == "exact":
                 remedy = "choose an iteration for the orthogonalizer" if rule.capturable else "step without graphs"
-                raise ValueError(
-                    f"{name}: the rule {rule.name!r} decomposes matrices, which cannot be captured; {remedy}."
-                )
+                what = "takes the loss to the host" if issubclass(rule, ModelRule) else "decomposes matrices"
+                raise ValueError(f"{name}: the rule {rule.name!r} {what}, which cannot be captured; {remedy}.")
 
     def __call__(self, work: list[tuple[dict[str, Any], list[Tensor]]]) -> tuple[bool | Tensor, list[SharedStep]]:
         """Make a step, as :meth:`.optimizer.RuleOptimizer._run` does."""

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
 from types import SimpleNamespace
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from . import compile
 from .batch import Batch, Task
 from .call import call
 from .rounding import joined_positions, stream_positions
-from .rule import ElementwiseRule
+from .rule import ElementwiseRule, ModelRule
 from .state import compute_dtype, tensor_names
 
 #: Tensors of up to this many elements are joined, so that one call updates all: copies cost less than a call for each.
@@ -65,7 +65,11 @@ class Chunk:
 
 
 def run_elementwise(
-    batches: Sequence[Batch], backend: str, finite: Tensor | None, groups: Sequence[processes.ProcessGroup] = ()
+    batches: Sequence[Batch],
+    backend: str,
+    finite: Tensor | None,
+    groups: Sequence[processes.ProcessGroup] = (),
+    loss: float | None = None,
 ) -> None:
     """Update the parameters and state of element-wise and group rules in place.
 
@@ -74,6 +78,7 @@ def run_elementwise(
         backend: One of :data:`.BACKENDS`.
         finite: ``None``, or a 0-d boolean tensor: where it is ``False`` nothing may change.
         groups: Process groups that hold other shards of the parameters, where these are not ``DTensor``.
+        loss: The loss of the step, for a rule that needs it.
     """
     backend = _resolve_auto(backend, batches)
     grouped = []
@@ -85,7 +90,7 @@ def run_elementwise(
         for joint in _joint_tasks(batch):
             _each(update, joint, {}, backend, finite)
     if grouped:
-        _run_group_rules(grouped, backend, finite, tuple(groups))
+        _run_group_rules(grouped, backend, finite, tuple(groups), loss)
 
 
 def _resolve_auto(backend: str, batches: Sequence[Batch]) -> str:
@@ -210,7 +215,11 @@ def compile_or_warn(make: Callable[[], Item], backend: str) -> Item | None:
 
 
 def _run_group_rules(
-    batches: Sequence[Batch], backend: str, finite: Tensor | None, groups: tuple[processes.ProcessGroup, ...]
+    batches: Sequence[Batch],
+    backend: str,
+    finite: Tensor | None,
+    groups: tuple[processes.ProcessGroup, ...],
+    loss: float | None,
 ) -> None:
     """Add up the sums of all group rules, together, then update parameters and state."""
     sums = [_group_sums(batch, backend, groups) for batch in batches]
@@ -221,8 +230,41 @@ def _run_group_rules(
         added = processes.all_reduce_sum(torch.cat([sums[i][key].to(device) for i in members]), key)
         for i, part in zip(members, added.split([len(totals[i]) for i in members])):
             totals[i] += part.to(totals[i].device)
-    for batch, total in zip(batches, totals):
-        _update_group(batch, total, backend, finite)
+    for some in over_one_model(batches):
+        indices = [i for i, batch in enumerate(batches) if any(batch is one for one in some)]
+        device = totals[indices[0]].device
+        total = torch.stack([totals[i].to(device) for i in indices]).sum(0) if len(indices) > 1 else totals[indices[0]]
+        combined = combine(some, total.unbind(), loss)
+        for batch in some:
+            _update_group(batch, combined, backend, finite)
+
+
+def over_one_model(batches: Sequence[Batch]) -> list[list[Batch]]:
+    """Batches of group rules whose sums are taken together: those of a :class:`.rule.ModelRule`, others alone."""
+    found: dict[Any, list[Batch]] = {}
+    for i, batch in enumerate(batches):
+        found.setdefault(batch.rule if issubclass(batch.rule, ModelRule) else i, []).append(batch)
+    return list(found.values())
+
+
+class Combined(NamedTuple):
+    """What a group rule makes of its sums: state of the group before and after the step, and coefficients."""
+
+    old: dict[str, Tensor]
+    new: dict[str, Tensor]
+    coefficients: Mapping[str, Tensor]
+
+
+def combine(batches: Sequence[Batch], totals: Sequence[Tensor], loss: float | None) -> Combined:
+    """Call ``combine`` of the rule of some batches, of whose sums these are the totals."""
+    rule: Any = batches[0].rule
+    # A parameter that gets its first gradient late joins the group's state instead of resetting it.
+    oldest = max((task for batch in batches for task in batch.tasks), key=lambda task: task.t)
+    old = {name: oldest.state[name].to(totals[0].device) for name in rule.group_state}
+    k = SimpleNamespace(**oldest.scalars)
+    if issubclass(rule, ModelRule):
+        k.loss = loss
+    return Combined(old, *rule.combine(tuple(totals), SimpleNamespace(**old), k))
 
 
 def _group_sums(
@@ -252,25 +294,20 @@ def _group_sums(
     return sums
 
 
-def _update_group(batch: Batch, totals: Tensor, backend: str, finite: Tensor | None) -> None:
+def _update_group(batch: Batch, combined: Combined, backend: str, finite: Tensor | None) -> None:
     """Update the parameters, their state and the state of the group."""
     rule: Any = batch.rule
-    tasks, device = batch.tasks, batch.tasks[0].p.device
-    # A parameter that gets its first gradient late joins the group's state instead of resetting it. Parameters
-    # without a gradient get the group's new state, too.
-    oldest = max(tasks, key=lambda task: task.t)
-    old = {name: oldest.state[name].to(device) for name in rule.group_state}
-    new, coefficients = rule.combine(totals.unbind(), SimpleNamespace(**old), SimpleNamespace(**oldest.scalars))
+    old, new, coefficients = combined
     for joint in _joint_tasks(batch):
         here = joint.tasks[0].p.device
         # Operations with numbers need no temporaries; on an accelerator, the host would have to wait for them.
         known = finite is None and here.type == "cpu"
         coefficients_here = {name: float(x) if known else x.to(here) for name, x in coefficients.items()}
         _each(rule.update, joint, coefficients_here, backend, finite)
-    states = [*(task.state for task in tasks), *batch.idle]
+    states = [*(task.state for task in batch.tasks), *batch.idle]  # Without a gradient they get the new state, too.
     for name, value in new.items():
         if finite is not None:
-            value = torch.where(finite.to(device), value, old[name])
+            value = torch.where(finite.to(value.device), value, old[name])
         private.copy_each_([state[name] for state in states], [value] * len(states))
 
 

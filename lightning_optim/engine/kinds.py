@@ -20,10 +20,10 @@ tensor([-0.5000,  0.5000])
 from __future__ import annotations
 
 from .optimizer import RuleOptimizer
-from .rule import ElementwiseRule, GroupRule, MatrixRule, Move
+from .rule import ElementwiseRule, GroupRule, MatrixRule, ModelRule, Move
 from .two_rules import MatrixOptimizer
 
-__all__ = ["Elementwise", "Group", "Matrix", "Move"]
+__all__ = ["Elementwise", "Group", "Matrix", "Model", "Move"]
 
 
 class Elementwise(RuleOptimizer, ElementwiseRule):
@@ -32,6 +32,10 @@ class Elementwise(RuleOptimizer, ElementwiseRule):
 
 class Group(RuleOptimizer, GroupRule):
     """An element-wise optimizer that needs sums over its parameter group; see :class:`.rule.GroupRule`."""
+
+
+class Model(RuleOptimizer, ModelRule):
+    """An optimizer of the whole model at once, which sees the loss; see :class:`.rule.ModelRule`."""
 
 
 class Matrix(MatrixOptimizer, MatrixRule):

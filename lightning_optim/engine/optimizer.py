@@ -7,6 +7,7 @@ checkpoints. :class:`~.two_rules.MatrixOptimizer` builds on it.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
@@ -24,9 +25,10 @@ from .batch import Batch, SharedStep, prepare, usable_gradient, write_step_count
 from .checkpoint import CheckpointError
 from .gradients import inspect_gradients
 from .hyperparameters import NUMBERS, count, satisfies
+from .losses import RunningStatistics, loss_of, mean_loss
 from .plain_values import plain_hyperparameters
 from .rounding import RESIDUAL, Rounding, is_narrow, load, residual_dtype
-from .rule import MatrixRule, Rule
+from .rule import MatrixRule, ModelRule, Rule
 from .state import expected_state, has_begun, has_owner, load_state, state_shapes
 from .step import Backend, run_rules
 
@@ -107,6 +109,8 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
         work_group: Those of them that share the work, such as the processes of a node; ``None`` for all.
         shard_group: Processes that hold parts of the parameters without saying which, as under FSDP1 and DeepSpeed.
             (``DTensor`` parameters, as under FSDP2, say so themselves.) Set, all have to make every step.
+        statistics: Running statistics of the model, of which a rule that takes a step back takes back what the forward
+            pass at the rejected parameters did; ``None`` if nothing is known of any.
     """
 
     _of_the_engine = True
@@ -148,6 +152,7 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
         self.process_group: ProcessGroup | None = None
         self.work_group: ProcessGroup | None = None
         self.shard_group: ProcessGroup | None = None
+        self.statistics: RunningStatistics | None = None
         #: The last step, if the host does not know yet whether it was made: a function that waits for the answer, and
         #: what the step did to step counts.
         self._unsettled: tuple[Callable[[], bool], list[SharedStep]] | None = None
@@ -174,6 +179,7 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
             "process_group": None,
             "work_group": None,
             "shard_group": None,
+            "statistics": None,
             "_unsettled": None,
             "_graphs": None,
             "_owners": self._owners,
@@ -355,11 +361,13 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
             What ``closure`` returned, or ``None``.
 
         Raises:
-            ValueError: A gradient is sparse or of another shape than its parameter, or a parameter group was changed
-                to something that it must not be; nothing has been updated then.
+            ValueError: A gradient is sparse or of another shape than its parameter, a parameter group was changed to
+                something that it must not be, or a rule needs the loss and gets none; nothing has been updated then.
             NonFiniteGradientsError: Too many steps in a row were skipped.
         """
         loss = None
+        if self.statistics is not None and self.statistics.kept is None:
+            self.statistics.keep()
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -369,7 +377,10 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
         work = [(group, params) for group in self.param_groups if (params := self._taking_part(group["params"]))]
         if not work:
             return loss
-        finite, steps = self._run(work) if self._graphs is None else self._graphs(work)
+        if isinstance(self, ModelRule):
+            finite, steps = self._run_over_model(work, loss)
+        else:
+            finite, steps = self._run(work) if self._graphs is None else self._graphs(work)
         if isinstance(finite, Tensor):
             self._unsettled = read_later(finite), steps
         else:
@@ -377,14 +388,31 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
             self._check_skips()
         return loss
 
+    def _run_over_model(
+        self, work: list[tuple[dict[str, Any], list[Tensor]]], result: Any
+    ) -> tuple[bool | Tensor, list[SharedStep]]:
+        """:meth:`_run` with the loss that the closure returned; running statistics follow the parameters."""
+        loss = loss_of(result, {group["maximize"] for group, _ in work}, type(self).__name__)
+        finite, steps = self._run(work, loss=loss)
+        if self.statistics is not None:
+            first = work[0][1][0]
+            if finite is not False and bool(self.state[first]["taken_back"]):
+                self.statistics.restore()
+            self.statistics.keep()
+        return finite, steps
+
     def _run(
-        self, work: list[tuple[dict[str, Any], list[Tensor]]], given: Iterator[dict[str, Any]] | None = None
+        self,
+        work: list[tuple[dict[str, Any], list[Tensor]]],
+        given: Iterator[dict[str, Any]] | None = None,
+        loss: float | None = None,
     ) -> tuple[bool | Tensor, list[SharedStep]]:
         """Update parameters and state, unless gradients are not finite.
 
         Args:
             work: Parameter groups and those of their parameters that have a gradient.
             given: dict[str, Any] to use instead of those that the rule computes, one set for each shared step.
+            loss: The loss of this rank, for a rule that needs it.
 
         Returns:
             Whether the step was made, which the host may not know yet, and what it did to step counts.
@@ -403,6 +431,12 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
             replicas = workers = ()  # Each rank makes the whole step by itself.
         # Replicas have equal gradients. But if those of one are broken, all have to skip: they wait for each other.
         involved = tuple(dict.fromkeys((*processes.mesh_groups(params), *parts, *replicas)))
+        if loss is not None:
+            loss = mean_loss(loss, involved, params[0].device, type(self).__name__)
+            if loss == math.inf:  # The last step was too long, if there was one; gradients there mean nothing.
+                if not any(has_begun(self.state.get(p)) for p in params):
+                    return False, []
+                grads = [torch.zeros_like(g) for g in grads]
         finite, grad_scales = inspect_gradients(grads, involved, not parts, self.backend)
         if not self.skip_nonfinite:
             finite = True
@@ -422,7 +456,7 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
             batches.append(batch)
             first = last
         verdict = finite if isinstance(finite, Tensor) else None
-        run_rules(batches, self.backend, verdict, self.observer, workers, parts)
+        run_rules(batches, self.backend, verdict, self.observer, workers, parts, loss)
         for batch in batches:
             batch.seal()
         return finite, [step for batch in batches for step in batch.steps]
@@ -591,6 +625,8 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
         self.__setstate__({"state": state, "param_groups": groups})
         self.consecutive_skips = 0
         self._owners = {}
+        if self.statistics is not None:
+            self.statistics.kept = None
         self._seen = [group.copy() for group in groups]  # Hyperparameters that go with the loaded state.
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)

@@ -16,21 +16,28 @@ from torch import Tensor
 from ..polar import orthogonalize
 from .arithmetic import regularize
 from .batch import Batch, Task
+from .elementwise import combine, over_one_model
 from .rounding import RESIDUAL, load, store_, stream_positions
 from .rule import LIKE_PARAMETER, GroupRule, MatrixRule, Move, ignore
 from .state import compute_dtype, from_blocks, state_shapes, to_blocks
 
 
-def run_reference(batches: Sequence[Batch], observer: Callable[[Tensor, str, Tensor], None] | None) -> None:
+def run_reference(
+    batches: Sequence[Batch],
+    observer: Callable[[Tensor, str, Tensor], None] | None,
+    loss: float | None = None,
+) -> None:
     """Update parameters and state in place.
 
     Args:
         batches: Rules and the parameters they run on, which this rank holds whole.
         observer: Called as ``observer(p, name, value)`` with what matrix rules report.
+        loss: The loss of the step, for a rule that needs it.
     """
+    for some in over_one_model([batch for batch in batches if issubclass(batch.rule, GroupRule)]):
+        _update_groups(some, loss)
     for batch in batches:
         if issubclass(batch.rule, GroupRule):
-            _update_group(batch.rule, batch)
             continue
         for task in batch.tasks:
             if issubclass(batch.rule, MatrixRule):
@@ -48,24 +55,23 @@ def _update(batch: Batch, task: Task, scalars: dict[str, Any]) -> None:
     _store(task, move.apply_(value, scalars["keep"]))
 
 
-def _update_group(rule: type[GroupRule], batch: Batch) -> None:
+def _update_groups(batches: Sequence[Batch], loss: float | None) -> None:
     """One step of a group rule for all of its parameters."""
+    rule: Any = batches[0].rule
+    tasks = [(batch, task) for batch in batches for task in batch.tasks]
     sums: list[Any] = []
-    for task in batch.tasks:
+    for batch, task in tasks:
         value = load(task.p, task.state.get(RESIDUAL), compute_dtype(task.p.dtype))
         g = regularize(_gradient(task), value, task.scalars["l2"])
         sums.append(rule.sums(g, _state(batch, task), SimpleNamespace(**task.scalars)))
-    device = batch.tasks[0].p.device
-    totals = tuple(torch.stack([x.to(device) for x in column]).sum(0) for column in zip(*sums))
-    # A parameter that gets its first gradient late joins the group's state instead of resetting it.
-    oldest = max(batch.tasks, key=lambda task: task.t)
-    group_state = SimpleNamespace(**{name: oldest.state[name].to(device) for name in rule.group_state})
-    new, coefficients = rule.combine(totals, group_state, SimpleNamespace(**oldest.scalars))
-    for task in batch.tasks:
+    device = tasks[0][1].p.device
+    totals = [torch.stack([x.to(device) for x in column]).sum(0) for column in zip(*sums)]
+    _, new, coefficients = combine(batches, totals, loss)
+    for batch, task in tasks:
         known = task.p.is_cpu
         own = {name: float(x) if known else x.to(task.p.device) for name, x in coefficients.items()}
         _update(batch, task, task.scalars | own)
-    for state in [*(task.state for task in batch.tasks), *batch.idle]:
+    for state in [*(task.state for _, task in tasks), *(state for batch in batches for state in batch.idle)]:
         for name, x in new.items():
             state[name].copy_(x)
 

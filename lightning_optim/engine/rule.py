@@ -7,12 +7,13 @@ checkpoints, devices and ranks: the engine handles those and may pass ``update``
 stack of several. *A rule returns a direction and a step; the engine moves the parameters*: it applies ``maximize``,
 weight decay, the sign of the step and rounding, once for all rules.
 
-There are three kinds, by what ``update`` needs:
+There are four kinds, by what ``update`` needs:
 
 - :class:`ElementwiseRule`: any slice of any tensor;
 - :class:`MatrixRule`: a stack ``(k, *shape)`` of equal-shape tensors. Where it needs a polar factor it yields a
   :class:`Polar`, so that the engine can orthogonalise the matrices of many stacks at once;
-- :class:`GroupRule`: every tensor, plus a few inner products summed over all tensors of the parameter group.
+- :class:`GroupRule`: every tensor, plus a few inner products summed over all tensors of the parameter group;
+- :class:`ModelRule`: the same over all parameter groups, and the loss.
 
 Arguments have the same names everywhere:
 
@@ -333,6 +334,16 @@ class GroupRule(Rule):
     def update(g: Tensor, s: Any, k: Any) -> Move:
         """Update the state in place and return how the parameters move."""
         raise NotImplementedError
+
+
+class ModelRule(GroupRule):
+    """A group rule over the whole model that sees the loss of each step and may take the last step back.
+
+    Its sums are taken over all parameter groups, which have one group state. ``combine`` also finds the loss in
+    ``k.loss``, a number that is not negative, or infinity where the loss was not finite: gradients are zero then. The
+    group state has an entry ``"taken_back"``, 1 after a step that took the last one back, and 0 otherwise: running
+    statistics of the model then go back, too.
+    """
 
 
 # --- the arguments of a rule ------------------------------------------------------------------------------------

@@ -123,15 +123,18 @@ def follow(rule: type[Rule], params: Sequence[Tensor], states: Sequence[State], 
         ValueError: A parameter was replaced by one of another shape, or of a precision too narrow for its state.
     """
     shapes = state_shapes(rule, params[0], group)
-    alike = next((name for name, shape in shapes.items() if shape is LIKE_PARAMETER), None)
-    if alike is None:
+    if not shapes:
         return
+    name = next((name for name, shape in shapes.items() if shape is LIKE_PARAMETER), next(iter(shapes)))
+    alike = shapes[name] is LIKE_PARAMETER
     for p, state in zip(map(real_view, params), states):
-        x, dtype = state[alike], compute_dtype(p.dtype)
-        if x.shape != p.shape and x.numel():  # State that another rank keeps is empty here.
+        x, dtype = state[name], compute_dtype(p.dtype)
+        expected = p.shape if alike else state_shapes(rule, p, group)[name]
+        if x.shape != expected and x.numel():  # State that another rank keeps is empty here.
+            what = f"of shape {tuple(x.shape)}" if alike else f"whose state {name!r} has the shape {tuple(x.shape)}"
             raise ValueError(
-                f"A parameter of shape {tuple(x.shape)} was replaced by one of shape {tuple(p.shape)}, which its state "
-                "does not fit: delete optimizer.state[parameter] to start over, or build a new optimizer."
+                f"A parameter {what} was replaced by one of shape {tuple(p.shape)}, which its state does not fit: "
+                "delete optimizer.state[parameter] to start over, or build a new optimizer."
             )
         if x.dtype != dtype or x.device != p.device:
             _convert(rule, p, state, group)

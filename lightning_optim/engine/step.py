@@ -40,6 +40,7 @@ def run_rules(
     observer: Callable[[Tensor, str, Tensor], None] | None = None,
     replicas: Sequence[ProcessGroup] = (),
     parts: Sequence[ProcessGroup] = (),
+    loss: float | None = None,
 ) -> None:
     """Update parameters and state in place.
 
@@ -50,15 +51,16 @@ def run_rules(
         observer: Called as ``observer(p, name, value)`` with what matrix rules report.
         replicas: Ranks that hold equal parameters and gradients and share orthogonalisation, if any do.
         parts: Ranks that hold other shards of the parameters, where these are not ``DTensor``.
+        loss: The loss of the step, for a rule that needs it.
     """
     if autocasting := _autocasting(batches):  # Manual optimization may make a step inside its context.
         with torch.autocast(autocasting, enabled=False):
-            return run_rules(batches, backend, finite, observer, replicas, parts)
+            return run_rules(batches, backend, finite, observer, replicas, parts, loss)
     if backend == "plain" and finite is None and not (replicas or parts or any(map(_sharded, batches))):
-        return run_reference(batches, observer)
+        return run_reference(batches, observer, loss)
     of_matrices = [batch for batch in batches if batch.rule.kind == "matrix"]
     if not of_matrices:
-        return run_elementwise(batches, backend, finite, parts)
+        return run_elementwise(batches, backend, finite, parts, loss)
     matrices = run_matrices(of_matrices, backend, finite, observer, replicas)
     next(matrices, None)  # While the first matrices are being sent, the other rules run.
     run_elementwise([batch for batch in batches if batch.rule.kind != "matrix"], backend, finite, parts)

@@ -10,15 +10,15 @@ from typing import Annotated, Any
 from .. import processes
 from .hyperparameters import anything
 from .optimizer import RuleOptimizer, listed
-from .rule import RULES, MatrixRule, Rule
+from .rule import RULES, MatrixRule, ModelRule, Rule
 
 #: Arguments that set hyperparameters of the fallback rule; ``None`` stands for the rule's own default.
 _FALLBACK_ARGUMENTS = ("lr", "betas", "eps", "weight_decay")
 
 
 def fallbacks() -> dict[str, type[Rule]]:
-    """Every rule that can be a fallback, by name: those that take a tensor of any shape."""
-    return {name: rule for name, rule in RULES.items() if not issubclass(rule, MatrixRule)}
+    """Every rule that can be a fallback, by name: those that take a tensor of any shape, and need not have all."""
+    return {name: rule for name, rule in RULES.items() if not issubclass(rule, (MatrixRule, ModelRule))}
 
 
 def fallback_hyperparameters(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:

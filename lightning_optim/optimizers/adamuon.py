@@ -19,8 +19,11 @@ class AdaMuon(Matrix, paper="arXiv 2507.11005", about="orthogonalised signs of m
 
     for an (m, n) matrix; convolutions are matrices (out, in * k * k). Every update has an RMS of :math:`0.2\,\eta`,
     about that of AdamW's, so that its learning rates carry over; there is no bias correction, as the norm cancels it.
-    This is the released code; **the paper's algorithm** is ``nesterov=False`` (its momentum is a sum of gradients,
-    :math:`M_t = \mu M_{t-1} + G_t`, which has the same sign). State: ``m`` and ``v``, of the parameter's shape.
+    Of matrices this is the released code; **the paper's algorithm** is ``nesterov=False`` (its momentum is a sum of
+    gradients, :math:`M_t = \mu M_{t-1} + G_t`, which has the same sign). Of a convolution kernel the released
+    code makes the norm :math:`0.2\sqrt{\text{shortest}\cdot\text{longest axis}}`, which is 13.9 times smaller for
+    64 x 64 x 3 x 3; here kernels have the RMS of all others. A kernel of three axes is orthogonalised there as a stack
+    of (in, k) matrices. State: ``m`` and ``v``, of the parameter's shape.
 
     Args:
         lr: Learning rate :math:`\eta`. As released; for GPT-2 the authors take 6e-4 and 1e-3.

@@ -20,7 +20,8 @@ class Muon(Matrix, paper="Jordan et al. 2024; arXiv 2502.16982", about="orthogon
     :math:`0.2\sqrt{\max(m, n)}` of its first two (``"moonlight"``, which gives updates the RMS of AdamW's, so that
     its learning rates carry over; `arXiv 2502.16982 <https://arxiv.org/abs/2502.16982>`_). Convolutions are
     matrices (out, in * k * k) and, as in the released code, take the original factor from the kernel's own axes,
-    which is 1 for square kernels. State: ``m``, of the parameter's shape.
+    which is 1 for square kernels. A kernel of three axes is a matrix (out, in * k), too; the released code
+    orthogonalises it as a stack of (in, k) matrices. State: ``m``, of the parameter's shape.
 
     Args:
         lr: Learning rate :math:`\eta` (default: Keller Jordan's; Moonlight's is 1e-3).

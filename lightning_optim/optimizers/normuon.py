@@ -28,8 +28,10 @@ class NorMuon(Matrix, paper="arXiv 2510.05491", about="orthogonalised momentum w
     it the RMS of AdamW's (``"rms"``). **The paper's algorithm** is ``nesterov=False, scale="rms"``. There is no bias
     correction, as :math:`s_t` cancels it.
 
-    Convolutions are matrices (out, in * k * k), with one :math:`v` per output channel (the released code has one for
-    each row of each kernel) and the original factor from the kernel's own axes, as in :class:`Muon`. State: ``m`` of
+    Convolutions are matrices (out, in * k * k), with one :math:`v` per output channel and the original factor from the
+    kernel's own axes, as in :class:`Muon`. The released code has one :math:`v` for each row of each k x k slice of a
+    kernel and keeps the norm of each slice, and orthogonalises kernels of three axes as stacks of (in, k) matrices.
+    State: ``m`` of
     the parameter's shape, ``v`` one number per row.
 
     Args:

@@ -16,6 +16,7 @@ from torchmetrics import MeanMetric
 import lightning_optim as lo
 from lightning_optim.callbacks import SpikeResponse, UpdateVariance
 from lightning_optim.engine.optimizer import RuleOptimizer
+from lightning_optim.engine.rule import ModelRule
 from lightning_optim.registry import OPTIMIZERS
 
 from .probed import fit, normal
@@ -88,7 +89,9 @@ def test_a_run_is_the_same_with_probes(optimizer: str) -> None:
     for x, y in zip(with_probes, without):
         assert torch.equal(x, y)
     assert len(callbacks[0].history["update_variance/conditional"]) == 6
-    assert len(callbacks[1].history["spike/probe_amplification/1e+09"]) == 5
+    if not issubclass(OPTIMIZERS[optimizer].cls if optimizer in OPTIMIZERS else object, ModelRule):
+        # A copy has no loss of its own, which decides here how long a step is.
+        assert len(callbacks[1].history["spike/probe_amplification/1e+09"]) == 5
 
 
 def test_a_run_is_the_same_with_probes_of_accumulation_and_clipping() -> None:

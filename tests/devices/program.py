@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from lightning_optim.engine.rule import RULES
+
 from ..optimizers.rows import CONFIGURATIONS, amplifies, build, label
 from .pretended import DEVICE, KINDS, PretendedDevice, register
 
@@ -29,12 +31,12 @@ def steps(optimizer: torch.optim.Optimizer, params: list[Tensor], of: range) -> 
         generator = torch.Generator().manual_seed(t)
         for p in params:
             p.grad = torch.randn(p.shape, generator=generator).to(p.device, p.dtype)
-        optimizer.step()
+        optimizer.step(lambda: torch.ones(()))  # A loss, for rules that need one.
 
 
 def fault(device: PretendedDevice, name: str, arguments: dict[str, Any]) -> str | None:
     """What goes wrong with one optimizer; ``None`` if nothing does."""
-    decomposes = name in ("SOAP", "DeVA") or arguments.get("orthogonalizer") == "exact"
+    on_host = not RULES[name].capturable or arguments.get("orthogonalizer") == "exact"
     dtype = ROUNDINGS[arguments.get("rounding", "nearest")]
     here, there = parameters("cpu", dtype), parameters(DEVICE, dtype)
     steps(build(name, here, **arguments), here, range(6))
@@ -43,7 +45,7 @@ def fault(device: PretendedDevice, name: str, arguments: dict[str, Any]) -> str 
     device.waits.clear()
     steps(optimizer, there, range(3, 4))
     device.waits.subtract({"_to_copy": len(there)})  # the gradients
-    if not decomposes and (waits := +device.waits):
+    if not on_host and (waits := +device.waits):
         return f"waits for the device: {dict(waits)}"
     resumed = build(name, there, **arguments)
     resumed.load_state_dict(tree_map_only(Tensor, Tensor.cpu, optimizer.state_dict()))

@@ -31,7 +31,7 @@ from lightning_optim.engine.optimizer import RuleOptimizer
 from lightning_optim.engine.rule import RULES
 from lightning_optim.engine.two_rules import MatrixOptimizer
 from lightning_optim.registry import OPTIMIZERS
-from tests.optimizers.rows import CONFIGURATIONS, OURS
+from tests.optimizers.rows import CONFIGURATIONS, OURS, assume_losses
 
 #: Shape, number of matrices, whether they are transposed. What shards awkwardly:
 SHAPES: dict[str, tuple[tuple[int, ...], int, bool]] = {
@@ -409,6 +409,25 @@ def refused() -> dict[str, str]:
     return messages
 
 
+def losses() -> dict[str, Any]:
+    """ELRA on processes whose losses differ, the third so large on average that a step is taken back."""
+    found = {}
+    for how, mesh, group in (("ddp", None, dist.group.WORLD), ("fsdp2", line(), None)):
+        for form in ("p2min", "c2min"):
+            parameters, others = start(torch.float64, mesh), start(torch.float64)
+            optimizer, alone = (build("ELRA", ps, lr=0.01, form=form) for ps in (parameters, others))
+            optimizer.process_group = group
+            for t, mean in enumerate((3.0, 2.0, 500.0, 1.5, 1.0), 10):
+                set_gradients(parameters, t, mesh)
+                set_gradients(others, t)
+                own = torch.tensor(mean * (1.9, 0.1)[dist.get_rank()])
+                optimizer.step(lambda: own)  # noqa: B023
+                alone.step(lambda: torch.tensor(mean))  # noqa: B023
+            retraces = float(optimizer.state[parameters["plain"]]["retraces"])
+            found[f"{how} {form}"] = compare(optimizer, parameters, alone, others), retraces
+    return found
+
+
 @cache
 def line() -> DeviceMesh:
     return init_device_mesh("cpu", (dist.get_world_size(),))
@@ -427,6 +446,7 @@ CASES: dict[int, dict[str, Callable[[], Any]]] = {
         "checkpoint": checkpoint,
         "whole state": whole_state,
         "lives of state": lives_of_state,
+        "losses": losses,
         "bytes": bytes_sent,
     },
     4: {
@@ -453,4 +473,5 @@ def main(out: Path, only: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    assume_losses(setattr)
     main(Path(sys.argv[1]), sys.argv[2:])

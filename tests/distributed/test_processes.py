@@ -130,6 +130,14 @@ def test_parameters_without_a_gradient_for_a_while(results: Results) -> None:
             assert found["difference"] <= 1e-13, name
 
 
+def test_ranks_decide_by_the_mean_of_their_losses(results: Results) -> None:
+    for result in results(2, "losses"):
+        for name, (difference, retraces) in result.items():
+            # Float64: losses are summed, and inner products in another order.
+            assert difference <= 1e-12, name
+            assert retraces == 1, name
+
+
 def test_distributed_checkpoint_takes_the_state(results: Results) -> None:
     for result in results(2, "checkpoint"):
         assert all(result.values()), result

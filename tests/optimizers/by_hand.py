@@ -14,6 +14,7 @@ from lightning_optim.engine.rule import (
     LIKE_PARAMETER,
     GroupRule,
     MatrixRule,
+    ModelRule,
     Move,
     Polar,
     Rule,
@@ -73,8 +74,9 @@ class Held:
         if issubclass(rule, MatrixRule):
             return rule.update(g, self.s, SimpleNamespace(**k), ignore)
         if issubclass(rule, GroupRule):
+            known = k | {"loss": 1.0} if issubclass(rule, ModelRule) else k
             group_state, coefficients = rule.combine(
-                rule.sums(g, self.s, SimpleNamespace(**k)), self.s, SimpleNamespace(**k)
+                rule.sums(g, self.s, SimpleNamespace(**k)), self.s, SimpleNamespace(**known)
             )
             vars(self.s).update(group_state)
             k = k | coefficients

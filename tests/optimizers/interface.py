@@ -20,7 +20,7 @@ import torch
 
 from lightning_optim.registry import OPTIMIZERS
 
-from .rows import CONFIGURATIONS, OURS, build, label, network, run
+from .rows import CONFIGURATIONS, OURS, assume_losses, build, label, network, run
 
 FILE = Path(__file__).with_name("interface.json")
 HOW = "If it is meant, run `python -m tests.optimizers.interface` and commit tests/optimizers/interface.json."
@@ -69,6 +69,7 @@ def interface(name: str) -> dict[str, Any]:
 
 
 def main() -> None:
+    assume_losses(setattr)
     FILE.write_text(json.dumps({name: interface(name) for name in sorted(OURS)}, indent=1) + "\n")
 
 

@@ -38,6 +38,9 @@ def test_edits_are_validated_and_can_be_taken_back(name: str, argument: str, val
     run(edited, params, range(1, 3))
     run(untouched, others, range(1, 4))
     group = edited.param_groups[-1]
+    if argument not in group:
+        assert argument not in OPTIMIZERS[name].defaults
+        return
     old = group[argument]
     group[argument] = value
     for p, g in zip(params, gradients(params, 3)):
@@ -160,7 +163,7 @@ def test_state_follows_a_parameter_that_is_cast(name: str, before: torch.dtype, 
     run(loaded, others, range(4, 7))
     assert all(torch.equal(p, q) for p, q in zip(params, others))
     matrix = params[1]
-    state = {x.dtype for x in optimizer.state[matrix].values() if x.shape == matrix.shape}
+    state = {x.dtype for x in optimizer.state[matrix].values() if x.ndim}
     assert state == {torch.float64 if after == torch.float64 else torch.float32}
 
 

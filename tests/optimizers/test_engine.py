@@ -476,9 +476,14 @@ def test_schedulers_drive_every_group(name: str, schedule: str) -> None:
     params = parameters()
     optimizer = build(name, params)
     if schedule == "OneCycleLR":
-        scheduler: Any = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=20)
+        scheduler: Any = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer,
+            max_lr=1e-2,
+            total_steps=20,
+            cycle_momentum=not {"betas", "momentum"}.isdisjoint(optimizer.defaults),
+        )
     elif schedule == "ReduceLROnPlateau":
-        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, eps=0)
     else:
         scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, T_0=20)
     seen = set()

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from lightning_optim.engine.hyperparameters import Field
 from lightning_optim.engine.rounding import ROUNDINGS
-from lightning_optim.engine.rule import RULES
+from lightning_optim.engine.rule import RULES, ModelRule
 from lightning_optim.registry import OPTIMIZERS
 
 from . import references
@@ -127,12 +127,13 @@ def plans(draw: Any, name: str, compiled: bool = False) -> Plan:
     else:
         dtypes = draw(st.sampled_from([[F64], [F32], [F32], [F32, F64], [BF16], [F32, BF16], [F16, BF16, F32, F64]]))
         rounding = draw(st.sampled_from([way for way in ROUNDINGS if way != "split" or F16 not in dtypes]))
+    of_model = issubclass(RULES[name], ModelRule)  # Its reference has all parameters, in one group.
     spec = st.tuples(
         st.sampled_from(SHAPES + VECTORS),
         st.sampled_from(dtypes),
         st.sampled_from(LAYOUTS),
         st.sampled_from([1.0, 1.0, 0.0, 1e-3, 1e3, 1e20]),
-        st.integers(0, 1),  # The group.
+        st.integers(0, 0 if of_model else 1),  # The group.
     )
     specs = draw(st.lists(spec, min_size=1, max_size=3))
     structure = {}
@@ -141,7 +142,7 @@ def plans(draw: Any, name: str, compiled: bool = False) -> Plan:
             st.sampled_from([{}, {}, {"blocks": 2}, {"transposed": True}, {"blocks": 2, "transposed": True}])
         )
     editable = {key: values(name, key) for key in declared if not decides_on_state(RULES[name], key)}
-    if not compiled:
+    if not compiled and not of_model:
         editable["maximize"] = st.booleans()
     breakable = bad_values(name)
 
@@ -159,7 +160,7 @@ def plans(draw: Any, name: str, compiled: bool = False) -> Plan:
             st.tuples(st.just("cast"), index, st.sampled_from(dtypes)),
             st.tuples(st.just("replace"), index),
             st.tuples(st.just("reshape"), index),
-            st.tuples(st.just("add"), spec),
+            st.none() if of_model else st.tuples(st.just("add"), spec),
             st.tuples(st.just("refuse"), st.sampled_from(["lr", "duplicate", "complex", "expanded", "twice"])),
         )
 
@@ -289,6 +290,11 @@ class Oracle:
                 news.append(self._per_parameter(reference.params, [olds[i].shape for i in some], group))
             if group.get("orthogonalizer") == "exact" and any(np.abs(g).max(initial=0) > 1e9 for g in grad):
                 self.unknown.add(key)  # What else is in the momentum is at the cutoff of singular values.
+            if amplifies(group["rule"], "cancellation"):
+                # Noise of the gradient does not show how well the state resolves what it takes from it.
+                scale = self.noise / math.sqrt(group["eps"])
+                if any(np.abs(g).max(initial=0) * scale > 1e-4 for g in grad):
+                    self.unknown.add(key)
             decay = 0.0 if group.get("decoupled", True) else group["weight_decay"]
             if decay and any(np.abs(g).max() + decay * np.abs(x).max() > 2.5e15 for g, x in zip(grad, old)):
                 self.unknown.add(key)  # The sum is bounded as gradients are.

@@ -31,7 +31,7 @@ from lightning_optim.callbacks import RNGState
 from lightning_optim.checkpoint_io import SafeCheckpointIO
 from lightning_optim.data.loading import BatchDataset, EpochSampler, ResumableLoader
 from lightning_optim.registry import OPTIMIZERS
-from tests.optimizers.rows import CONFIGURATIONS, OURS
+from tests.optimizers.rows import CONFIGURATIONS, OURS, assume_losses
 
 STOP, END = 3, 8
 DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "64": torch.float64}
@@ -287,4 +287,5 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
+    assume_losses(setattr)
     main(Path(sys.argv[1]))
