@@ -51,8 +51,9 @@ def orthogonalize(x: Tensor, method: str = "pe6", dtype: torch.dtype | None = No
     iteration = find(method)
     if x.numel() == 0:
         return x.clone()
-    stack = x.reshape(-1, *x.shape[-2:])
-    factors = [_iterate(part, iteration, dtype or iteration_dtype(x)) for part in stack.split(_stack_size(stack))]
+    stack, size = x.reshape(-1, *x.shape[-2:]), _stack_size(x)
+    parts = stack.split(size) if len(stack) > size else (stack,)
+    factors = [_iterate(part, iteration, dtype or iteration_dtype(x)) for part in parts]
     return (factors[0] if len(factors) == 1 else torch.cat(factors)).to(x.dtype).view(x.shape)
 
 
