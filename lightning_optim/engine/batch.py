@@ -1,4 +1,4 @@
-"""The parameters of a group that a step updates: prepared once, and used until something about them changes."""
+"""The parameters of a group that a step updates: prepared once, and used until something changes."""
 
 from __future__ import annotations
 

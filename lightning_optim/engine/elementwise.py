@@ -1,14 +1,14 @@
 """Element-wise and group rules: which elements run together, and the loop over them.
 
-An element-wise rule gives the same result on any vector of elements, so small parameters are joined and large ones
+An element-wise rule gives the same result on any vector of elements, so small parameters are joined and large ones are
 split:
 
 - ``plain``: each parameter by itself, as it is: the reference.
 - ``chunked``: small tensors are joined to vectors, large ones split into views that fit in cache with temporaries.
 - ``compiled``: small tensors are joined, large ones stay whole, since a compiled kernel has no temporaries.
 
-:func:`chunks_of` yields one :class:`Chunk` at a time and writes back what had to be copied before it makes the next, so
-that copies never exceed one chunk.
+:func:`chunks_of` yields one :class:`Chunk` at a time. What had to be copied for it is written back before the next
+one is made, so that copies never exceed one chunk.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The format of an optimizer's state dict: its number, and how older ones are brought up to date.
 
 The number stands behind the name of the rule in each parameter group, ``"rule": "NAMO (format 2)"``. A key of its own
-would be easier to find, but nowhere does one survive:
+would be easier to find, but there is no place where one survives:
 
 - at the top of the state dict, ``get_optimizer_state_dict``, FSDP and DeepSpeed drop it: they keep ``"state"`` and
   ``"param_groups"`` only;

@@ -1,4 +1,4 @@
-"""Checks of the gradients before a step: whether they are finite, and whether their squares are."""
+"""Checks of the gradients before a step: are they finite, and are their squares?"""
 
 from __future__ import annotations
 

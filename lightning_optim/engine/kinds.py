@@ -1,4 +1,4 @@
-"""What an algorithm's class derives from: a kind of rule, and the optimizer that runs it.
+"""The base classes of algorithms: each is a kind of rule and the optimizer that runs it.
 
 >>> import torch
 >>> class Signs(Elementwise, about="a step of fixed length, with momentum"):

@@ -3,7 +3,7 @@
 Parameters of one group whose matrices have the same shape run as one stack ``(k, m, n)`` if they are so small that
 copying them costs less than running them one after the other; larger ones run alone, on views. An update that needs a
 polar factor yields the matrices instead of computing it, so that :func:`run_stacks` can collect the requests of all
-stacks and orthogonalise all matrices of one shape, transposed or not, in one call.
+stacks and orthogonalise all matrices of one shape, transposed or not, by one call.
 """
 
 from __future__ import annotations

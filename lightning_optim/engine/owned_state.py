@@ -1,9 +1,9 @@
 """State that one rank keeps for all.
 
 Where ranks hold shards of a parameter whose rule works on whole tensors, one of them, the parameter's owner, runs the
-rule and keeps all of its state. The other ranks have tensors without elements in its place, because torch's functions
-for checkpoints ask every rank for its names. In checkpoints this state is sharded as the parameter is, so that a run
-can go on from them with any number of ranks.
+rule and keeps all of its state. The other ranks have empty tensors in its place, because torch's checkpoint functions
+ask every rank for its names. In checkpoints this state is sharded as the parameter is, so that a run
+can be resumed with any number of ranks.
 """
 
 from __future__ import annotations

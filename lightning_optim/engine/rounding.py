@@ -1,4 +1,4 @@
-"""How float32 results are stored in parameters of bfloat16 and float16.
+"""How float32 results are stored in bfloat16 and float16 parameters.
 
 A rule computes in float32. :func:`load` returns the float32 value of a parameter, :func:`store_` rounds one and writes
 it back. The rounding follows from the arguments: the dtype of the *residual*, a state tensor of the parameter's shape

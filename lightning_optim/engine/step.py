@@ -1,4 +1,4 @@
-"""How rules are run: first the engine decides which tensors run together, then it runs each rule on them.
+"""How rules are run: the engine decides which tensors run together, then runs each rule on them.
 
 :func:`run_rules` is the only entry point. It takes parameters whose gradients have been checked, and updates parameters
 and state in place. Rules stay free of everything that depends on how they are run:

@@ -24,8 +24,8 @@ def fallbacks() -> dict[str, type[Rule]]:
 def fallback_hyperparameters(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """All hyperparameters of a fallback rule.
 
-    Decoupled weight decay means the same for both rules, so one that is given for matrices holds for the fallback, too.
-    A learning rate does not.
+    Decoupled weight decay means the same in both rules, so a value that is given for matrices also holds for the
+    fallback. Learning rates are not shared.
 
     Args:
         name: The rule.
@@ -55,14 +55,14 @@ def fallback_hyperparameters(name: str, arguments: Mapping[str, Any]) -> dict[st
 
 
 class MatrixOptimizer(RuleOptimizer):
-    """Base of optimizers that hold a matrix rule, and a fallback rule for everything that is not a hidden matrix.
+    """Base of optimizers with a matrix rule, and a fallback rule for everything that is not a hidden matrix.
 
-    Parameter groups say which rule they are for by ``"role"``: ``"matrix"`` or ``"fallback"``. Matrix groups may
+    The ``"role"`` of a parameter group, ``"matrix"`` or ``"fallback"``, says which rule runs on it. Matrix groups may
     also carry ``"blocks"`` (the first axis of each parameter stacks that many equal matrices; default 1) and
     ``"transposed"`` (parameters are stored (in, out, ...), as in transposed convolutions; default ``False``).
-    :func:`lightning_optim.build_optimizer` writes such groups from the types and roles of the modules. Parameters
-    that come without a role are split by their number of axes, which sends embeddings and output heads to the
-    matrix rule; a warning says so.
+    :func:`lightning_optim.build_optimizer` makes such groups from the types and roles of the modules. Parameters
+    without a role are split by their number of axes, which sends embeddings and output heads to the matrix rule;
+    a warning says so.
     """
 
     _of_the_engine = True
@@ -112,8 +112,8 @@ class MatrixOptimizer(RuleOptimizer):
             raise ValueError(
                 f"{type(self).__name__} has a learning rate for matrices and another for the rest, so a group that is "
                 f"added with lr={param_group['lr']!r} needs a role: add_param_group({{'params': [(name, parameter), "
-                "...], 'role': 'matrix', ...}) and another one for the rest, with 'role': 'fallback'. Optimizers that "
-                "lightning_optim.build_optimizer has made find out the roles themselves."
+                "...], 'role': 'matrix', ...}) and another one for the rest, with 'role': 'fallback'. Optimizers "
+                "from lightning_optim.build_optimizer find the roles themselves."
             )
         tensors = [p[1] if isinstance(p, tuple) else p for p in params]
         is_matrix = [p.ndim >= 2 and not p.is_complex() for p in tensors]

@@ -1,7 +1,7 @@
 """Parameters on many ranks: who holds which shard, and how tensors get from one rank to another.
 
 The only package that knows ``torch.distributed``, ``DTensor`` and the process groups of strategies. Optimizers and
-diagnostics work on local shards, which are plain tensors that can be updated in place.
+diagnostics work on local shards, which are plain tensors and can be updated in place.
 
 :mod:`.groups`, :mod:`.sharding`, :mod:`.collectives`, :mod:`.owners` and :mod:`.joining` know nothing of Lightning, and
 this package exports what is in them. :mod:`.strategies` says what Lightning's strategies do, :mod:`.shard_files` reads

@@ -16,10 +16,10 @@ _wrappers: WeakKeyDictionary[Optimizer, list[ref[DistributedDataParallel]]] = We
 def is_joining(optimizer: Optimizer) -> bool:
     """Whether a ``Join`` context is, or was, active for a DDP module that holds parameters of an optimizer.
 
-    A rank without a batch left makes no step there. It answers the collectives of DDP but none of an optimizer, so that
-    these would wait for it forever. Neither ``Join`` nor DDP tells the parameters of this: the module is searched among
-    all objects, once, at the first step. torch does not note the end of a context; by then the state of the optimizer
-    differs between ranks, so that work should not be shared anyway.
+    A rank that has run out of batches makes no more steps. It takes part in DDP's collectives but not in those of an
+    optimizer, which would wait for it forever. Nothing links a parameter to its DDP module, so the module is searched
+    among all objects, once, at the first step. torch does not record the end of a context; by then the state of the
+    optimizer differs between ranks, so that work should not be shared anyway.
     """
     if optimizer not in _wrappers:
         ours = {id(p) for group in optimizer.param_groups for p in group["params"]}
