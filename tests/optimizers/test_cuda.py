@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -66,19 +67,12 @@ def gpu() -> Iterator[FakeTensorMode]:
         yield FakeTensorMode(allow_non_fake_inputs=True)
 
 
-class Known(list):
-    """A vector that the host can read."""
-
-    def tolist(self) -> list[float]:
-        return list(self)
-
-
 @contextmanager
 def at_step(t: int) -> Iterator[None]:
     """What the host knows of step counts, which have no content here either."""
 
-    def read(states: list[Any], names: tuple[str, ...]) -> dict[str, Known]:
-        return {name: Known([t - 1.0 if name == "step" else 0.5] * len(states)) for name in names}
+    def read(states: list[Any], names: tuple[str, ...]) -> dict[str, np.ndarray]:
+        return {name: np.array([t - 1 if name == "step" else 0.5] * len(states)) for name in names}
 
     with mock.patch("lightning_optim.engine.batch.counters_of", read):
         yield
@@ -87,7 +81,7 @@ def at_step(t: int) -> Iterator[None]:
 def follow(gpu: FakeTensorMode, params: list[Tensor], optimizer: RuleOptimizer) -> Transfers:
     """What is transferred in steps after the first."""
     for t in STEPS:
-        optimizer._groups.clear()  # Prepared groups keep the counts that they began with.
+        optimizer._batches.clear()  # They keep the counts that they began with.
         with gpu, at_step(t):
             for p in params:
                 p.grad = torch.randn_like(p)

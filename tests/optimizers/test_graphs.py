@@ -166,7 +166,7 @@ def test_replayed_steps_compute_nothing_per_parameter(recorder: Recorder, monkey
     for t in range(1, 15):
         put(params, some_gradients(params, t))
         if t > 2:
-            monkeypatch.setattr(optimizer, "_prepared", None)
+            monkeypatch.setattr(optimizer, "_run", None)
         optimizer.step()
     assert (recorder.recorded, recorder.replayed) == (1, 12)
 
