@@ -319,12 +319,17 @@ def report_factors(
             _report_parts(report, stack, "orthogonal_factor", factor)
 
 
+def _polar(x: Tensor, method: str) -> Tensor:
+    # A single matrix is faster without the stack's axis.
+    return orthogonalize(x[0], method)[None] if x.shape[0] == 1 else orthogonalize(x, method)
+
+
 def orthogonalized(requests: Sequence[Polar]) -> list[Tensor]:
     """The polar factors of requests: one call for all small matrices of one method and shape."""
     factors: list[Any] = [None] * len(requests)
     together: dict[Any, list[int]] = {}
     if len(requests) == 1:
-        return [orthogonalize(requests[0].matrices, requests[0].method)]
+        return [_polar(requests[0].matrices, requests[0].method)]
     for i, (x, method, _) in enumerate(requests):
         rows, columns = x.shape[-2:]
         limit = TOGETHER.get(x.device.type, TOGETHER["cuda"])
@@ -333,11 +338,11 @@ def orthogonalized(requests: Sequence[Polar]) -> list[Tensor]:
     for indices in together.values():
         x, method, _ = requests[indices[0]]
         if len(indices) == 1:
-            factors[indices[0]] = orthogonalize(x, method)
+            factors[indices[0]] = _polar(x, method)
             continue
         xs = [requests[i].matrices for i in indices]
         shape = x.shape[-2:]
-        result = orthogonalize(_concatenated([x if x.shape[-2:] == shape else x.mT for x in xs]), method)
+        result = _polar(_concatenated([x if x.shape[-2:] == shape else x.mT for x in xs]), method)
         for i, x, part in zip(indices, xs, result.split([len(x) for x in xs])):
             factors[i] = part if x.shape[-2:] == shape else part.mT
     return factors
