@@ -398,6 +398,7 @@ SUITES = {
     "tests/optimizers/test_rules.py": KINDS,
     "tests/optimizers/test_rounding.py": KINDS,
     "tests/optimizers/test_bad_input.py": KINDS,
+    "tests/optimizers/test_prepared.py": KINDS,
     "tests/optimizers/test_by_rows.py": ["Turn"],
     "tests/optimizers/test_hybrid.py": ["Turn", "Wobble", "Choir"],  # the last two as fallbacks
     "tests/optimizers/test_execution.py": KINDS,
