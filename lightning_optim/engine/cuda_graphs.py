@@ -15,7 +15,7 @@ from .. import processes
 from .batch import SharedStep
 from .hyperparameters import is_number
 from .optimizer import RuleOptimizer
-from .rule import ModelRule
+from .rule import ModelRule, hyperparameters_of, lasting_numbers
 
 #: Numbers that a graph depends on, like switches: rules skip operations that have no effect with them.
 _PLAIN = (0.0, 1.0, inf)
@@ -116,10 +116,9 @@ class StepGraphs:
         if optimizer.observer is not None:
             return optimizer._run(work)
         steps = recording.steps
-        for batch in optimizer._batches.values():
-            hyperparameters = batch.hyperparameters()
-            for step in batch.steps:
-                step.begin(*hyperparameters)
+        for step in steps:
+            h = hyperparameters_of(step.rule, step.group)
+            step.begin(h, lasting_numbers(step.rule, h))
         numbers = [_varying(step.scalars) for step in steps]
         forms = tuple(_form(step.scalars) for step in steps)
         host = torch.tensor([x for each in numbers for x in each.values()], dtype=torch.float64, device="cpu")
