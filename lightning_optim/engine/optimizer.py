@@ -39,8 +39,6 @@ Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple
 
 #: Precisions of gradients that are used as they are.
 _DIRECT = (torch.float32, torch.bfloat16, torch.float16)
-#: Marks a group as seen that holds values which may be edited in place, and so is looked at in every step.
-_EDITED_IN_PLACE = "edited in place"
 #: Arguments that hold for all parameters, not for a group of them.
 _OPTIONS = {"skip_nonfinite", "max_consecutive_skips", "backend", "rounding"}
 
@@ -306,15 +304,7 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
             if seen.get("params") is not group["params"]:
                 seen = {}  # Another group than the last time.
             bounds = self.rule(group).constraints
-            changed = [
-                name
-                for name in bounds
-                if (x := group.get(name)) is not seen.get(name) or isinstance(x, (Tensor, list))  # edited in place?
-            ]
-            if not changed and seen:
-                self._seen[i] = group.copy()
-                continue
-            for name in changed:
+            for name in bounds:
                 if name in seen and name not in group:
                     raise ValueError(
                         f"{type(self).__name__}: parameter group {i} has lost {name}={seen[name]!r}; put it back."
@@ -329,9 +319,15 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
                     if seen:
                         self._check_state(group, seen, changed)
                     self._batches.clear()
-                self._seen[i] = group.copy()
-            if any(isinstance(group.get(name), (Tensor, list)) for name in bounds):
-                self._seen[i][_EDITED_IN_PLACE] = True
+            self._seen[i] = self._as_seen(group)
+
+    def _as_seen(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """A copy of a group. Values that may be edited in place are other objects in it, and so are compared again."""
+        seen = dict(group)
+        for name in self.rule(group).constraints:
+            if isinstance(x := seen.get(name), (Tensor, list)):
+                seen[name] = x.detach() if isinstance(x, Tensor) else list(x)
+        return seen
 
     def _check_state(self, group: Mapping[str, Any], before: Mapping[str, Any], changed: list[str]) -> None:
         """Refuse hyperparameters that need other state than there is."""
@@ -411,7 +407,7 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
 
         Args:
             work: Parameter groups and those of their parameters that have a gradient.
-            given: dict[str, Any] to use instead of those that the rule computes, one set for each shared step.
+            given: Scalars to use instead of those that the rule computes, one set for each shared step.
             loss: The loss of this rank, for a rule that needs it.
 
         Returns:
@@ -627,7 +623,7 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
         self._owners = {}
         if self.statistics is not None:
             self.statistics.kept = None
-        self._seen = [group.copy() for group in groups]  # Hyperparameters that go with the loaded state.
+        self._seen = [self._as_seen(group) for group in groups]  # Hyperparameters that go with the loaded state.
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 

@@ -51,6 +51,27 @@ def test_edits_are_validated_and_can_be_taken_back(name: str, argument: str, val
     assert all(torch.equal(p, q) for p, q in zip(params, others))
 
 
+@pytest.mark.parametrize("loaded", [False, True])
+@pytest.mark.parametrize("argument", ["lr", "betas"])
+def test_edits_in_place_are_validated(argument: str, loaded: bool) -> None:
+    params = parameters()
+    optimizer = lo.MVNGrad(params)
+    group = optimizer.param_groups[0]
+    group |= {"lr": torch.tensor(1e-3), "betas": [0.9, 0.99]}
+    run(optimizer, params, range(1, 3))
+    if loaded:
+        optimizer.load_state_dict(optimizer.state_dict())
+        group = optimizer.param_groups[0]
+    values = group["lr"].unsqueeze(0) if argument == "lr" else group["betas"]
+    before = float(values[0])
+    values[0] = -1.0
+    for p, g in zip(params, gradients(params, 3)):
+        p.grad = g
+    assert_refused(optimizer, params, argument)
+    values[0] = before
+    optimizer.step()
+
+
 @pytest.mark.parametrize("betas", [(0.9,), (0.9, 0.9, 0.9), 0.9, "ab", (0.9, 1.0)])
 def test_betas_are_two_numbers(betas: Any) -> None:
     with pytest.raises(ValueError, match="betas must be two numbers"):
