@@ -16,7 +16,7 @@ import yaml
 from lightning.pytorch.demos.boring_classes import BoringModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-from tensorboard.plugins.hparams import metadata
+from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 
 from lightning_optim.cli import main
 from lightning_optim.cli.invocation import Invocation
@@ -209,7 +209,7 @@ def test_hparams_say_which_run_was_best() -> None:
     # One after each of the three validations, and one at the end.
     assert len(of["outcome/steps_per_second"]) == 4
     assert all(value > 0 for value in of["outcome/steps_per_second"] + of["outcome/train_loss"])
-    assert found[metadata.SESSION_END_INFO_TAG].status == 2, "a success"
+    assert found[metadata.SESSION_END_INFO_TAG].status == api_pb2.STATUS_SUCCESS
     for tag in ["train/loss", "val/accuracy", "lr-NAMO/matrix", *metrics]:
         words = scalars.SummaryMetadata(tag).summary_description
         assert words.endswith("."), tag
@@ -273,8 +273,6 @@ def test_a_run_that_fails_says_so(tmp_path: Path) -> None:
 
 
 def hparams_failure() -> Any:
-    from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
-
     return plugin_data_pb2.SessionEndInfo(status=api_pb2.STATUS_FAILURE)
 
 
