@@ -3,6 +3,7 @@
 :func:`run_rules` is the only entry point. It takes parameters whose gradients have been checked, and updates parameters
 and state in place. Rules stay free of everything that depends on how they are run:
 
+- :mod:`.batch`: the parameters of a group that take part, prepared once and used for many steps;
 - :mod:`.state`: state tensors, and the matrices inside parameters;
 - :mod:`.rounding`: how results are rounded into low-precision parameters;
 - :mod:`.reference`: the reference, one parameter at a time;
