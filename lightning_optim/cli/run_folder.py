@@ -115,10 +115,18 @@ def _make_folder(parent: str, name: str) -> str:
 
 # --- the page HPARAMS of TensorBoard ----------------------------------------------------------------------------------
 
-#: Settings whose columns come first. TensorBoard sorts columns by name, so schedules are called as they are here.
+#: Settings with columns of other names. TensorBoard sorts columns by name, and shows the first five unless told
+#: otherwise: these, after "optimizer", since a space comes before a slash.
+_COLUMNS = {
+    "optimizer/lr": "optimizer lr",
+    "optimizer/fallback_lr": "optimizer lr of fallback",
+    "lr_scheduler": "optimizer schedule",
+    "optimizer/weight_decay": "optimizer weight decay",
+}
+#: Columns that come first.
 _FIRST = (
-    "optimizer", "optimizer/fallback", "optimizer/fallback_lr", "optimizer/fallback_weight_decay", "optimizer/lr",
-    "optimizer/weight_decay", "schedule", "seed", "validation_metric",
+    "optimizer", *_COLUMNS.values(), "optimizer/fallback", "optimizer/fallback_weight_decay", "seed",
+    "validation_metric",
 )  # fmt: skip
 
 #: How a run went: scalars by tag, with the words for them.
@@ -137,7 +145,7 @@ def session_start(settings: Mapping[str, Any]) -> list[Any]:
     """
     from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
 
-    named = {_column(name): value for name, value in settings.items()}
+    named = {_COLUMNS.get(name, name): value for name, value in settings.items()}
     start = plugin_data_pb2.SessionStartInfo()
     experiment = api_pb2.Experiment()
     for name in dict.fromkeys([*_FIRST, *named]):
@@ -149,7 +157,7 @@ def session_start(settings: Mapping[str, Any]) -> list[Any]:
             start.hparams[name].number_value, kind = value, api_pb2.DATA_TYPE_FLOAT64
         elif value is not None:
             start.hparams[name].string_value = str(value)
-        elif name.endswith(("lr", "decay", "seed")):
+        elif any(word in name for word in ("lr", "decay", "seed")):
             kind = api_pb2.DATA_TYPE_FLOAT64
         # Columns that are said to differ stand before all others.
         experiment.hparam_infos.add(name=name, type=kind, differs=name in _FIRST)
@@ -164,10 +172,6 @@ def session_end(succeeded: bool) -> Any:
 
     status = api_pb2.STATUS_SUCCESS if succeeded else api_pb2.STATUS_FAILURE
     return _summary(session_end_info=plugin_data_pb2.SessionEndInfo(status=status))
-
-
-def _column(name: str) -> str:
-    return name.replace("lr_scheduler", "schedule", 1) if name.startswith("lr_scheduler") else name
 
 
 def _summary(**content: Any) -> Any:
