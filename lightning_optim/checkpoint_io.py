@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import platform
 import re
 import shutil
+import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -52,18 +54,25 @@ class SafeCheckpointIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Write a checkpoint. Other places than local files are left to Lightning."""
+        """Write a checkpoint. Other places than local files are left to Lightning.
+
+        Raises:
+            OSError: It cannot be written, as when the disk is full. Nothing of it is left then, and a checkpoint that
+                it was to replace is still there.
+        """
         if storage_options is not None or "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = _place_beside(path)
-        with part.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+        with _writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = _place_beside(path)
+            with _removed_on_error(part):
+                with part.open("wb") as file:
+                    torch.save(checkpoint, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                part.replace(path)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
@@ -187,15 +196,17 @@ def _save(
         save(checkpoint, filepath, storage_options)
         return
     path, part = Path(filepath), Path()
-    if strategy.is_global_zero:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = _place_beside(path)
-    path, part = strategy.broadcast((path, part))
-    save(checkpoint, part, storage_options)
-    strategy.barrier()
-    if strategy.is_global_zero:
-        _replace_folder(part, path)
-    strategy.barrier()
+    with _writing(path):
+        if strategy.is_global_zero:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = _place_beside(path)
+        path, part = strategy.broadcast((path, part))
+        with _removed_on_error(part):
+            save(checkpoint, part, storage_options)
+            strategy.barrier()
+            if strategy.is_global_zero:
+                _replace_folder(part, path)
+        strategy.barrier()
 
 
 def _replace_folder(part: Path, path: Path) -> None:
@@ -219,6 +230,51 @@ def _remove(path: Path) -> None:
 # --- what is being written ----------------------------------------------------------------------------------------
 
 _DAY = 24 * 3600
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Names the checkpoint, the cause and the remedy where the file system refuses to write a checkpoint."""
+    handled = sys.exc_info()[1]  # for which a checkpoint may be written, as of a run that an error ends
+    try:
+        yield
+    except BaseException as error:  # torch's error of several ranks is not an Exception
+        cause = None if isinstance(error, (KeyboardInterrupt, SystemExit)) else _os_error(error, handled)
+        if cause is None:
+            raise
+        if cause.errno in _FULL:
+            remedy = "Free some space, or keep fewer checkpoints (save_top_k of ModelCheckpoint)."
+        else:
+            remedy = "Choose another folder: default_root_dir of the Trainer, or dirpath of ModelCheckpoint."
+        reason = cause.strerror or str(cause)
+        raise type(cause)(
+            cause.errno, f"The checkpoint {path} was not written, and nothing of it is left: {reason}. {remedy}"
+        ) from error
+
+
+def _os_error(error: BaseException | None, handled: BaseException | None) -> OSError | None:
+    """What the file system said, which torch reports as an error of its own."""
+    while error is not None and error is not handled:
+        if isinstance(error, OSError):
+            return error
+        # Those of all ranks, where a folder of shards was written.
+        for failure in getattr(error, "failures", {}).values():
+            of_a_rank = failure[0] if isinstance(failure, tuple) else failure
+            if isinstance(of_a_rank, BaseException) and (found := _os_error(of_a_rank, handled)):
+                return found
+        error = error.__cause__ or error.__context__
+    return None
+
+
+@contextmanager
+def _removed_on_error(part: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:  # Ctrl-C, too
+        with suppress(OSError):
+            _remove(part)
+        raise
 
 
 def _place_beside(path: Path) -> Path:

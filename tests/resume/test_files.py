@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import pickle
 import platform
 import shutil
 import subprocess
 import sys
+import traceback
 import warnings
 import zipfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -23,6 +27,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch.distributed.checkpoint.api import CheckpointException
 
 from lightning_optim import checkpoint_io
 from lightning_optim.checkpoint_io import (
@@ -32,6 +37,11 @@ from lightning_optim.checkpoint_io import (
     read_checkpoint,
 )
 from lightning_optim.cli import OptimCLI, find_checkpoint, main
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 QUIET: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
 
@@ -90,6 +100,89 @@ def test_a_file_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.Monke
     written(path, checkpoint() | {"epoch": 4})
     assert read_checkpoint(path)["epoch"] == 4
     assert os.listdir(tmp_path) == ["last.ckpt"]
+
+
+# --- a disk that is full ----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """The system refuses to write more than so many bytes to a file, as it does where the disk is full."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.skipif(resource is None, reason="the system has no such limit")
+@pytest.mark.parametrize("elements", [262_000, 300_000, 3_000_000])  # Refused at the end, in the middle, at the start.
+def test_a_full_disk_leaves_the_file_before_and_nothing_else(elements: int, tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    before = written(path)
+    with largest_file(2**20), pytest.raises(OSError, match=r"last\.ckpt was not written.* Free some space") as raised:
+        SafeCheckpointIO().save_checkpoint({"state_dict": {"a": torch.ones(elements), "b": torch.ones(9)}}, path)
+    assert raised.value.errno == errno.EFBIG
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["last.ckpt"]
+
+
+def full() -> OSError:
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def of_torch() -> Exception:
+    error = RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos")
+    error.__context__ = full()
+    return error
+
+
+REFUSALS: dict[str, tuple[Callable[[], BaseException], type[BaseException], str]] = {
+    "full": (full, OSError, "No space left on device. Free some space"),
+    "full, as torch says it": (of_torch, OSError, "No space left on device. Free some space"),
+    "full on another rank": (
+        lambda: CheckpointException("write", {1: (full(), traceback.StackSummary())}),
+        OSError,
+        "No space left on device. Free some space",
+    ),
+    "share used up": (lambda: OSError(errno.EDQUOT, "Quota"), OSError, "Quota. Free some space"),
+    "read-only": (lambda: OSError(errno.EROFS, "Read-only"), OSError, "Read-only. Choose another folder"),
+    "forbidden": (lambda: PermissionError(errno.EACCES, "Denied"), PermissionError, "Denied. Choose another folder"),
+    "a mistake in code": (lambda: TypeError("cannot pickle"), TypeError, "cannot pickle"),
+    "Ctrl-C": (KeyboardInterrupt, KeyboardInterrupt, ""),
+}
+
+
+@pytest.mark.parametrize("why", REFUSALS)
+@pytest.mark.parametrize("there", [True, False])
+def test_a_folder_that_cannot_be_written_leaves_the_one_before_and_nothing_else(
+    why: str, there: bool, tmp_path: Path
+) -> None:
+    raised, kind, message = REFUSALS[why]
+    path = tmp_path / "last.ckpt"
+    if there:
+        whole_folder(path, 3)
+
+    def save(checkpoint: dict[str, Any], part: Path, options: Any) -> None:
+        whole_folder(part, 4)
+        raise raised()
+
+    strategy: Any = SimpleNamespace(is_global_zero=True, broadcast=lambda x: x, barrier=lambda: None)
+    with pytest.raises(kind, match=message):
+        checkpoint_io._save(strategy, save, {}, path, None, folder=True)
+    assert os.listdir(tmp_path) == ["last.ckpt"] * there
+    assert not there or look_at_checkpoint(path)["epoch"] == 3
+
+
+def test_the_error_for_which_a_checkpoint_is_written_is_not_its_own(tmp_path: Path) -> None:
+    """A run that a missing file ends may write a checkpoint, and that may fail for another reason."""
+    try:
+        raise FileNotFoundError(errno.ENOENT, "no data")
+    except FileNotFoundError:
+        with pytest.raises((AttributeError, TypeError, pickle.PicklingError)):
+            SafeCheckpointIO().save_checkpoint({"f": lambda: 0}, tmp_path / "last.ckpt")
+    assert os.listdir(tmp_path) == []
 
 
 @settings(max_examples=150, deadline=None)
