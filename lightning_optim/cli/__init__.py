@@ -3,7 +3,8 @@
 ``entry`` finds the command and ``invocation`` completes its arguments. ``train`` holds the commands of LightningCLI
 with this library's models and data, and ``commands`` the others, one file each. ``optim_cli`` is LightningCLI with
 optimizers that are built late, ``parser`` reads its arguments, ``presets`` finds configuration files, ``checkpoints``
-finds checkpoints, ``record`` saves the settings of a run, and ``errors`` says what is wrong with an argument.
+finds checkpoints, ``trust`` says what they may name, ``record`` saves the settings of a run, ``errors`` says what is
+wrong with an argument, ``outputs`` what cannot be written, and ``tracebacks`` shows mistakes in the user's code.
 
 Names are imported when they are used: Lightning takes seconds to import, and most commands do not need it.
 """

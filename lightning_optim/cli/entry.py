@@ -15,6 +15,7 @@ from typing import Protocol, cast
 from . import commands
 from .errors import Parser, UsageError, exit_with, nearest
 from .invocation import TRAINER_COMMANDS, Invocation, help_for_optimizer
+from .tracebacks import show_users_code
 
 
 class Command(Protocol):
@@ -50,6 +51,8 @@ def main(args: Sequence[str] | None = None) -> None:
     Args:
         args: Its arguments. Default: those of the process.
     """
+    if args is None:  # the program, and not a call from Python
+        show_users_code()
     args = list(sys.argv[1:] if args is None else args)
     name = args[0] if args else "--help"
     try:

@@ -8,10 +8,12 @@ import importlib
 import inspect
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from types import TracebackType
-from typing import NoReturn
+from itertools import takewhile
+from typing import Any, NoReturn
+
+from .tracebacks import users_traceback
 
 
 class UsageError(Exception):
@@ -28,12 +30,12 @@ def explained(what: str = "", by: tuple[str, ...] = ("lightning_optim", "lightni
         yield
     except ValueError as error:
         cause: BaseException | None = error
-        while cause and _raised_in(cause) == "jsonargparse":  # which instantiates classes and follows links
+        while cause and raised_in(cause) == "jsonargparse":  # which instantiates classes and follows links
             cause = cause.__cause__
         if (
             cause is not None
             and _is_about_a_setting(cause)
-            and _raised_in(cause) in by
+            and raised_in(cause) in by
             and users_traceback(cause) is None
         ):
             message = what + str(cause)
@@ -48,7 +50,7 @@ def _is_about_a_setting(error: BaseException) -> bool:
     return isinstance(error, ValueError) or (data is not None and isinstance(error, data.DataError))
 
 
-def _raised_in(error: BaseException) -> str:
+def raised_in(error: BaseException) -> str:
     """The top-level package of the function that raised an error."""
     traceback = error.__traceback__
     while traceback and traceback.tb_next:
@@ -56,35 +58,48 @@ def _raised_in(error: BaseException) -> str:
     return traceback.tb_frame.f_globals["__name__"].partition(".")[0] if traceback else ""
 
 
-_INFRASTRUCTURE = {
-    *("lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities", "lightning_optim"),
-    *("jsonargparse", "torch", "torchmetrics", "fsspec", *sys.stdlib_module_names),
-} - {"__main__"}
+# --- from Lightning and the system ---------------------------------------------------------------------------------
 
 
-def users_traceback(error: BaseException) -> TracebackType | None:
-    """The part of an error's traceback that begins in the user's code, if it passes through any."""
-    traceback = error.__traceback__
-    while traceback and traceback.tb_frame.f_globals.get("__name__", "").partition(".")[0] in _INFRASTRUCTURE:
-        traceback = traceback.tb_next
-    return traceback
+def explain_trainer(message: str, settings: Mapping[str, Any]) -> str:
+    """What Lightning says is wrong with the Trainer's arguments, with those that it means and a remedy.
 
-
-def fault_in_module(message: str) -> BaseException | None:
-    """What is wrong with the user's module in which a class was looked up, if it cannot be imported.
-
-    That there is no such module is not meant, for that is a mistake in the argument.
+    Args:
+        message: What it says.
+        settings: Arguments of the Trainer that are not its defaults.
     """
-    for path in re.findall(r"(?:Given value|Got value)[^\n]*?'?\b((?:\w+\.)+\w+)", message):
-        module = path.rpartition(".")[0]
-        try:
-            importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-                return error
-        except Exception as error:
-            return error
-    return None
+    words = set(re.findall(r"[\w.-]+", message.replace("-", "_")))
+    named = [name for name in settings if name in words]
+    texts = {name: value.replace("-", "_") for name, value in settings.items() if isinstance(value, str)}
+    named = named or [name for name, value in texts.items() if value in words]
+    shown = {name: settings[name] for name in named if not re.search(r"Namespace|<", str(settings[name]))}
+    given = " ".join(f"--trainer.{name} {shown.get(name, '')}".strip() for name in named) or "--trainer"
+    remedies = [_REMEDIES[name] for name in named if name in _REMEDIES]
+    return " ".join([f"{given}: {message.strip().rstrip('.!')}.", *remedies])
+
+
+_REMEDIES = {
+    "devices": "Give the number of devices (on a CPU: of processes), or auto for all that this machine has.",
+    "accelerator": "Use auto for what this machine has.",
+}
+
+
+def missing_package(error: ImportError, option: str) -> str:
+    """What to install, and for what.
+
+    Args:
+        error: What the import has raised.
+        option: What needs the package.
+    """
+    text = " ".join(str(error).split())
+    quoted = r"[`'\"]?([A-Za-z][\w.\[\]-]*(?:[<>=!~]=?[\w.]+)?)[`'\"]?"
+    said = (rf"pip install (?:-\w+ )*{quoted}", rf"{quoted} (?:is not|to be|must be) installed", rf"requires? {quoted}")
+    found = next(filter(None, (re.search(words, text) for words in said)), None)
+    package = found[1] if found else (error.name or "").partition(".")[0]
+    if not package:
+        return f"{option}: {text}"
+    name = re.split(r"[<>=!~]", package)[0]
+    return f"{option} needs the package {name}, which is not installed: pip install '{package}'"
 
 
 def exit_with(message: str, program: str = "lightning-optim") -> NoReturn:
@@ -93,14 +108,21 @@ def exit_with(message: str, program: str = "lightning-optim") -> NoReturn:
     sys.exit(2)
 
 
-def explain(message: str, parser: argparse.ArgumentParser) -> str:
+def explain(message: str, parser: argparse.ArgumentParser, args: Sequence[str] = ()) -> str:
     """What an error message of argparse or jsonargparse comes down to, with the nearest valid input.
 
     A message that is not understood stays as it is.
+
+    Args:
+        message: The message.
+        parser: The parser that it comes from.
+        args: What was parsed.
     """
     if found := re.search(r"[Uu]nrecognized arguments: (.*)", message):
         words = found[1].split()
-        option = next((word for word in words if word.startswith("-")), words[0])
+        option = next((word for word in words if _is_option(word)), words[0])
+        if not _is_option(option) and (owner := _option_before(option, args)):
+            return f"{owner} takes one value. Several are written in brackets: {_in_brackets(owner, option, args)}"
         return _unknown_option(option.partition("=")[0], parser)
     if found := re.search(r"does not accept (?:option|nested key) '([\w.]+)'", message):
         return _unknown_option(f"--{found[1]}", parser)
@@ -127,8 +149,34 @@ def explain(message: str, parser: argparse.ArgumentParser) -> str:
         names = [cls.__name__ for cls in _subclasses(classes[key])]
         return f"{option} {value}: there is no such class. {nearest(value, names)}"
     types = [_type_name(t) for t in re.findall(r"Expected an? (.*?)(?:\. Got value.*)?$", reason, re.MULTILINE)]
-    near = nearest(value, re.findall(r"'([^']+)'", " ".join(types)), "")
-    return f"{option}{of}: expected {' or '.join(dict.fromkeys(types))}, got {value!r}. {near}"
+    hint = nearest(value, re.findall(r"'([^']+)'", " ".join(types)), "")
+    if "a list" in types and not value.startswith("["):
+        hint = f"Write it in brackets: {_in_brackets(option, value, args)}"
+    return f"{option}{of}: expected {' or '.join(dict.fromkeys(types))}, got {value!r}. {hint}"
+
+
+def _is_option(word: str) -> bool:
+    return re.match(r"--?[A-Za-z]", word) is not None
+
+
+def _option_before(word: str, args: Sequence[str]) -> str | None:
+    """The option that has a value already and is followed by another one."""
+    for i, arg in enumerate(args):
+        if arg == word and i > 0 and not (_is_option(args[i - 1]) and "=" not in args[i - 1]):
+            options = [before for before in args[:i] if _is_option(before)]
+            return options[-1].partition("=")[0] if options else None
+    return None
+
+
+def _in_brackets(option: str, value: str, args: Sequence[str]) -> str:
+    """What should have been written where the values of a list were given one by one."""
+    values = [value]
+    for i, arg in enumerate(args):
+        name, equals, first = arg.partition("=")
+        if name == option or name.rstrip("+") == option:
+            values = [first] * bool(equals) + list(takewhile(lambda word: not _is_option(word), args[i + 1 :]))
+    parts = [part for text in values for part in re.split(r"[,\s]+", text.strip("()")) if part]
+    return f"{option} '[{', '.join(parts)}]'"
 
 
 def _classes() -> dict[str, type]:
@@ -166,6 +214,8 @@ def _subclasses(cls: type) -> list[type]:
 
 def _type_name(text: str) -> str:
     name = re.sub(r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1", text)
+    if re.match(r"(typing\.|collections\.abc\.)?(list|tuple|set|sequence|iterable)\b", name, re.IGNORECASE):
+        return "a list"
     return re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", name).replace("NoneType", "null")
 
 

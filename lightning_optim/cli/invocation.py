@@ -174,15 +174,13 @@ def check_options(args: Iterable[str]) -> None:
 
 
 def help_for_optimizer(args: Sequence[str]) -> str | None:
-    """What ``--optimizer.help NAME`` shows of an optimizer of the registry."""
+    """What ``--optimizer.help NAME`` shows of an optimizer of this library. Of torch's, Lightning's parser shows it."""
     for _, _, name in given(args, "--optimizer.help"):
         from ..registry import OPTIMIZERS  # here, because it imports torch
         from .optimizer_page import page
 
-        bare = name.rpartition(".")[2]
-        package = "torch.optim" if bare in ("SGD", "Adam", "AdamW") else "lightning_optim"
-        info = OPTIMIZERS.get(bare)
-        if info and name in (bare, f"{package}.{bare}"):
+        info = OPTIMIZERS.get(name.removeprefix("lightning_optim."))
+        if info and not info.cls.__module__.startswith("torch."):
             return page(info)
     return None
 

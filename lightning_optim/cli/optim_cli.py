@@ -27,11 +27,13 @@ from ..engine.hyperparameters import satisfies
 from ..engine.optimizer import RuleOptimizer
 from ..engine.two_rules import MatrixOptimizer, fallback_hyperparameters, fallbacks
 from ..factory import Grouping, OptimizerConfig, OptimizerMixin, SchedulerConfig
-from .errors import UsageError, explained, import_class, users_traceback
+from .errors import UsageError, explain_trainer, explained, import_class, missing_package, raised_in
 from .invocation import help_for_optimizer
+from .outputs import check_folder, explain_os_error
 from .parser import OPTIMIZER_TYPES, SCHEDULER_TYPES, OptimArgumentParser, PresetOrFile, forgets_on_change
 from .presets import class_path, given
-from .trust import check_hyperparameters
+from .tracebacks import root_causes, show_users_code, users_traceback
+from .trust import check_hyperparameters, class_paths, names_class
 
 
 class OptimCLI(LightningCLI):
@@ -66,11 +68,13 @@ class OptimCLI(LightningCLI):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if kwargs.get("args") is None:  # the program's own, and not those of a call from Python
+            show_users_code()
         try:
             super().__init__(*args, **kwargs)
         except (UsageError, DataError) as error:
             self.parser.error(str(error), error)
-        except (MisconfigurationException, CheckpointError, KeyError, RuntimeError) as error:
+        except Exception as error:
             message = self._explanation(error)
             if message is None or users_traceback(error) is not None:
                 raise
@@ -80,6 +84,16 @@ class OptimCLI(LightningCLI):
         """What Lightning, or a checkpoint, says is wrong with the arguments; ``None`` if it is something else."""
         if isinstance(error, MisconfigurationException):
             return None if isinstance(error, ProjectError) else str(error)
+        if isinstance(error, ValueError) and "config" in vars(self):
+            given = self._given_to_the_trainer()
+            named = any(re.search(rf"\b{name}\b", str(error)) for name in given)
+            return explain_trainer(str(error), given) if named and raised_in(error) == "lightning" else None
+        if isinstance(error, ImportError):
+            return missing_package(error, "--trainer")
+        if isinstance(error, OSError):
+            return explain_os_error(error, "--trainer.default_root_dir")
+        if "config" not in vars(self):  # The arguments are not parsed yet.
+            return None
         checkpoint = f"--ckpt_path {self._get(self.config, 'ckpt_path')}"
         if isinstance(error, CheckpointError):
             return f"{checkpoint}: {error}"
@@ -127,6 +141,8 @@ class OptimCLI(LightningCLI):
         if shown := help_for_optimizer(self._args):
             print(shown)
             sys.exit()
+        for each in (parser, *getattr(self, "_subcommand_parsers", {}).values()):
+            each.arguments = self._args
         with forgets_on_change():
             super().parse_arguments(parser, args)
 
@@ -136,22 +152,21 @@ class OptimCLI(LightningCLI):
         if subcommand is None:
             return
         before = self.config.clone()
-        try:
-            self._check_ckpt_path(subcommand)
-        except CheckpointError:
-            if any(given(self._args, "--model")):  # A model that is named on purpose takes the weights alone.
+        path, ours = before[subcommand].get("ckpt_path"), class_path(before[subcommand].get("model"))
+        if path and Path(path).is_file():
+            hyperparameters = read_checkpoint(path, mmap=True).get("hyper_parameters")
+            if not isinstance(hyperparameters, Mapping):
                 return
-            raise
+            saved = hyperparameters.get("_class_path")
+            if ours and any(given(self._args, "--model")) and saved and not names_class(saved, import_class(ours)):
+                return  # A model that is named on purpose takes the weights alone.
+            check_hyperparameters(path, hyperparameters, [before[subcommand].get("model"), *self._model_classes()])
         super()._parse_ckpt_path()
-        model = self.config[subcommand].get("model")
-        ours, saved = class_path(before[subcommand].get("model")), class_path(model)
+        saved = class_path(self.config[subcommand].get("model"))
         if ours and saved and import_class(ours) is not import_class(saved):
-            if any(given(self._args, "--model")):  # A model that is named on purpose takes the weights alone.
-                self.config = before
-                return
             raise UsageError(
-                f"--ckpt_path {self.config[subcommand].ckpt_path} is of another model: {saved}, not {ours}. Leave -c "
-                "out to go on with a run, or give the -c that belongs to it."
+                f"--ckpt_path {path} is of another model: {saved}, not {ours}. Leave -c out to go on with a run, or "
+                "give the -c that belongs to it."
             )
         for arg in self._args:
             option = re.match(r"--model\.(?:init_args\.|dict_kwargs\.)?(\w+)", arg)
@@ -162,14 +177,6 @@ class OptimCLI(LightningCLI):
 
     # --- model, optimizer, Trainer ----------------------------------------------------------------------------------
 
-    def _check_ckpt_path(self, subcommand: str) -> None:
-        """Refuse hyperparameters of the model that name other code than the settings, before it is imported."""
-        path = self.config[subcommand].get("ckpt_path")
-        if path and Path(path).is_file():
-            saved = read_checkpoint(path, mmap=True).get("hyper_parameters")
-            if isinstance(saved, Mapping):
-                check_hyperparameters(path, saved, [self.config[subcommand].get("model"), *self._model_classes()])
-
     def _model_classes(self) -> list[str]:
         """The class of the model where the program and not the command line names it."""
         cls = self.model_class
@@ -177,15 +184,57 @@ class OptimCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         self._choose_safe_strategy()
-        with explained():
-            super().instantiate_classes()
+        self._check_trainer()
+        try:
+            with explained():
+                super().instantiate_classes()
+        except ValueError as error:  # of jsonargparse, for what a class has raised
+            for cause in root_causes(error):
+                if users_traceback(cause) is not None:
+                    break
+                if isinstance(cause, ImportError):
+                    raise UsageError(missing_package(cause, self._option_of(str(error)))) from error
+            raise
+
+    def _check_trainer(self) -> None:
+        """Refuse what Lightning takes and what cannot work: a folder that cannot be written to, no batch in a step."""
+        trainer = self._get(self.config, "trainer", default=Namespace())
+        root = trainer.get("default_root_dir")
+        writes = trainer.get("logger") is not False or trainer.get("enable_checkpointing") is not False
+        if self.subcommand == "fit" and root and writes and not trainer.get("fast_dev_run"):
+            check_folder("--trainer.default_root_dir", root)
+        if (batches := trainer.get("accumulate_grad_batches", 1)) < 1:
+            raise UsageError(
+                f"--trainer.accumulate_grad_batches {batches}: give the number of batches of a step, from 1 on."
+            )
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        trainer = super().instantiate_trainer(**kwargs)
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, TypeError, ValueError, RuntimeError, ImportError) as error:
+            if users_traceback(error) is not None:
+                raise
+            message = missing_package(error, "it") if isinstance(error, ImportError) else str(error)
+            raise UsageError(explain_trainer(message, self._given_to_the_trainer())) from error
         strategy = trainer.strategy
         if type(strategy.checkpoint_io) is TorchCheckpointIO:  # and not one that the user has chosen
             strategy.checkpoint_io = SafeCheckpointIO()
         return trainer
+
+    def _option_of(self, message: str) -> str:
+        """The option whose class a message of jsonargparse is about, and that class."""
+        found = re.search(r"given class_path '([\w.]+)'|class_path='([\w.]+)'", message)
+        path = (found[1] or found[2]) if found else ""
+        settings = self._get(self.config, "trainer", default=Namespace())
+        places = {name: list(class_paths(_plain(value))) for name, value in vars(settings).items()}
+        option = next((f"--trainer.{name}" for name, paths in places.items() if path in paths), "")
+        return f"{option} {path.rpartition('.')[2]}".strip()
+
+    def _given_to_the_trainer(self) -> dict[str, Any]:
+        """Arguments of the Trainer that are not its defaults."""
+        settings = self._get(self.config, "trainer", default=Namespace())
+        parameters = inspect.signature(pl.Trainer).parameters
+        return {k: v for k, v in vars(settings).items() if k in parameters and v != parameters[k].default}
 
     def _choose_safe_strategy(self) -> None:
         """Name this library's strategies in place of those of Lightning that read checkpoints unchecked."""
@@ -268,6 +317,13 @@ class OptimCLI(LightningCLI):
         # The parser writes every default out. What is not given stays open, for the factory to decide.
         chosen = {name: arg for name, arg in args.items() if name not in parameters or arg != parameters[name].default}
         return config_class(value.class_path, chosen | dict(value.get("dict_kwargs", {})))
+
+
+def _plain(value: Any) -> Any:
+    """Settings as mappings and lists."""
+    if isinstance(value, Namespace):
+        return {key: _plain(x) for key, x in vars(value).items()}
+    return [_plain(x) for x in value] if isinstance(value, (list, tuple)) else value
 
 
 class ProjectError(MisconfigurationException):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -13,8 +14,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from .. import schedules
 from ..registry import OPTIMIZERS
-from .errors import exit_with, explain, fault_in_module, import_class
+from .errors import exit_with, explain, import_class
 from .presets import find_config
+from .tracebacks import fault_in_module
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -40,15 +42,19 @@ class OptimArgumentParser(LightningArgumentParser):
     The message says what is wrong, instead of all options and the inner workings of types.
     """
 
+    arguments: Sequence[str] = ()
+    """What is parsed, for messages."""
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **({"allow_abbrev": False} | kwargs))
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if not self.exit_on_error:
-            super().error(message, ex)
+        if not self.exit_on_error or "JSONARGPARSE_DEBUG" in os.environ:
+            super().error(message, ex)  # raises
         if fault := fault_in_module(message):
             raise fault from None
-        exit_with(explain(message, getattr(ex, "subcommand_parser", None) or self), self.prog.split()[0])
+        parser = getattr(ex, "subcommand_parser", None) or self
+        exit_with(explain(message, parser, self.arguments), self.prog.split()[0])
 
     def add_optimizer_args(
         self, optimizer_class: Any = (torch.optim.Optimizer,), nested_key: str = "optimizer", link_to: str = "AUTOMATIC"

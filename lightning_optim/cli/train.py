@@ -9,7 +9,7 @@ from typing import Any, Optional
 import lightning.pytorch as pl
 import torch
 from jsonargparse.typing import PositiveInt
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from .. import factory
@@ -104,6 +104,8 @@ class CommandLine(OptimCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         settings = self._get(self.config_init, "trainer")
+        if settings.enable_checkpointing is False:  # The presets have a ModelCheckpoint, which Lightning then refuses.
+            kwargs["callbacks"] = [x for x in settings.callbacks or () if not isinstance(x, Checkpoint)]
         if settings.logger in (None, True):
             run = self.invocation.run
             if run is None:

@@ -15,6 +15,8 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from .errors import UsageError
 
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
@@ -48,7 +50,7 @@ def check_hyperparameters(path: str, hyperparameters: Mapping[str, Any], setting
     # Lightning notes down by what function the model was made, and leaves it out when it reads the rest.
     hyperparameters = {name: value for name, value in hyperparameters.items() if name != "_instantiator"}
     for text in dict.fromkeys(_strings(hyperparameters)):
-        if text in known or not (_would_import(text) or _is_configuration(text)):
+        if text in known or not _names_code(text):
             continue
         remedy = f"--model {text}" if text == hyperparameters.get("_class_path") else "-c with the settings of its run"
         raise UsageError(
@@ -57,17 +59,44 @@ def check_hyperparameters(path: str, hyperparameters: Mapping[str, Any], setting
         )
 
 
+def names_class(path: str, cls: type) -> bool:
+    """Whether a dotted path names a class. Nothing is imported for it but modules of this library."""
+    return path == f"{cls.__module__}.{cls.__qualname__}" or (_own(path) or _loaded(path)) is cls
+
+
 def _strings(x: Any) -> Iterator[str]:
-    if isinstance(x, str):
-        yield x
-    elif isinstance(x, Mapping):
-        for value in x.values():
-            yield from _strings(value)
-    elif isinstance(x, (list, tuple)):
-        for value in x:
-            yield from _strings(value)
-    elif hasattr(x, "__dict__") and not isinstance(x, type):  # a Namespace, or one of our configuration classes
-        yield from _strings(vars(x))
+    """All texts in a value."""
+    seen, left = set(), [x]
+    while left:
+        x = left.pop()
+        if isinstance(x, str):
+            yield x
+        elif id(x) not in seen:  # YAML may refer to itself.
+            seen.add(id(x))
+            if isinstance(x, Mapping):
+                left += reversed([*x.values()])
+            elif isinstance(x, (list, tuple)):
+                left += reversed(x)
+            elif hasattr(x, "__dict__") and not isinstance(x, type):  # a Namespace, or a configuration class of ours
+                left += reversed([*vars(x).values()])
+
+
+def _names_code(text: str) -> bool:
+    """Whether a text is the dotted name of code, or what the parser of the command line would find one in.
+
+    That is YAML, which it reads in texts, a file, or a reference to other settings.
+    """
+    if _would_import(text.strip()) or "${" in text or _is_configuration(text):
+        return True
+    if re.fullmatch(r"[\w./-]+", text):
+        return False
+    try:
+        found = yaml.safe_load(text)
+        return not isinstance(found, str) and any(_names_code(part) for part in _strings(found))
+    except RecursionError:
+        return True
+    except (yaml.YAMLError, ValueError):
+        return False
 
 
 def _would_import(text: str) -> bool:
@@ -113,7 +142,18 @@ def _is_harmless(x: Any) -> bool:
 
 
 def _is_configuration(text: str) -> bool:
+    """Whether a text is the path of a file that the parser would read settings from, whatever its name ends with."""
     try:
-        return Path(text).suffix in (".yaml", ".yml", ".json") and Path(text).is_file()
-    except (OSError, ValueError):  # Too long for a path, or with a zero byte.
+        path = Path(text)
+        if not path.is_file():
+            return False
+        if path.suffix in (".yaml", ".yml", ".json"):
+            return True
+        with path.open("rb") as file:
+            content = file.read(_READ).decode(errors="strict" if path.stat().st_size <= _READ else "ignore")
+        return "\0" not in content and (path.stat().st_size > _READ or _names_code(content))
+    except (OSError, ValueError):  # Too long for a path, or with a zero byte; or no text.
         return False
+
+
+_READ = 2**20  # A text file with more bytes counts as one with settings.

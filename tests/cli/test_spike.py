@@ -47,7 +47,7 @@ def test_optimizers_that_respond_alike_are_named_and_others_are_not(capsys: pyte
         (["--optimizers", "Namo"], "There is no optimizer 'Namo'. Did you mean NAMO"),
         (["--scales", "ten"], "invalid float value: 'ten'"),
         (["--at", "0", "--optimizers", "SGD"], "at least 1, got spike_at=0"),
-        (["--out", "no/such/folder/x.png"], "There is no folder no/such/folder"),
+        (["--out", "no/such/folder/x.png"], "there is no folder no/such/folder"),
         (["--jsn", "x"], "--jsn"),
         (["--signal", "0"], "--signal must be positive, got 0.0"),
     ],

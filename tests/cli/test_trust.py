@@ -34,7 +34,11 @@ def evil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "class Model(BoringModel): pass\n"
         "def run(*args): pass\n"
     )
-    (tmp_path / "evil.yaml").write_text("class_path: evil_code.Model\n")
+    for name in ("evil.yaml", "evil.txt"):
+        (tmp_path / name).write_text("class_path: evil_code.Model\n")
+    (tmp_path / "name").write_text("evil_code.Model\n")
+    (tmp_path / "data.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "data.bin").write_bytes(bytes(range(256)))
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     sys.modules.pop("evil_code", None)
@@ -54,6 +58,19 @@ NAMED: dict[str, dict[str, Any]] = {
     "a function of torch": {"activation": "torch.hub.load"},
     "a function of this library": {"activation": "lightning_optim.cli.main"},
     "a configuration file": {"activation": "evil.yaml"},
+    "a configuration file of another name": {"activation": "evil.txt"},
+    "a name in a file": {"activation": "name"},
+    "JSON": {"activation": '{"class_path": "evil_code.Model"}'},
+    "YAML": {"activation": "class_path: evil_code.Model"},
+    "a list in YAML": {"activation": "- evil_code.Model"},
+    "YAML that refers to itself": {"activation": "&a [*a, evil_code.Model]"},
+    "YAML with escapes": {"activation": '{"class\\u005fpath": "evil\\u005fcode.Model"}'},
+    "YAML in a text in YAML": {"activation": "{a: '{class_path: evil_code.Model}'}"},
+    "a file in YAML": {"activation": "[evil.txt]"},
+    "a reference": {"activation": "${model.width}.Model"},
+    "YAML that is nested too deeply": {"activation": "[" * 1200 + "evil_code.Model" + "]" * 1200},
+    "a name with spaces": {"activation": " evil_code.Model\n"},
+    "YAML in YAML": {"activation": {"init_args": {"x": ['{"class_path": "evil_code.Model"}']}}},
 }
 HARMLESS: dict[str, dict[str, Any]] = {
     "numbers": {"width": 3},
@@ -64,6 +81,11 @@ HARMLESS: dict[str, dict[str, Any]] = {
     "of this library": {"activation": "lightning_optim.Grouping"},
     "Lightning's instantiator": {"_instantiator": "lightning.pytorch.cli.instantiate_module"},
     "a dtype": {"activation": "torch.float32"},
+    "a text with a colon": {"activation": "note: 3.5 of [4]"},
+    "no YAML": {"activation": "{unclosed: ["},
+    "a data file": {"activation": "data.csv"},
+    "a file that is no text": {"activation": "data.bin"},
+    "YAML that refers to itself": {"activation": "&a [*a, 1]"},
 }
 
 
@@ -84,7 +106,9 @@ def test_what_the_settings_name_is_taken(what: str, evil: Path) -> None:
     check_hyperparameters("a.ckpt", NAMED[what], {"other": [NAMED[what]]})
 
 
-@pytest.mark.parametrize("what", ["class", "nested class", "function", "a loaded class", "a configuration file"])
+@pytest.mark.parametrize(
+    "what", ["class", "nested class", "function", "a loaded class", "a configuration file", "JSON", "a name in a file"]
+)
 @pytest.mark.parametrize("named", ["-c", "by the program"])
 def test_the_command_line_imports_nothing(
     what: str, named: str, evil: Path, capsys: pytest.CaptureFixture[str]

@@ -10,11 +10,16 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from ..errors import UsageError
+from ..outputs import check_file
 
 if TYPE_CHECKING:
     from ...diagnostics.report import Run
 
 DESCRIPTION = "Say what the diagnostics of runs show, and draw them. The sources are in docs/diagnostics.md."
+
+
+_PAGES = (".html", ".htm", ".md")
+_FIGURES = (".png", ".svg", ".pdf")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +40,10 @@ def run(options: argparse.Namespace) -> None:
     """
     from ...diagnostics import report
 
+    if options.out:
+        if Path(options.out).suffix not in (*_PAGES, *_FIGURES):
+            raise UsageError(f"--out {options.out}: write a page (.html, .md) or a figure (.png, .svg, .pdf).")
+        check_file("--out", options.out)
     try:
         runs = report.read_runs(options.logdir)
         for part in report.summary(runs):
@@ -50,14 +59,10 @@ def _draw(runs: Sequence[Run], path: Path, diagnoses: Sequence[Any] = ()) -> Non
     from ...diagnostics.figures import plot
     from ...diagnostics.report_page import marks_of, report_page
 
-    if not path.parent.is_dir():
-        raise ValueError(f"--out {path}: there is no folder {path.parent}.")
     if path.suffix in (".html", ".htm"):
         report_page(runs, diagnoses).write_html(path)
     elif path.suffix == ".md":
         report_page(runs, diagnoses).write_markdown(path)
-    elif path.suffix in (".png", ".svg", ".pdf"):
-        plot(runs, marks_of(diagnoses)).savefig(path, dpi=130)
     else:
-        raise ValueError(f"--out {path}: write a page (.html, .md) or a figure (.png, .svg, .pdf).")
-    print(f"{'Page' if path.suffix in ('.html', '.htm', '.md') else 'Figure'}: {path}")
+        plot(runs, marks_of(diagnoses)).savefig(path, dpi=130)
+    print(f"{'Page' if path.suffix in _PAGES else 'Figure'}: {path}")

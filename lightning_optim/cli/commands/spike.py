@@ -22,6 +22,7 @@ from ...engine.two_rules import MatrixOptimizer
 from ...page import COLOURS
 from ...registry import OptimizerInfo, get
 from ..errors import explained
+from ..outputs import check_figure, check_file
 
 DESCRIPTION = (
     "Show what a gradient spike does to optimizers. They get independent normal gradients of a 128 x 64 matrix, in one "
@@ -67,9 +68,10 @@ def run(options: argparse.Namespace) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     infos = [get(name) for name in dict.fromkeys(options.optimizers)]
-    for path in (options.out, options.json):
-        if path and not path.parent.is_dir():
-            raise ValueError(f"There is no folder {path.parent} to save {path.name} in.")
+    if options.out:
+        check_figure("--out", options.out)
+    if options.json:
+        check_file("--json", options.json)
     if not options.signal > 0:
         raise ValueError(f"--signal must be positive, got {options.signal}.")
     torch.set_num_threads(1)  # The matrix is too small to share out.
