@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -252,8 +252,14 @@ def _build(
     def construct(groups: list[dict[str, Any]]) -> Optimizer:
         return _construct(f"optimizer {config.name}", cls, groups, args)
 
+    def defaults_of(groups: list[dict[str, Any]]) -> Sequence[Mapping[str, Any]]:
+        # One that is not ours is built once, and not to ask it: it may add hooks to parameters, or refuse some.
+        return (
+            construct(groups).param_groups if issubclass(cls, RuleOptimizer) else [_declared(cls, args)] * len(groups)
+        )
+
     process_groups = _process_groups(trainer, cls)
-    groups = parameter_groups(module, routes, grouping, issubclass(cls, MatrixOptimizer), construct, own)
+    groups = parameter_groups(module, routes, grouping, issubclass(cls, MatrixOptimizer), defaults_of, own)
     if not issubclass(cls, RuleOptimizer) and unfreezes_later(trainer):
         # The callback adds parameters without names, which torch refuses beside parameters with names.
         groups = [group | {"params": [p for _, p in group["params"]]} for group in groups]
@@ -653,6 +659,18 @@ def _construct(what: str, cls: Callable[..., _T], first: Any, args: Mapping[str,
         return cls(first, **args)
     except TypeError as error:
         raise ValueError(f"{what}: {error}.") from error
+
+
+def _declared(cls: type[Optimizer], args: Mapping[str, Any]) -> dict[str, Any]:
+    """Hyperparameters of an optimizer with these arguments, as the signatures of it and its base classes say."""
+    declared: dict[str, Any] = {}
+    for base in reversed(cls.__mro__):  # A class may hand what it does not name to its base class.
+        if (constructor := vars(base).get("__init__")) is not None and base is not object:
+            for parameter in list(inspect.signature(constructor).parameters.values())[2:]:
+                if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                    declared[parameter.name] = None if parameter.default is parameter.empty else parameter.default
+    declared.pop("defaults", None)  # of torch's Optimizer itself
+    return declared | dict(args)
 
 
 # --- for LightningModules -----------------------------------------------------------------------------------

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from .routing import Route, clean_name
 from .safe_classes import safe_in_checkpoints
@@ -83,7 +82,7 @@ def parameter_groups(
     routes: Mapping[str, Route],
     grouping: Grouping,
     routed: bool,
-    construct: Callable[[list[dict[str, Any]]], Optimizer],
+    defaults_of: Callable[[list[dict[str, Any]]], Sequence[Mapping[str, Any]]],
     own: Mapping[nn.Parameter, ParameterSettings] | None = None,
 ) -> list[dict[str, Any]]:
     """Parameter groups, in the order in which the module holds the first parameter of each.
@@ -93,7 +92,7 @@ def parameter_groups(
         routes: The parameters to train.
         grouping: Hyperparameters by kind, name and layer.
         routed: Whether the optimizer has a matrix rule and a fallback rule.
-        construct: Makes the optimizer from groups.
+        defaults_of: Says which hyperparameters the optimizer gives to groups that set none.
         own: What the module's own optimizer says of the parameters.
     """
     own = own or {}
@@ -114,11 +113,11 @@ def parameter_groups(
     def named(r: Route) -> tuple[str, nn.Parameter]:
         return clean_name(r.name), parameters[r.name]
 
-    # An optimizer for one parameter of each role tells the hyperparameters that each role starts from.
+    # One parameter of each role stands for the hyperparameters that the role starts from.
     samples: dict[str, dict[str, Any]] = {}
     for r in routes.values():
         samples.setdefault(role_of(r), {"params": [named(r)], **structure(r)})
-    defaults = dict(zip(samples, construct(list(samples.values())).param_groups))
+    defaults = dict(zip(samples, defaults_of(list(samples.values()))))
 
     groups: dict[str, dict[str, Any]] = {}
     for r in routes.values():
@@ -150,6 +149,8 @@ def parameter_groups(
             labels.append("no_decay")
             settings["weight_decay"] = 0.0
         if factor != 1.0:
+            if settings.get("lr", base.get("lr")) is None:
+                raise ValueError(f"The optimizer has no learning rate to scale for {clean_name(r.name)!r}: add lr.")
             settings["lr"] = settings.get("lr", base["lr"]) * factor
         name = "/".join(dict.fromkeys(labels))
         group = groups.setdefault(name, {"params": [], "name": name, **structure(r), **settings})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 import types
 import warnings
 from collections.abc import Iterator
@@ -105,6 +107,65 @@ def test_every_registered_optimizer_trains_in_lightning(name):
     trainer = fit(module, gradient_clip_val=1.0)
     assert type(trainer.optimizers[0]) is OPTIMIZERS[name].cls
     assert all(not torch.equal(p, before[n]) for n, p in module.named_parameters())
+
+
+class Blockwise(torch.optim.SGD):
+    """Refuses to be without a large parameter."""
+
+    def __init__(self, params, lr=0.1, weight_decay=0.02):
+        super().__init__(params, lr=lr, weight_decay=weight_decay)
+        if all(p.numel() < 50 for group in self.param_groups for p in group["params"]):
+            raise ValueError("no parameter has 50 elements")
+
+
+class Passing(torch.optim.AdamW):
+    """Names no hyperparameter itself."""
+
+    def __init__(self, params, **kwargs):
+        super().__init__(params, **kwargs)
+
+
+class Hooked(torch.optim.Adam):
+    """Adds a hook to each of its parameters, as optimizers that step within the backward pass do."""
+
+    def __init__(self, params, *, weight_decay=0.02, **kwargs):
+        super().__init__(params, weight_decay=weight_decay, **kwargs)
+        self.calls = []
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.register_post_accumulate_grad_hook(self.calls.append)
+
+
+class Counting(torch.optim.RMSprop):
+    """Wants all parameters at once."""
+
+    def __init__(self, params, weight_decay=0.02):
+        super().__init__(params, lr=0.1, weight_decay=weight_decay)
+        assert sum(len(group["params"]) for group in self.param_groups) > 3
+
+
+@pytest.mark.parametrize("cls", [Blockwise, Passing, Hooked, Counting])
+@pytest.mark.parametrize("grouping", [{}, {"lr_multipliers": {"*.bias": 0.5}}, {"no_decay": []}])
+def test_an_optimizer_of_ones_own_is_built_once_from_all_parameters(cls, grouping, monkeypatch):
+    monkeypatch.setitem(sys.modules, "own_optimizers_of_a_project", sys.modules[__name__])
+    net, built = make_net(), []
+    original = torch.optim.Optimizer.__init__
+
+    @functools.wraps(original)
+    def counted(self, *args, **kwargs):
+        built.append(self)
+        original(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.Optimizer, "__init__", counted)
+    optimizer = build_optimizer(net, f"own_optimizers_of_a_project.{cls.__name__}", grouping)
+    assert built == [optimizer]
+    decay = 0.01 if cls is Passing else 0.02
+    for group in optimizer.param_groups:
+        exempt = "no_decay" in group["name"]
+        assert group["weight_decay"] == (0.0 if exempt else decay)
+    rates = {group["lr"] for group in optimizer.param_groups}
+    assert len(rates) == (2 if "lr_multipliers" in grouping else 1)
+    assert any("no_decay" in group["name"] for group in optimizer.param_groups) is ("no_decay" not in grouping)
 
 
 @pytest.mark.parametrize("name", TORCH_OPTIMIZERS)
