@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple
-from math import sqrt
+from functools import partial
+from math import isfinite, sqrt
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -75,7 +76,9 @@ class GradientHealth(Monitor):
         self.norms_only = norms_only
         #: By label and name of the parameter.
         self._nonfinite: dict[str, Tensor] = {}
-        self._small = _SmallBatches()
+        #: Parameters whose gradient a backward pass adds up from several parts.
+        self._in_parts: set[Tensor] = set()
+        self._small = _SmallBatches(self._in_parts)
 
     def charts_of(self, trainer: pl.Trainer) -> Mapping[str, Chart]:
         empty = {"gradient noise scale": not self._has_noise_scale(trainer), "zero gradients": self.norms_only}
@@ -119,7 +122,7 @@ class GradientHealth(Monitor):
             values["zeros"] = 1 - float(sums["driven"].sum() / sums["numel"].sum())
         if self._loss_scale != 1:
             values["loss_scale"] = self._loss_scale
-        if "small_sq" in sums:
+        if "small_sq" in sums and isfinite(float(sums["small_sq"])):
             values["noise_scale"] = self._noise_scale(before_sq, sums)
         return Results(values, layers_of(step, layers))
 
@@ -152,7 +155,7 @@ class GradientHealth(Monitor):
     ) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self._small.complete:
-            self._small = _SmallBatches()
+            self._small = _SmallBatches(self._in_parts)
         if self._has_noise_scale(trainer) and self.measures(self._counts.get("", 0) + 1):
             self._small.batch_start(trainer, batch)
 
@@ -183,14 +186,23 @@ class GradientHealth(Monitor):
 class _SmallBatches:
     """Squared norms of the gradients of the micro-batches that one step averages, over all processes of DDP.
 
-    They are caught on their way to where they are added up, so that none has to be kept.
+    They are caught on their way to where they are added up, so that none has to be kept. Where a block runs twice under
+    reentrant checkpointing, a backward pass delivers a gradient in parts. Those are summed up until the pass has ended,
+    from the second step on: in the first, in which it turns out, the norm is not known.
+
+    Args:
+        in_parts: Parameters whose gradients are known to come in parts; others are added when it turns out.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, in_parts: set[Tensor]) -> None:
         self.sizes: list[int] = []
         self.complete = False
         self._squares: list[Tensor] = []
         self._handles: list[Any] = []
+        self._in_parts = in_parts
+        self._seen: set[Tensor] = set()
+        self._sums: dict[Tensor, Tensor] = {}
+        self._is_known = True
 
     def batch_start(self, trainer: pl.Trainer, batch: Any) -> None:
         try:
@@ -202,17 +214,29 @@ class _SmallBatches:
 
     def watch(self, optimizer: Optimizer) -> None:
         """Before the backward pass."""
-        self._handles = [p.register_hook(self._catch) for p in parameters_of(optimizer) if p.requires_grad]
+        trained = [p for p in parameters_of(optimizer) if p.requires_grad]
+        self._handles = [p.register_hook(partial(self._catch, p)) for p in trained]
 
-    def _catch(self, gradient: Tensor) -> None:
+    def _catch(self, p: Tensor, gradient: Tensor) -> None:
         with torch.no_grad():
-            self._squares.append(sum_of_squares([dense(gradient)])[0])
+            gradient = dense(gradient)
+            if p in self._in_parts:
+                self._sums[p] = self._sums[p].add_(gradient) if p in self._sums else gradient.clone()
+            elif p in self._seen:
+                self._in_parts.add(p)
+                self._is_known = False
+            else:
+                self._seen.add(p)
+                self._squares.append(sum_of_squares([gradient])[0])
 
     def unwatch(self) -> None:
         """After the backward pass, or where it has failed."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._squares += [sum_of_squares([gradient])[0] for gradient in self._sums.values()]
+        self._sums = {}
+        self._seen = set()
 
     def finish(self) -> None:
         """The gradient of the step is complete."""
@@ -225,6 +249,8 @@ class _SmallBatches:
         if not parts or self._processes * parts < 2:
             return {}
         small_sq = torch.stack([zero, *(x.to(zero) for x in self._squares)]).sum()
+        if not self._is_known:  # One rank may find it out alone, and all of them have to take part in the sum.
+            small_sq = small_sq * torch.nan
         if self._processes > 1:
             all_reduce_sum(small_sq, [world()])
         # Lightning divides the loss of each micro-batch by their number, of which the last step of an epoch may have

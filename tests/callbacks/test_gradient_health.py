@@ -237,6 +237,53 @@ def test_noise_scale_is_of_the_parameters_of_the_optimizer():
     assert values["gradient/noise_scale"] == pytest.approx([28 / 1000] * 4, rel=1e-2)  # float32 differences
 
 
+class Twice(pl.LightningModule):
+    """A block whose weights are used twice, as in a recurrent network. Every step has the same two micro-batches."""
+
+    def __init__(self, run, every=1):
+        super().__init__()
+        torch.manual_seed(0)
+        self.block, self.head, self.run, self.every = nn.Linear(6, 6), nn.Linear(6, 1), run, every
+
+    def training_step(self, batch, batch_idx):
+        x = batch.requires_grad_()  # as reentrant checkpointing wants it
+        x = self.run(self.block, x).tanh()
+        if batch_idx % self.every == 0:
+            x = self.run(self.block, x).tanh()
+        return self.head(x).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    def train_dataloader(self):
+        generator = torch.Generator().manual_seed(0)
+        return torch.utils.data.DataLoader(torch.randn(8, 6, generator=generator).repeat(4, 1), batch_size=4)
+
+
+def checkpointed(use_reentrant):
+    return lambda block, x: torch.utils.checkpoint.checkpoint(block, x, use_reentrant=use_reentrant)
+
+
+def nested(block, x):
+    return checkpointed(True)(lambda y: checkpointed(True)(block, y), x)
+
+
+RUNS = {"once": (checkpointed(False), 0), "in parts": (checkpointed(True), 1), "nested": (nested, 1)}
+
+
+@pytest.mark.parametrize("how", RUNS)
+@pytest.mark.parametrize("every", [1, 2])
+def test_noise_scale_of_a_block_that_runs_twice(how, every):
+    run, known_from = RUNS[how]
+    health = GradientHealth(1)
+    expected = fit(Twice(lambda block, x: block(x), every), GradientHealth(1), accumulate_grad_batches=2)
+    values = fit(Twice(run, every), health, accumulate_grad_batches=2)["gradient/noise_scale"]
+    assert len(expected["gradient/noise_scale"]) == 4
+    assert len(values) == 4 - known_from  # In the first step with parts their sum is not known.
+    assert values == pytest.approx(expected["gradient/noise_scale"][known_from:], rel=1e-4)  # float32 sums
+    assert not health._small._sums, "nothing of the gradients is kept"
+
+
 class Silent(Quadratic):
     def training_step(self, batch, batch_idx):
         return None if batch_idx == 1 else super().training_step(batch)
