@@ -32,7 +32,7 @@ from torch import nn
 
 from lightning_optim.callbacks import Resume
 
-from .test_drop_in import BOTH, SHORT, outcome
+from .test_drop_in import BOTH, SHORT, Plain, outcome
 
 Base = type[LightningCLI]
 NO_LOGS = [*SHORT, "--trainer.logger=false"]
@@ -174,7 +174,7 @@ def an_optimizer_of_torch(base: Base) -> Any:
 
 
 def an_optimizer_with_an_argument(base: Base) -> Any:
-    return made(base(BoringModel, run=False, args=["--optimizer", "SGD", "--optimizer.lr=0.01"]))
+    return made(base(Plain, run=False, args=["--optimizer", "SGD", "--optimizer.lr=0.01"]))
 
 
 def an_optimizer_of_the_project(base: Base) -> Any:
@@ -452,7 +452,13 @@ class Injected(BoringModel):
 
 def injected(base: Base) -> Any:
     kwargs: dict[str, Any] = {"run": False, "auto_configure_optimizers": False}
-    changed = ["--model.optimizer=Adam", "--model.scheduler=ExponentialLR", "--model.scheduler.gamma=0.5"]
+    # With its rate: another class keeps that of the one before with LightningCLI alone, as is listed.
+    changed = [
+        "--model.optimizer=Adam",
+        "--model.optimizer.lr=0.02",
+        "--model.scheduler=ExponentialLR",
+        "--model.scheduler.gamma=0.5",
+    ]
     return [made(base(Injected, args=args, **kwargs)) for args in ([], changed)]
 
 
