@@ -24,6 +24,7 @@ from optuna.distributions import FloatDistribution, IntDistribution
 from optuna.storages import JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState, create_trial
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from .design import Run
 
@@ -32,6 +33,7 @@ __all__ = ["Claim", "Ledger"]
 #: A process on another machine that has not shown a sign of life for so many seconds is taken for dead.
 PATIENCE = 90.0
 _BEAT = 15.0
+_ATTEMPTS = 5
 
 
 class _Lock(JournalFileOpenLock):
@@ -81,7 +83,7 @@ class Ledger:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         storage: Any
         if "://" in url:
-            storage = RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}} if "sqlite" in url else None)
+            storage = _database(url)
         else:
             path = Path(url)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -201,6 +203,23 @@ class Ledger:
 
     def _trials(self, *states: TrialState) -> list[FrozenTrial]:
         return self._study.get_trials(deepcopy=False, states=states)
+
+
+def _database(url: str) -> RDBStorage:
+    """A database, whose tables another process may be making at the same time.
+
+    Raises:
+        ValueError: It cannot be used.
+    """
+    settings = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else None
+    for _ in range(_ATTEMPTS - 1):
+        with suppress(DBAPIError):
+            return RDBStorage(url, engine_kwargs=settings)
+        time.sleep(1)
+    try:
+        return RDBStorage(url, engine_kwargs=settings)
+    except (ImportError, SQLAlchemyError) as error:
+        raise ValueError(f"storage {url} cannot be used: {error}") from error
 
 
 _LIVE = (TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE)

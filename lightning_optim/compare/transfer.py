@@ -124,8 +124,8 @@ def update_sizes(
         steps: Number of steps.
 
     Returns:
-        For each optimizer, the median over the steps after a few first ones: ``all`` parameters, hidden ``matrix``
-        parameters, and the ``rest``, where there are such.
+        For each optimizer the median over the steps after a few first ones, over ``all`` parameters, over hidden
+        matrices (``matrix``) and over the ``rest``, where there are such.
     """
     from ..routing import clean_name, route
 

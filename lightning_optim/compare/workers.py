@@ -178,7 +178,8 @@ def _gpus() -> list[str]:
 
 def default_jobs() -> int:
     """One run for each GPU, else for each core."""
-    return len(_gpus()) or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return len(_gpus()) or cores or 1
 
 
 def serve() -> None:

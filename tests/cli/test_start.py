@@ -50,6 +50,9 @@ LINES = [
     "list --jsn",
     "diagnostics logs",
     "diagnostics nowhere",
+    "compare --optimizers Namo",
+    "compare --optimizer NAMO",
+    "compare --study s --budget 2",
     "spike --optimizers Namo",
     "spike --optimizers SGD MVNGrad Muon --scales 10 --at 5 --after 2",
 ]
@@ -60,7 +63,7 @@ def test_commands_import_no_more_than_they_need(tmp_path: Path) -> None:
     run = subprocess.run([sys.executable, "-c", code, *LINES], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     # Each wrong line has been explained.
-    assert run.stderr.count("lightning-optim: error: ") == 9, run.stderr
+    assert run.stderr.count("lightning-optim: error: ") == 12, run.stderr
 
 
 @pytest.mark.parametrize("args", [[], ["--help"], ["-h"]])

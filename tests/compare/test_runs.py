@@ -175,7 +175,7 @@ def command(*args: str, cwd: Path, timeout: float = 560, start: bool = False) ->
     return ended
 
 
-SMALL = ["--steps", "30", "--trials", "3", "--seeds", "3", "--tuning_seeds", "2", "--jobs", "2"]
+SMALL = ["--steps", "12", "--trials", "3", "--seeds", "3", "--tuning_seeds", "2", "--jobs", "2"]
 TASK = ["--model", "shapes.Regression", "--data", "shapes.Points", "--trainer.accelerator", "cpu"]
 
 
@@ -197,7 +197,7 @@ def test_a_foreign_module_by_one_command_and_from_python(tmp_path: Path) -> None
         Regression,
         Points,
         optimizers,
-        steps=30,
+        steps=12,
         trials=3,
         seeds=3,
         tuning_seeds=2,
@@ -211,50 +211,74 @@ def test_a_foreign_module_by_one_command_and_from_python(tmp_path: Path) -> None
     assert [s.name for s in result.standings] == ["AdamW", *optimizers]
 
 
+def kill_after(process: subprocess.Popen[bytes], log: Path, count: int) -> None:
+    """End a study the hard way once so many runs are kept, whatever it is at."""
+    while process.poll() is None and not (log.is_file() and log.read_bytes().count(b'"outcome"') >= count):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
 @pytest.mark.slow
 def test_killed_three_times_it_ends_with_the_same_table(tmp_path: Path) -> None:
     command(*TASK, *SMALL, "--study", "whole", cwd=tmp_path)
-    for seconds in (12, 17, 25):
+    for count in (1, 8, 20):
         process = command(*TASK, *SMALL, "--study", "killed", cwd=tmp_path, start=True)
-        time.sleep(seconds)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        kill_after(process, tmp_path / "killed" / "study.log", count)
     ended = command(*TASK, *SMALL, "--study", "killed", cwd=tmp_path)
     assert "The study goes on" in ended.stderr
+    assert table(tmp_path / "killed") == table(tmp_path / "whole")
+
+
+FORMULA = """
+import sys
+from pathlib import Path
+from lightning_optim.compare.design import Design, contenders
+from lightning_optim.compare.study import run_study
+from tests.compare.fakes import Formula
+folder, where, url, seconds = [*sys.argv[1:], *["", "local", "", "0.02"][len(sys.argv) - 1 :]]
+design = Design(tuple(contenders(["MVNGrad", "NAMO"], 0.01, "decoupled")))
+run_study(Formula(seconds=float(seconds)), design, Path(folder), url or None, jobs=2, where=where)
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(tmp_path: Path) -> None:
+    """The same with runs of no length, so that the kills fall between them, too."""
+    root = Path(__file__).parents[2]
+    start = [sys.executable, "-c", FORMULA]
+    assert subprocess.run([*start, str(tmp_path / "whole")], cwd=root, timeout=560).returncode == 0
+    for count in (1, 17, 40):
+        process = subprocess.Popen([*start, str(tmp_path / "killed")], cwd=root)
+        kill_after(process, tmp_path / "killed" / "study.log", count)
+    assert subprocess.run([*start, str(tmp_path / "killed")], cwd=root, timeout=560).returncode == 0
     assert table(tmp_path / "killed") == table(tmp_path / "whole")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["file", "sqlite"])
 def test_two_processes_share_a_study(tmp_path: Path, kind: str) -> None:
-    storage = [] if kind == "file" else ["--storage", f"sqlite:///{tmp_path / 'study.db'}"]
-    args = [*TASK, *SMALL[:-1], "1", "--study", "shared", *storage]
-    first = command(*args, cwd=tmp_path, start=True)
-    command(*args, cwd=tmp_path)
-    assert first.wait(300) == 0
-    url, name = (str(tmp_path / "shared" / "study.log"), "compare") if kind == "file" else (storage[1], "shared")
-    trials = [t for t in Ledger(url, name)._study.get_trials() if "outcome" in t.user_attrs]
+    url = f"sqlite:///{tmp_path / 'study.db'}" if kind == "sqlite" else ""
+    root = Path(__file__).parents[2]
+    start = [sys.executable, "-c", FORMULA, str(tmp_path / "shared"), "local", url, "0.5"]
+    others = [subprocess.Popen(start, cwd=root) for _ in range(2)]
+    assert [other.wait(560) for other in others] == [0, 0]
+    place = (url, str(tmp_path / "shared")) if url else (str(tmp_path / "shared" / "study.log"), "compare")
+    trials = [t for t in Ledger(*place)._study.get_trials() if "outcome" in t.user_attrs]
     keys = [trial.user_attrs["key"] for trial in trials]
     assert len(keys) == len({*keys})  # No run was made twice,
     assert len({trial.user_attrs["owner"] for trial in trials}) == 2  # and both made some.
-    command(*TASK, *SMALL, "--study", "alone", cwd=tmp_path)
-    assert table(tmp_path / "shared") == table(tmp_path / "alone")
+    kept = json.loads((tmp_path / "shared" / "study.json").read_text())
+    assert len(keys) == len(kept["runs"])
 
 
 @pytest.mark.slow
 def test_ray_gives_the_same_table(tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    settings: dict[str, Any] = {"steps": 30, "trials": 3, "seeds": 3, "tuning_seeds": 2, "jobs": 2, "quiet": True}
+    root = Path(__file__).parents[2]
     for kind in ("local", "ray"):
-        compare(
-            Regression,
-            Points,
-            ["NAMO"],
-            study=tmp_path / kind,
-            executor=kind,  # type: ignore[arg-type]
-            trainer={"accelerator": "cpu"},
-            **settings,
-        )
+        start = [sys.executable, "-c", FORMULA, str(tmp_path / kind), kind]
+        assert subprocess.run(start, cwd=root, timeout=560).returncode == 0
     assert table(tmp_path / "ray") == table(tmp_path / "local")
 
 

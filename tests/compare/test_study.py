@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from lightning_optim.compare import ledger as ledger_module
 from lightning_optim.compare import study as study_module
 from lightning_optim.compare.design import Contender, Design, Rates, Run, contenders
 from lightning_optim.compare.ledger import Ledger
@@ -362,6 +363,12 @@ def test_no_run_is_claimed_twice(tmp_path: Path, kind: str) -> None:
     again = ledgers[0].claim(runs)
     assert again is not None
     assert again.key == claims[0][1].key
+
+
+def test_a_database_that_cannot_be_used(monkeypatch: Any) -> None:
+    monkeypatch.setattr(ledger_module, "_ATTEMPTS", 1)
+    with pytest.raises(ValueError, match=r"storage sqlite:////nowhere/at/all.db cannot be used"):
+        Ledger("sqlite:////nowhere/at/all.db", "s")
 
 
 @pytest.mark.parametrize("end", ["half a line", "a line without its end", "nothing"])
