@@ -13,7 +13,7 @@ import socket
 import time
 import uuid
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from optuna.distributions import FloatDistribution, IntDistribution
 from optuna.storages import JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState, create_trial
+from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from .design import Run
@@ -82,8 +83,12 @@ class Ledger:
     def __init__(self, url: str, name: str) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         storage: Any
+        # Optuna locks the row of a trial while it takes it, which SQLite cannot: two processes may take the same.
+        self._taking: AbstractContextManager[Any] = nullcontext()
         if "://" in url:
             storage = _database(url)
+            if url.startswith("sqlite"):
+                self._taking = FileLock(f"{make_url(url).database}.lock")
         else:
             path = Path(url)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -111,16 +116,18 @@ class Ledger:
 
     def finish(self, claim: Claim, outcome: Mapping[str, Any]) -> None:
         """Keep the result of a run."""
-        claim.trial.set_user_attr("outcome", dict(outcome))
-        if outcome["status"] == "failed":
-            self._study.tell(claim.trial, state=TrialState.FAIL)
-            return
-        score = outcome["score"]
-        self._study.tell(claim.trial, math.inf if score is None else score)
+        # Another process may have taken this one for dead, as after a machine slept, and have given the run up.
+        with suppress(optuna.exceptions.UpdateFinishedTrialError):
+            claim.trial.set_user_attr("outcome", dict(outcome))
+            if outcome["status"] == "failed":
+                self._study.tell(claim.trial, state=TrialState.FAIL)
+                return
+            score = outcome["score"]
+            self._study.tell(claim.trial, math.inf if score is None else score)
 
     def release(self, claim: Claim) -> None:
         """Give a run up that was not finished."""
-        self._study.tell(claim.trial, state=TrialState.FAIL)
+        self._study.tell(claim.trial, state=TrialState.FAIL, skip_if_finished=True)
 
     def note(self, name: str, value: Any) -> Any:
         """Keep a value for all who share the study, unless there is one; the one that is kept."""
@@ -157,7 +164,8 @@ class Ledger:
         """Take one of the offered runs with these keys, or none if there is none left to take."""
         wanted = {*keys}
         while any(t.user_attrs.get("key") in wanted for t in self._trials(TrialState.WAITING)):
-            trial = self._study.ask()
+            with self._taking:
+                trial = self._study.ask()
             key = trial.user_attrs.get("key")
             earlier = [t for t in self._trials(*_LIVE) if t.user_attrs.get("key") == key and t.number < trial.number]
             # A run that is not wanted is one of another design; who wants it offers it again.

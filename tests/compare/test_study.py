@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -369,6 +370,29 @@ def test_a_database_that_cannot_be_used(monkeypatch: Any) -> None:
     monkeypatch.setattr(ledger_module, "_ATTEMPTS", 1)
     with pytest.raises(ValueError, match=r"storage sqlite:////nowhere/at/all.db cannot be used"):
         Ledger("sqlite:////nowhere/at/all.db", "s")
+
+
+@pytest.mark.parametrize("kind", ["file", "sqlite"])
+def test_runs_that_are_claimed_at_the_same_moment(tmp_path: Path, kind: str) -> None:
+    """Optuna alone lets two users of an SQLite file take the same trial."""
+    url = str(tmp_path / "study.log") if kind == "file" else f"sqlite:///{tmp_path / 'study.db'}"
+    d = design()
+    runs = {run.key("t"): run for run in (d.first(d.baseline, {"lr": 1.5**-i}) for i in range(20))}
+    ledgers = [Ledger(url, "s") for _ in range(3)]
+    ledgers[0].offer(runs.items())
+    taken: list[str] = []
+
+    def take(ledger: Ledger) -> None:
+        while claim := ledger.claim(runs):
+            taken.append(claim.key)
+            ledger.finish(claim, outcome(1.0))
+
+    threads = [threading.Thread(target=take, args=(ledger,)) for ledger in ledgers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(taken) == sorted(runs)
 
 
 @pytest.mark.parametrize("end", ["half a line", "a line without its end", "nothing"])
