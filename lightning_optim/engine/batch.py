@@ -36,6 +36,7 @@ class Task:
         noise: Position of the first element in the random stream (see :func:`.rounding.stream_start`); ``None``
             without stochastic rounding.
         owner: The rank that keeps the state and runs the rule for all shards of the parameter, if one does.
+        whole: On that rank, the whole parameter in the gradient's dtype, for a rule that reads it.
     """
 
     t: int
@@ -48,6 +49,7 @@ class Task:
     first: int = 0
     noise: int | None = None
     owner: int | None = None
+    whole: Tensor | None = None
 
 
 @dataclass

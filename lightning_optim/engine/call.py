@@ -48,7 +48,7 @@ def call(
     before = [x.clone() for x in written] if finite is not None else []
     g = g.to(dtype)
     g = regularize(g if isinstance(grad_scale, float) and grad_scale == 1.0 else g * grad_scale, work, scalars["l2"])
-    result = function(g, SimpleNamespace(**state), SimpleNamespace(**scalars))
+    result = function(g, SimpleNamespace(**state, parameter=work), SimpleNamespace(**scalars))
     if not moves:
         return result
     result.apply_(work, scalars["keep"])

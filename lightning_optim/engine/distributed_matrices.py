@@ -34,7 +34,7 @@ from .batch import Batch, Task
 from .elementwise import split_by_size
 from .matrices import Report, Requests, Stack, StackStep
 from .rounding import RESIDUAL
-from .rule import LIKE_PARAMETER, Move, Polar
+from .rule import LIKE_PARAMETER, MatrixRule, Move, Polar
 from .state import block_shape, compute_dtype, from_blocks, state_shapes, tensor_names
 
 
@@ -402,17 +402,25 @@ def _run_on_owners(bucket: Sequence[_ShardedTask], step: StackStep) -> Iterator[
     ranks = range(sharding.ranks)
     owned_by = [[x for x in bucket if x.task.owner == rank] for rank in ranks]
     mine = owned_by[sharding.rank]
+    needs = {x.parameter: _needs_of_owner(x) for x in bucket}
     receive = processes.all_to_all(
-        [[x.task.g for x in theirs] for theirs in owned_by],
-        [[(x.sharding.local_shape(rank), x.task.g.dtype) for x in mine] for rank in ranks],
+        [[y for x in theirs for y in needs[x.parameter].values()] for theirs in owned_by],
+        [
+            [(x.sharding.local_shape(rank), y.dtype) for x in mine for y in needs[x.parameter].values()]
+            for rank in ranks
+        ],
         device,
         sharding.group,
     )
     yield
+    received = [iter(xs) for xs in receive()]
     batches: dict[int, Batch] = {}
-    for x, *shards in zip(mine, *receive()):
+    for x in mine:
+        wholes: dict[str, Any] = {
+            name: torch.cat([next(xs) for xs in received], x.sharding.dim) for name in needs[x.parameter]
+        }
         batch = batches.setdefault(id(x.batch), replace(x.batch, tasks=[], cache={}))
-        batch.tasks.append(replace(x.task, g=torch.cat(shards, x.sharding.dim)))
+        batch.tasks.append(replace(x.task, **wholes))
     packed: dict[Tensor, list[Tensor]] = {}
     for job in matrices.stack_jobs(batches.values(), replace(step, move=partial(_pack_move, packed))):
         for _ in job:
@@ -427,6 +435,13 @@ def _run_on_owners(bucket: Sequence[_ShardedTask], step: StackStep) -> Iterator[
     for theirs, tensors in zip(owned_by, map(iter, receive())):
         for x in theirs:
             _move_shard(x, [next(tensors) for _ in _packed_specs(x)], step.finite)
+
+
+def _needs_of_owner(x: _ShardedTask) -> dict[str, Tensor]:
+    """This rank's shards of what the owner runs the rule on: the gradient and, if the rule reads it, the parameter."""
+    rule, task = x.batch.rule, x.task
+    reads = issubclass(rule, MatrixRule) and rule.reads_parameter
+    return {"g": task.g, **({"whole": matrices.parameter_of(task)} if reads else {})}
 
 
 def _pack_move(packed: dict[Tensor, list[Tensor]], stack: Stack, move: Move, finite: Tensor | None) -> None:

@@ -99,6 +99,11 @@ def move_parameters_(stack: Stack, move: Move, finite: Tensor | None) -> None:
         _unstack(residual, residuals, stack.group)
 
 
+def parameter_of(task: Task) -> Tensor:
+    """The value of a parameter in the dtype of the arithmetic; read only, as it may be the parameter itself."""
+    return task.whole if task.whole is not None else load(task.p, task.state.get(RESIDUAL), compute_dtype(task.p.dtype))
+
+
 def move_tensor_(
     p: Tensor,
     move: Move,
@@ -227,7 +232,10 @@ def _update_stack(stack: Stack, step: StackStep) -> Iterator[Polar]:
         g = torch.where(finite, g, 0.0)  # Decompositions raise an error on NaN, which the host does not know of yet.
     before = [x.clone() for x in stacked.values()] if finite is not None else []
     observe = ignore if step.report is None else partial(_report_parts, step.report, stack)
-    update = rule.update(g, SimpleNamespace(**stacked), SimpleNamespace(**tasks[0].scalars), observe)
+    read = (
+        {"parameter": _concatenated([stack.view(parameter_of(task)) for task in tasks])} if rule.reads_parameter else {}
+    )
+    update = rule.update(g, SimpleNamespace(**stacked, **read), SimpleNamespace(**tasks[0].scalars), observe)
     movement: Any = (yield from update) if isinstance(update, GeneratorType) else update
     for x, old in zip(stacked.values(), before):
         x.copy_(torch.where(finite, x, old))  # type: ignore[arg-type]

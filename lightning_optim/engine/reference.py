@@ -51,7 +51,7 @@ def _update(batch: Batch, task: Task, scalars: dict[str, Any]) -> None:
     rule: Any = batch.rule
     value = load(task.p, task.state.get(RESIDUAL), compute_dtype(task.p.dtype))
     g = regularize(_gradient(task), value, scalars["l2"])
-    move = rule.update(g, _state(batch, task), SimpleNamespace(**scalars))
+    move = rule.update(g, _state(batch, task, value), SimpleNamespace(**scalars))
     _store(task, move.apply_(value, scalars["keep"]))
 
 
@@ -63,7 +63,7 @@ def _update_groups(batches: Sequence[Batch], loss: float | None) -> None:
     for batch, task in tasks:
         value = load(task.p, task.state.get(RESIDUAL), compute_dtype(task.p.dtype))
         g = regularize(_gradient(task), value, task.scalars["l2"])
-        sums.append(rule.sums(g, _state(batch, task), SimpleNamespace(**task.scalars)))
+        sums.append(rule.sums(g, _state(batch, task, value), SimpleNamespace(**task.scalars)))
     device = tasks[0][1].p.device
     totals = [torch.stack([x.to(device) for x in column]).sum(0) for column in zip(*sums)]
     _, new, coefficients = combine(batches, totals, loss)
@@ -92,16 +92,16 @@ def _update_matrices(
     shapes = state_shapes(rule, task.p, batch.group)
     own_shape = [name for name, shape in shapes.items() if shape is LIKE_PARAMETER]
     state = {name: stack(task.state[name]) if name in own_shape else task.state[name] for name in shapes}
+    value = load(task.p, task.state.get(RESIDUAL), compute_dtype(task.p.dtype))
     update: Any = rule.update(
         stack(_gradient(task)),
-        SimpleNamespace(**state),
+        SimpleNamespace(**state, parameter=stack(value)),
         SimpleNamespace(**task.scalars),
         observe if observer else ignore,
     )
     move = _orthogonalize(update, observe) if isinstance(update, GeneratorType) else update
     for name in own_shape:  # A stack is a copy where no view exists, as in transposed convolutions.
         _copy(task.state[name], from_blocks(state[name], task.p.shape, batch.group))
-    value = load(task.p, task.state.get(RESIDUAL), compute_dtype(task.p.dtype))
     stacked = move.apply_(stack(value), task.scalars["keep"])
     _store(task, from_blocks(stacked, task.p.shape, batch.group))
 
@@ -125,9 +125,9 @@ def _gradient(task: Task) -> Tensor:
     return g if task.grad_scale == 1.0 else g * task.grad_scale
 
 
-def _state(batch: Batch, task: Task) -> SimpleNamespace:
+def _state(batch: Batch, task: Task, value: Tensor) -> SimpleNamespace:
     names = state_shapes(batch.rule, task.parameter, batch.group)
-    return SimpleNamespace(**{name: task.state[name] for name in names})
+    return SimpleNamespace(**{name: task.state[name] for name in names}, parameter=value)
 
 
 def _store(task: Task, value: Tensor) -> None:

@@ -19,9 +19,10 @@ Arguments have the same names everywhere:
 
 - ``t``: the parameter's step, from 1; ``h``: hyperparameters as attributes (``h.lr``; ``betas`` also as ``h.beta1`` and
   ``h.beta2``); ``shape``: shape of one tensor of the stack.
-- ``g``: the gradient in float32 or float64, read only; ``s``: state tensors as attributes; ``k``: numbers as
-  attributes: all hyperparameters, and what ``scalars`` returned. In compiled steps they are 0-d tensors, which is why
-  updates use the functions of :mod:`.arithmetic`.
+- ``g``: the gradient in float32 or float64, read only; ``s``: state tensors as attributes, and the parameter before
+  the step, of the gradient's dtype and read only, as ``s.parameter`` (see :attr:`MatrixRule.reads_parameter`); ``k``:
+  numbers as attributes: all hyperparameters, and what ``scalars`` returned. In compiled steps they are 0-d tensors,
+  which is why updates use the functions of :mod:`.arithmetic`.
 """
 
 from __future__ import annotations
@@ -281,11 +282,13 @@ class MatrixRule(Rule):
             than the parameter's must then follow from such sums.
         flatten: Whether tensors with more than two axes are passed as matrices ``(k, shape[0], rest)``; otherwise as
             ``(k, *shape)``.
+        reads_parameter: Whether the update reads ``s.parameter``, which has to be joined, converted or sent for it.
     """
 
     kind: ClassVar[str] = "matrix"
     by_rows: ClassVar[bool] = False
     flatten: ClassVar[bool] = True
+    reads_parameter: ClassVar[bool] = False
 
     @staticmethod
     def phases(h: Any) -> int:

@@ -110,7 +110,9 @@ def test_observers_get_whole_matrices_on_one_process(
 ) -> None:
     found = [result[configuration] for result in results(processes, case)]
     # Newton-Schulz takes small singular values times 3.4 in each of five steps: 500 roundings of 1e-16.
-    assert max(x for each in found for x in each["reports"].values()) <= 1e-13
+    # (The AdamW form of MARS orthogonalises nothing, and so reports nothing.)
+    assert max((x for each in found for x in each["reports"].values()), default=0.0) <= 1e-13
+    assert any(each["reports"] for each in found) is not configuration.startswith("MARS {")
     assert not set.intersection(*(each["missing"] for each in found))
     if case == "fsdp2":
         reports = [key for each in found for key in each["reports"] if key[0] not in ("replicated", "plain")]

@@ -58,7 +58,8 @@ class Held:
         state = {name: torch.zeros(1, *shape, dtype=torch.float64) for name, shape in shapes.items()}
         if issubclass(self.rule, GroupRule):
             state |= {name: torch.tensor(x, dtype=torch.float64) for name, x in self.rule.group_state.items()}
-        self.s = SimpleNamespace(**state)
+        whole = torch.randn(1, *self.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        self.s = SimpleNamespace(**state, parameter=whole[:, self.rows])
         self.host = dict.fromkeys(self.rule.host_state, 0.0)
 
     def numbers(self, t: int) -> dict[str, Any]:

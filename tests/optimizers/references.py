@@ -19,12 +19,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_optim.polar import METHODS
+
 Array = NDArray[np.float64]
 State = defaultdict[Any, Any]
 
 
 # Linear algebra
 
+Coefficients = Sequence[tuple[float, float, float]]
+KELLER_JORDAN: Coefficients = [(3.4445, -4.7750, 2.0315)] * 5
 NORM_FLOOR = 1e-7  #: As released; what is added to the norm of a matrix.
 
 
@@ -35,27 +39,29 @@ def polar_factor(x: Array) -> Array:
     return u[:, keep] @ vt[keep]
 
 
-def newton_schulz(x: Array, steps: int = 5, extra_normalisation: bool = False) -> Array:
-    """Keller Jordan's quintic iteration, an approximate polar factor.
+def newton_schulz(x: Array, coefficients: Coefficients = KELLER_JORDAN, extra_normalisation: bool = False) -> Array:
+    """A quintic iteration, an approximate polar factor: Keller Jordan's, or another with other coefficients.
 
     `extra_normalisation` also divides by ||(X X^T)^2||_F^(1/4) in the first iteration, as DeVA's release
     does: a tighter bound of the largest singular value than the Frobenius norm.
     """
     if x.shape[0] > x.shape[1]:
-        return newton_schulz(x.T, steps, extra_normalisation).T
+        return newton_schulz(x.T, coefficients, extra_normalisation).T
     x = x / (np.linalg.norm(x) + NORM_FLOOR)
-    for i in range(steps):
+    for i, (a, b, c) in enumerate(coefficients):
         if extra_normalisation and i == 0:
             x = x / (np.sum((x @ x.T @ x @ x.T) ** 2) + 1e-20) ** 0.125
         gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        x = a * x + (b * gram + c * gram @ gram) @ x
     return x
 
 
 def orthogonalize(x: Array, method: str) -> Array:
-    """The polar factor of a matrix: "exact", "kj5", or "kj5-schatten" with the extra normalisation."""
+    """The polar factor of a matrix: "exact", "kj5", "kj5-schatten" with the extra normalisation, or "pe8"."""
     if method == "exact":
         return polar_factor(x)
+    if method == "pe8":  # Its coefficients are the result of an optimisation, which has tests of its own.
+        return newton_schulz(x, METHODS[method].coefficients)
     return newton_schulz(x, extra_normalisation={"kj5": False, "kj5-schatten": True}[method])
 
 

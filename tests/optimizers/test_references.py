@@ -54,10 +54,31 @@ CASES = sorted(
 )
 
 
-def recorded_reference(metadata: dict[str, str], params: list[Array]) -> Reference:
+class Routed:
+    """References of the rules of a recording in which not every tensor has the optimizer's main rule."""
+
+    def __init__(self, name: str, params: list[Array], arguments: dict[str, Any]) -> None:
+        role = arguments.pop("role")
+        ofs = {key.removeprefix("fallback_"): x for key, x in arguments.items() if key.startswith("fallback_")}
+        own = {key: x for key, x in arguments.items() if not key.startswith("fallback_")}
+        rules = {"matrix": (REFERENCES[name], own), "fallback": (REFERENCES["AdamW"], ofs)}
+        chosen = [rules[role(p)] for p in params]
+        self.references = [reference([p], **values) for p, (reference, values) in zip(params, chosen)]
+        self.rates = [values["lr"] / own["lr"] for _, values in chosen]
+
+    @property
+    def params(self) -> list[Array]:
+        return [reference.params[0] for reference in self.references]
+
+    def step(self, grads: Any, lr: float | None = None) -> None:
+        for reference, rate, g in zip(self.references, self.rates, grads):
+            reference.step([g], None if lr is None else lr * rate)
+
+
+def recorded_reference(metadata: dict[str, str], params: list[Array]) -> Any:
     """The reference for a recorded case, with the case's hyperparameters."""
     name, arguments = arguments_of(metadata)
-    return REFERENCES[name](params, **arguments)
+    return Routed(name, params, arguments) if "role" in arguments else REFERENCES[name](params, **arguments)
 
 
 @dataclasses.dataclass
@@ -90,7 +111,7 @@ class Recording:
         return elementwise, displacement
 
 
-def replay(reference: Reference, grads: Any, lrs: Any = None) -> list[Array]:
+def replay(reference: Any, grads: Any, lrs: Any = None) -> list[Array]:
     """The parameters after each step, stacked, one array for each tensor."""
     history = []
     for t, g in enumerate(grads):
@@ -219,7 +240,7 @@ def test_moves_in_float64_and_leaves_its_inputs_alone(name: str) -> None:
     for p, moved in zip(params, trajectory):
         assert moved.dtype == np.float64
         assert np.isfinite(moved).all()
-        assert (moved[-1] != p).all()
+        assert (moved != p).any(0).all()  # Steps of equal size may add up to none.
 
 
 @pytest.mark.parametrize("name", REFERENCES)

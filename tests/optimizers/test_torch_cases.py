@@ -125,12 +125,18 @@ def descends(
 # --- goes in the right direction --------------------------------------------------------------------------------
 
 
+#: Optimizers that bring weights to a norm, whatever the gradients.
+ON_A_SPHERE = ["SSO"]
+
+
 @pytest.mark.parametrize("maximize", [False, True])
 @pytest.mark.parametrize("contiguous", [True, False])
 @each_optimizer
 def test_it_goes_in_the_right_direction(name: str, contiguous: bool, maximize: bool) -> None:
     if maximize and issubclass(RULES[name], ModelRule):
         return  # It takes objectives that are not positive only, and has a test of that.
+    if name in ON_A_SPHERE:
+        pytest.skip("to ascend from outside the sphere would lead away from it")
     if contiguous:
         params = parameters()
     else:
@@ -186,7 +192,8 @@ def test_the_constructors_rate_is_the_default_of_groups(name: str) -> None:
 def test_a_valley_is_found(name: str) -> None:
     """Rosenbrock's function from (1.5, 1.5), where it is 56.5; its minimum is at (1, 1)."""
     p = nn.Parameter(torch.tensor([1.5, 1.5]))
-    optimizer = build(name, [p], **({"fallback_lr": 1e-2} if name in MATRIX else {"lr": 1e-3}))
+    rate = 1e-5 if name.startswith("Admeta") else 1e-3  # Their first steps are 14 and 7 gradients long.
+    optimizer = build(name, [p], **({"fallback_lr": 1e-2} if name in MATRIX else {"lr": rate}))
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -324,6 +331,8 @@ def test_a_step_without_gradients_changes_nothing(name: str) -> None:
 
 @each_optimizer
 def test_steps_with_zero_gradients_change_nothing(name: str) -> None:
+    if name in ON_A_SPHERE:
+        pytest.skip("it brings the weights to the sphere")
     decay = {} if name in NO_DECAY else {"weight_decay": 0.0}
     no_decay = decay | ({"fallback_weight_decay": 0.0} if name in MATRIX else {})
     params = parameters()
