@@ -110,9 +110,11 @@ def test_observers_get_whole_matrices_on_one_process(
 ) -> None:
     found = [result[configuration] for result in results(processes, case)]
     # Newton-Schulz takes small singular values times 3.4 in each of five steps: 500 roundings of 1e-16.
-    # (The AdamW form of MARS orthogonalises nothing, and so reports nothing.)
+    # (Rules that orthogonalise nothing, as MARS in its AdamW form, may report nothing.)
     assert max((x for each in found for x in each["reports"].values()), default=0.0) <= 1e-13
-    assert any(each["reports"] for each in found) is not configuration.startswith("MARS {")
+    name = configuration.split()[0]
+    if "orthogonalizer" in OPTIMIZERS[name].defaults and name != "MARS":
+        assert any(each["reports"] for each in found)
     assert not set.intersection(*(each["missing"] for each in found))
     if case == "fsdp2":
         reports = [key for each in found for key in each["reports"] if key[0] not in ("replicated", "plain")]
