@@ -420,9 +420,9 @@ def losses() -> dict[str, Any]:
             for t, mean in enumerate((3.0, 2.0, 500.0, 1.5, 1.0), 10):
                 set_gradients(parameters, t, mesh)
                 set_gradients(others, t)
-                own = torch.tensor(mean * (1.9, 0.1)[dist.get_rank()])
+                own = torch.tensor(mean * (1.9, 0.1)[dist.get_rank()], dtype=torch.float64)
                 optimizer.step(lambda: own)  # noqa: B023
-                alone.step(lambda: torch.tensor(mean))  # noqa: B023
+                alone.step(lambda: torch.tensor(mean, dtype=torch.float64))  # noqa: B023
             retraces = float(optimizer.state[parameters["plain"]]["retraces"])
             found[f"{how} {form}"] = compare(optimizer, parameters, alone, others), retraces
     return found
