@@ -175,7 +175,7 @@ def state_after_a_step(info: OptimizerInfo) -> tuple[torch.Tensor, dict[str, tor
         group["role"] = "matrix"
     make: Any = info.cls
     optimizer = make([group])
-    optimizer.step()
+    optimizer.step(lambda: torch.ones(()))  # A loss, for rules that need one.
     return parameter, {k: v for k, v in optimizer.state[parameter].items() if isinstance(v, torch.Tensor)}
 
 

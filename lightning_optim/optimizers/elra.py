@@ -141,7 +141,7 @@ class ELRA(Model, paper="arXiv 2309.06274", about="one learning rate for the mod
         ...     loss = w.square() @ torch.tensor([1.0, 10.0])
         ...     loss.backward()
         ...     return loss
-        >>> losses = [float(optimizer.step(closure)) for _ in range(40)]
+        >>> losses = [optimizer.step(closure).item() for _ in range(40)]
         >>> losses[0], losses[-1] < 0.01
         (19.0, True)
     """
