@@ -1,5 +1,8 @@
 """Lightning callbacks."""
 
+from lightning_optim.modes import OptimizerModes
+from lightning_optim.seen import RoutingCheck
+
 from .diagnostics import Diagnostics
 from .gradient_health import GradientHealth
 from .optimizer_internals import OptimizerInternals
@@ -18,12 +21,14 @@ __all__ = [
     "Diagnostics",
     "GradientHealth",
     "OptimizerInternals",
+    "OptimizerModes",
     "OptimizerSwap",
     "OrthogonalityError",
     "Pictures",
     "RNGState",
     "RescueCheckpoint",
     "Resume",
+    "RoutingCheck",
     "SignCollapse",
     "SpikeResponse",
     "UpdateSize",

@@ -66,7 +66,9 @@ class OptimizerInternals(Monitor):
     def observe(self, parameter: Tensor, name: str, value: Tensor) -> None:
         for key, internal in self._internals.get(parameter, {}).items():
             if internal.reported == name:
-                self._reported[key, parameter] = internal.sums(value)
+                sums = internal.sums(value)
+                before = self._reported.get((key, parameter))  # of other parts of the parameter
+                self._reported[key, parameter] = sums if before is None else tuple(map(torch.add, before, sums))
 
     def sums(self, step: Step) -> dict[str, Tensor]:
         device = step.change.updates[0].device

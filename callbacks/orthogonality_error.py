@@ -25,7 +25,7 @@ from lightning_optim.diagnostics.orthogonality import (
     scaled_gram,
 )
 from lightning_optim.diagnostics.parameter_change import Sums
-from lightning_optim.engine.state import block_shape, to_blocks
+from lightning_optim.engine.layout import layout_of, matrices_in, parts_of
 from lightning_optim.processes import ShardSums, local_slices, sharded_dims
 from lightning_optim.trainer import is_lightning
 
@@ -118,8 +118,9 @@ class OrthogonalityError(Monitor):
         self.spectra = spectra
         self._boards: list[Any] = []
         self._from_reports = _REPORTED if polar else _REPORTED[:1]
-        self._reported: dict[tuple[str, Tensor], Tensor] = {}
-        self._orthogonalized: dict[Tensor, Tensor] = {}
+        #: For each part of a parameter, in order.
+        self._reported: dict[tuple[str, Tensor], list[Tensor]] = defaultdict(list)
+        self._orthogonalized: dict[Tensor, list[Tensor]] = defaultdict(list)
         self._informed = False
 
     # --- what our optimizers report -----------------------------------------------------------------------------
@@ -134,12 +135,12 @@ class OrthogonalityError(Monitor):
 
     def observe(self, parameter: Tensor, name: str, value: Tensor) -> None:
         if name == "momentum" and self.polar:
-            self._orthogonalized[parameter] = value.clone()
+            self._orthogonalized[parameter].append(value.clone())
         if name == "orthogonal_factor":
-            self._reported["factor_error", parameter] = factor_error(value)
-            if parameter in self._orthogonalized:
-                momentum = self._orthogonalized.pop(parameter)
-                self._reported["polar_error", parameter] = polar_error(value, momentum)
+            self._reported["factor_error", parameter].append(factor_error(value))
+            if self._orthogonalized[parameter]:
+                momentum = self._orthogonalized[parameter].pop(0)
+                self._reported["polar_error", parameter].append(polar_error(value, momentum))
 
     # --- sums over processes ------------------------------------------------------------------------------------
 
@@ -154,21 +155,23 @@ class OrthogonalityError(Monitor):
         for name in self._from_reports:
             reported = [self._reported.get((name, w.parameter)) for w in step.watched]
             zeros = [u.new_zeros(_blocks(w)) for w, u in zip(step.watched, step.change.updates)]
-            sums[name] = _concatenated([zero if x is None else x.to(zero) for x, zero in zip(reported, zeros)])
-            sums[f"{name}_count"] = _concatenated([zero + (x is not None) for x, zero in zip(reported, zeros)])
+            sums[name] = _concatenated([torch.cat(x).to(zero) if x else zero for x, zero in zip(reported, zeros)])
+            sums[f"{name}_count"] = _concatenated([zero + bool(x) for x, zero in zip(reported, zeros)])
         self._reported.clear()
+        self._orthogonalized.clear()
         pairs = list(zip(step.watched, step.change.updates))
         if step.shards.groups:
-            parts = [_part(w, u, step.shards) for w, u in pairs]
+            parts = [x for w, u in pairs for x in _parts(w, u, step.shards)]
             return sums | {f"{_PART}{i}": part for i, part in enumerate(parts)}
-        matrices = [_matrices(w, u) for w, u in pairs]
+        matrices = [x for w, u in pairs for x in matrices_in(u, _layout(w))]
         return sums | self._singular_values(map(_gram, matrices)) | _batched(orthogonality, matrices)
 
     def condense(self, step: Step, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         parts = [x for name, x in sums.items() if name.startswith(_PART)]
         if not parts:
             return sums
-        grams = [x if _has_gram(w) else gram(x) for w, x in zip(step.watched, parts)]
+        have_gram = [has_gram for w in step.watched for has_gram in _have_gram(w)]
+        grams = [x if has_gram else gram(x) for has_gram, x in zip(have_gram, parts)]
         small = {name: x for name, x in sums.items() if not name.startswith(_PART)}
         return small | self._singular_values(grams) | _batched(orthogonality_of_gram, grams)
 
@@ -212,20 +215,15 @@ class OrthogonalityError(Monitor):
 
 def _layout(w: Watched) -> dict[str, Any]:
     assert w.route is not None
-    return {"blocks": w.route.blocks, "transposed": w.route.transposed}
+    return layout_of(w.route.layout)
 
 
 def _blocks(w: Watched) -> int:
-    return _layout(w)["blocks"]
+    return sum(part.blocks for part in parts_of(w.parameter.shape, _layout(w)))
 
 
 def _names(w: Watched) -> list[str]:
     return [w.name] if _blocks(w) == 1 else [f"{w.name}/{i}" for i in range(_blocks(w))]
-
-
-def _matrices(w: Watched, x: Tensor) -> Tensor:
-    """The matrices ``(blocks, m, n)`` in a tensor like the whole parameter."""
-    return to_blocks(x, _layout(w)).flatten(2)
 
 
 def _gram(x: Tensor) -> Tensor:
@@ -259,32 +257,35 @@ def _batched(statistics: Callable[[Tensor], Sums], stacks: Sequence[Tensor]) -> 
 _PART = "part/"
 
 
-def _part(w: Watched, u: Tensor, shards: ShardSums) -> Tensor:
+def _parts(w: Watched, u: Tensor, shards: ShardSums) -> list[Tensor]:
     """What a rank adds for a parameter: Gram matrices if they are sums over ranks, otherwise the matrices.
 
-    Shape ``(blocks, r, r)`` or ``(blocks, m, n)``, in float64 where the device has it.
+    For each part, shape ``(blocks, r, r)`` or ``(blocks, m, n)``, in float64 where the device has it.
     """
     wide = widest(u.device)
     p = w.parameter
     whole = u.new_zeros(p.shape)
     whole[local_slices(p)] = u
-    x = _matrices(w, whole) * shards.counts(p)
-    if not _has_gram(w):
-        return x.to(wide)
-    peak = x.abs().amax((-2, -1), keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
-    x = x / peak
-    return gram(x if _layout(w)["transposed"] else x.mT).to(wide) * peak.to(wide) ** 2
+    found = []
+    for x, has_gram in zip(matrices_in(whole, _layout(w)), _have_gram(w)):
+        x = x * shards.counts(p)
+        if has_gram:
+            peak = x.abs().amax((-2, -1), keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+            x = x / peak
+            x = gram(x if _layout(w)["transposed"] else x.mT).to(wide) * peak.to(wide) ** 2
+        found.append(x.to(wide))
+    return found
 
 
-def _has_gram(w: Watched) -> bool:
-    """Whether the smaller Gram matrix of each matrix is the sum of those of its shards.
+def _have_gram(w: Watched) -> list[bool]:
+    """Of each part, whether the smaller Gram matrix of each matrix is the sum of those of its shards.
 
     Its sums run over the longer dimension, which must be the only one that is sharded.
     """
-    p = w.parameter
+    p, layout = w.parameter, _layout(w)
     sharded = {dim for dim, _ in sharded_dims(p)}
-    if not sharded or (sharded == {0} and p.shape[0] == _blocks(w)):
-        return True
-    m, *rest = block_shape(p.shape, _layout(w))
-    n = math.prod(rest)
-    return sharded == {0} and (n >= m if _layout(w)["transposed"] else m >= n)
+    parts = parts_of(p.shape, layout)
+    if not sharded or (sharded == {0} and p.ndim > 2 and layout["blocks"] % p.shape[0] == 0):
+        return [True] * len(parts)
+    matrices = [part.matrix for part in parts]
+    return [sharded == {0} and (n >= m if layout["transposed"] else m >= n) for m, n in matrices]

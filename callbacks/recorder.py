@@ -28,6 +28,7 @@ from torch.optim import Optimizer
 from lightning_optim.devices import stopwatch, widest
 from lightning_optim.diagnostics.charts import COST, LEARNING, Chart
 from lightning_optim.diagnostics.parameter_change import Change, sample, squares_of_gradients
+from lightning_optim.engine.layout import layout_of
 from lightning_optim.engine.optimizer import RuleOptimizer
 from lightning_optim.engine.two_rules import MatrixOptimizer
 from lightning_optim.processes import ShardSums, local, local_slices, sharded_dims, strategies
@@ -615,7 +616,8 @@ def _as_grouped(r: Route | None, optimizer: Optimizer, group: Mapping[str, Any])
     """A route as the parameter groups of a matrix optimizer of ours have it, which the user may have changed."""
     if r is None or not isinstance(optimizer, MatrixOptimizer):
         return r
-    return replace(r, role=group["role"], blocks=group.get("blocks", 1), transposed=group.get("transposed", False))
+    layout: dict[str, Any] = {"blocks": 1, "transposed": False, "split": (), "interleaved": False}
+    return replace(r, role=group["role"], **(layout | layout_of(group)))
 
 
 def _scaler(trainer: pl.Trainer) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .engine.optimizer import RuleOptimizer
 from .engine.two_rules import MatrixOptimizer
 from .grouping import Grouping, is_exempt, marked_parameters
-from .routing import clean_name, route
+from .routing import clean_name
 
 _ADDED = "added-"
 
@@ -26,15 +26,15 @@ class AddedGroups:
     Args:
         optimizer: The optimizer.
         module: The module whose parameters it trains.
-        grouping: As for :func:`lightning_optim.build_optimizer`; patterns other than ``matrix`` and ``fallback`` do not
-            apply.
+        grouping: As for :func:`lightning_optim.build_optimizer`; only ``matrix``, ``fallback``, ``split`` and
+            ``heads`` of its patterns apply.
     """
 
     def __init__(self, optimizer: RuleOptimizer, module: nn.Module, grouping: Grouping) -> None:
         self._optimizer = weakref.ref(optimizer)
         self._module = weakref.ref(module)
         self._no_decay = Grouping(no_decay=grouping.no_decay)
-        self._patterns = grouping.matrix, grouping.fallback
+        self._grouping = grouping
         optimizer.register_step_pre_hook(self._follow)
 
     def __call__(self, group: dict[str, Any]) -> list[dict[str, Any]]:
@@ -45,7 +45,7 @@ class AddedGroups:
         names: dict[Tensor, Any] = {}
         if module is not None:
             parameters = dict(nn.Module.named_parameters(module))  # as the module tree names them
-            known = route(module, *self._patterns, set(group["params"]))
+            known = self._grouping.route(module, set(group["params"]))
             names = {parameters[name]: r for name, r in known.items()}
             marked = marked_parameters(module) if "marked" in self._no_decay.no_decay else set()
         count = 1 + len({_set_of(g) for g in optimizer.param_groups} - {None})
@@ -54,9 +54,10 @@ class AddedGroups:
             r = names.get(p)
             labels, settings = [f"{_ADDED}{count}"], {key: x for key, x in group.items() if key != "params"}
             if routed:
-                structure = {"role": r.role, "blocks": r.blocks, "transposed": r.transposed} if r else {}
+                structure = {"role": r.role, **r.layout} if r else {}
                 settings |= structure or {"role": "fallback"}
                 labels += [settings["role"], f"blocks{settings.get('blocks', 1)}" * (settings.get("blocks", 1) > 1)]
+                labels += ["split" + "-".join(map(str, r.split))] if r and r.split else []
                 labels += ["transposed" * settings.get("transposed", False)]
                 if "lr" in group:
                     settings["lr"] = group["lr"] * self._ratio(settings, optimizer.param_groups[0])

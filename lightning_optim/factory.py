@@ -35,10 +35,13 @@ from .engine.rule import GroupRule, ModelRule
 from .engine.two_rules import MatrixOptimizer
 from .group_rates import rates_by_group, scale_rates, watch_rates
 from .grouping import Grouping, ParameterSettings, parameter_groups, suggestion
+from .modes import attach_modes
 from .own_optimizers import FollowingSchedule, OwnOptimizer, own_optimizers
+from .peers import check_peer, entry_of_role
 from .processes import placements, strategies
-from .routing import Route, clean_name, route, routing_table
+from .routing import Route, clean_name, routing_table, shares_line
 from .safe_classes import safe_in_checkpoints
+from .seen import attach_check
 from .trainer import (
     is_default_hook,
     is_lightning,
@@ -237,7 +240,8 @@ def _build(
 ) -> Optimizer:
     """Build an optimizer for the trainable parameters, or those of the module's own optimizer."""
     cls = optimizer_class(config.name)
-    routes = route(module, grouping.matrix, grouping.fallback, None if own is None else set(own))
+    only = None if own is None else set(own)
+    routes = grouping.route(module, only, trained=only)
     if not routes:
         raise ValueError(f"{type(module).__name__} has no trainable parameter: it is empty or frozen.")
     args = dict(config.args)
@@ -259,7 +263,11 @@ def _build(
         )
 
     process_groups = _process_groups(trainer, cls)
-    groups = parameter_groups(module, routes, grouping, issubclass(cls, MatrixOptimizer), defaults_of, own)
+    ours = issubclass(cls, RuleOptimizer)
+    if not ours:
+        check_peer(cls, routes.values())
+    entry = None if ours else entry_of_role(cls)
+    groups = parameter_groups(module, routes, grouping, issubclass(cls, MatrixOptimizer), defaults_of, own, entry)
     if not issubclass(cls, RuleOptimizer) and unfreezes_later(trainer):
         # The callback adds parameters without names, which torch refuses beside parameters with names.
         groups = [group | {"params": [p for _, p in group["params"]]} for group in groups]
@@ -273,6 +281,8 @@ def _build(
         built.register_load_state_dict_pre_hook(matched)
     if isinstance(built, MatrixOptimizer):
         _say_what_rules_get(built, module, list(routes.values()), grouping)
+        rules = {group["role"]: group["rule"] for group in built.param_groups}
+        rank_zero_info(f"{cls.__name__}: {shares_line(routes.values(), rules)}")
         if trainer is not None and "lr" in args and args.get("fallback_lr") is None:
             rates = {group["role"]: f"{group['lr']:g}" for group in reversed(built.param_groups)}
             if len(rates) == 2:
@@ -280,6 +290,8 @@ def _build(
                     f"{cls.__name__}: lr={args['lr']:g} is the learning rate of matrices. The fallback rule has its "
                     f"own, {rates['fallback']}; fallback_lr sets it."
                 )
+    attach_modes(built, trainer)
+    attach_check(built, trainer)
     watch_rates(built, trainer)
     return built
 
@@ -302,12 +314,26 @@ def _say_what_rules_get(built: MatrixOptimizer, module: nn.Module, routes: list[
             f"rule, {rules['fallback']}, because their modules do not say whether they are matrices: {len(unknown)} "
             f"tensors of kind 'other' ({names}). grouping.matrix names those that are, grouping.fallback the others."
         )
-    elif "matrix" not in rules:
+    if suspects := [r for r in routes if r.kind.endswith("?")]:
+        names = ", ".join(clean_name(r.name) for r in suspects[:3])
+        rank_zero_warn(
+            f"{type(built).__name__} takes {len(suspects)} tensors of {type(module).__name__} for one matrix each that "
+            "are called like fused projections, because their modules do not say the sizes of the parts: "
+            f"{names}{' ...' if len(suspects) > 3 else ''}. Give the rows of each, as in "
+            f"grouping.split={{'{_pattern(suspects[0])}': [64, 32, 32]}}; all rows as one if it is one matrix."
+        )
+    if "matrix" not in rules and share <= 0.05:
         rank_zero_warn(
             f"{type(built).__name__} gets no matrix of {type(module).__name__}: its fallback rule, "
             f"{rules['fallback']}, trains all parameters. grouping.matrix names those that are to count as "
             "hidden matrices; routing_table(route(module).values()) of lightning_optim.routing says what each is."
         )
+
+
+def _pattern(r: Route) -> str:
+    """A pattern for a route's module wherever it is."""
+    *_, module, _ = ("", "", *clean_name(r.name).split("."))
+    return f"*.{module}"
 
 
 def _matches(r: Route, patterns: Iterable[str]) -> bool:
@@ -484,7 +510,7 @@ def scheduler_class(name: str) -> type[LRScheduler]:
 def _log_routing(module: nn.Module, grouping: Grouping, trainer: Any | None) -> None:
     for logger in trainer.loggers if trainer else []:
         if is_lightning(logger, "TensorBoardLogger"):
-            table = routing_table(route(module, grouping.matrix, grouping.fallback).values())
+            table = routing_table(grouping.route(module).values())
             logger.experiment.add_text("optimizer/routing", table)
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from torch import Tensor, nn
 
-from .routing import Route, clean_name
+from .routing import Route, clean_name, route
 from .safe_classes import safe_in_checkpoints
 
 __all__ = ["Grouping", "Kind", "ParameterSettings", "parameter_groups", "suggestion"]
@@ -34,8 +34,8 @@ class Grouping:
         default_factory=lambda: ["norm", "bias", "vector", "embedding", "positional", "token", "marked"]
     )
     """Kinds of parameter, as in the routing table, without weight decay. ``embedding`` includes tied ones; ``marked``
-    are those that say so themselves, by an attribute ``_no_weight_decay``, and those that the ``no_weight_decay()`` of
-    a model names, as in timm."""
+    are those that say so themselves, by an attribute ``_no_weight_decay``, and those that the ``no_weight_decay()`` or
+    ``no_weight_decay_keywords()`` of a model names, as in timm."""
 
     lr_multipliers: dict[str, float] = field(default_factory=dict)
     """For each pattern, a factor of the learning rate."""
@@ -52,7 +52,29 @@ class Grouping:
     fallback: list[str] = field(default_factory=list)
     """Patterns of parameters that an optimizer with a matrix rule must leave to its fallback rule."""
 
+    split: dict[str, list[int]] = field(default_factory=dict)
+    """For each pattern of weights or of their modules, the rows of the matrices that a weight stacks along its output
+    axis, as in ``{"*.qkv_proj": [q, k, v]}``; once, or several times over as in ``[64]`` for heads of 64 rows. Those
+    of common fused projections are found without."""
+
+    heads: list[str] = field(default_factory=list)
+    """Patterns of projections whose attention heads are matrices of their own, of as many rows as their module says
+    that a head has."""
+
+    transposed: list[str] = field(default_factory=list)
+    """Patterns of weights, or of their modules, that are stored (in, out), where their modules do not say so."""
+
     def __post_init__(self) -> None:
+        if isinstance(self.heads, Mapping):
+            raise ValueError(
+                f"grouping.heads={self.heads!r} must be a list of patterns; to give the rows of a head, use "
+                "grouping.split, as in {'*.q_proj': [64]}"
+            )
+        for pattern, rows in self.split.items():
+            sizes = list(rows) if isinstance(rows, (list, tuple)) else [rows]
+            if not sizes or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sizes):
+                raise ValueError(f"grouping.split[{pattern!r}] must be whole numbers of rows >= 1, got {rows!r}")
+            self.split = {**self.split, pattern: sizes}
         for kind in self.no_decay:
             if kind not in get_args(Kind):
                 raise ValueError(f"grouping.no_decay: {kind!r} is not one of {', '.join(get_args(Kind))}")
@@ -61,6 +83,25 @@ class Grouping:
                 raise ValueError(f"grouping.lr_multipliers[{pattern!r}] must be a number >= 0, got {factor}")
         if self.layer_decay is not None and not 0.0 < self.layer_decay <= 1.0:
             raise ValueError(f"grouping.layer_decay must be in (0, 1], got {self.layer_decay}")
+
+    def route(
+        self,
+        module: nn.Module,
+        parameters: Collection[Tensor] | None = None,
+        *,
+        trained: Collection[Tensor] | None = None,
+    ) -> dict[str, Route]:
+        """:func:`lightning_optim.routing.route` with this grouping's patterns."""
+        return route(
+            module,
+            self.matrix,
+            self.fallback,
+            parameters,
+            split=self.split,
+            heads=self.heads,
+            transposed=self.transposed,
+            trained=trained,
+        )
 
 
 class ParameterSettings(NamedTuple):
@@ -84,6 +125,7 @@ def parameter_groups(
     routed: bool,
     defaults_of: Callable[[list[dict[str, Any]]], Sequence[Mapping[str, Any]]],
     own: Mapping[nn.Parameter, ParameterSettings] | None = None,
+    entry: str | None = None,
 ) -> list[dict[str, Any]]:
     """Parameter groups, in the order in which the module holds the first parameter of each.
 
@@ -94,6 +136,7 @@ def parameter_groups(
         routed: Whether the optimizer has a matrix rule and a fallback rule.
         defaults_of: Says which hyperparameters the optimizer gives to groups that set none.
         own: What the module's own optimizer says of the parameters.
+        entry: The entry of groups by which another library's optimizer tells hidden matrices from the rest, if it does.
     """
     own = own or {}
     multipliers = _first_match("lr_multipliers", grouping.lr_multipliers, routes)
@@ -105,10 +148,12 @@ def parameter_groups(
     marked = marked_parameters(module) if "marked" in grouping.no_decay else set()
 
     def role_of(r: Route) -> str:
-        return r.role if routed else "params"
+        return r.role if routed or entry else "params"
 
     def structure(r: Route) -> dict[str, Any]:
-        return {"role": r.role, "blocks": r.blocks, "transposed": r.transposed} if routed else {}
+        if entry:
+            return {entry: (r.role == "matrix") is (entry == "use_muon")}
+        return {"role": r.role, **r.layout} if routed else {}
 
     def named(r: Route) -> tuple[str, nn.Parameter]:
         return clean_name(r.name), parameters[r.name]
@@ -127,6 +172,8 @@ def parameter_groups(
         labels = [role_of(r)]
         if routed and r.blocks > 1:
             labels.append(f"blocks{r.blocks}")
+        if routed and r.split:
+            labels.append("split" + "-".join(map(str, r.split)))
         if routed and r.transposed:
             labels.append("transposed")
         if said := own.get(parameters[r.name]):
@@ -166,7 +213,7 @@ def suggestion(name: str, known: Iterable[str]) -> str:
 
 
 def _check_override(pattern: str, override: Iterable[str], r: Route, base: Mapping[str, Any]) -> None:
-    known = base.keys() - {"params", "param_names", "name", "rule", "role", "blocks", "transposed"}
+    known = base.keys() - {"params", "param_names", "name", "rule", "role", *r.layout}
     for key in override:
         if key not in known:
             raise ValueError(
@@ -202,11 +249,14 @@ def marked_parameters(module: nn.Module) -> set[nn.Parameter]:
     marked = {p for p in module.parameters() if getattr(p, "_no_weight_decay", False)}
     for model in module.modules():
         # By type: a compiled model passes on the attributes of the model in it but renames its parameters.
+        patterns: list[str] = []
         if callable(getattr(type(model), "no_weight_decay", None)):
-            patterns = list(model.no_weight_decay())  # type: ignore[operator]
-            for name, p in model.named_parameters():
-                if any(fnmatchcase(clean_name(name), pattern) for pattern in patterns):
-                    marked.add(p)
+            patterns += model.no_weight_decay()  # type: ignore[operator]
+        if callable(getattr(type(model), "no_weight_decay_keywords", None)):
+            patterns += [f"*{part}*" for part in model.no_weight_decay_keywords()]  # type: ignore[operator]
+        for name, p in model.named_parameters() if patterns else ():
+            if any(fnmatchcase(clean_name(name), pattern) for pattern in patterns):
+                marked.add(p)
     return marked
 
 

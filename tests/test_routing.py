@@ -342,7 +342,9 @@ def test_experts_are_matrices_in_the_orientation_that_their_shapes_show(
     routes = route(nn.Sequential(module, nn.Linear(2, 2)))
     for name, p in module.named_parameters():
         r = routes[f"0.{name}"]
-        assert (r.role, r.kind, r.blocks, r.transposed) == ("matrix", kind, p.shape[0], transposed)
+        matrices = r.blocks * max(1, len(r.split))
+        expected = p.shape[0] * (2 if name == "gate_up_proj" else 1)
+        assert (r.role, r.kind, matrices, r.transposed) == ("matrix", kind, expected, transposed)
 
 
 def test_experts_by_the_name_of_a_parameter_and_by_a_flag() -> None:

@@ -21,11 +21,21 @@ LAYERS: list[set[str]] = [
     {"optimizers"},
     {"engine", "routing", "schedules"},
     {"processes", "polar"},
-    {"devices", "names", "page", "private", "trainer"},
+    {"fused", "devices", "names", "page", "private", "trainer"},
 ]
 #: Modules that a room consists of, where it is no folder of its own name.
 ROOMS = {
-    "factory": {"factory", "added_groups", "grouping", "group_rates", "own_optimizers", "safe_classes"},
+    "factory": {
+        "factory",
+        "added_groups",
+        "grouping",
+        "group_rates",
+        "modes",
+        "own_optimizers",
+        "peers",
+        "safe_classes",
+        "seen",
+    },
     "optimizers": {"optimizers", "eigenbasis"},
 }
 #: What these rooms may never import, however indirectly it is written.

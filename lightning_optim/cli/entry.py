@@ -107,6 +107,7 @@ _EXAMPLES = """examples:
   lightning-optim list --presets                                     all presets
   lightning-optim diagnostics runs [--out report.html]               what the diagnostics of runs say
   lightning-optim compare --optimizers AdamW NAMO                    which optimizer is better on a model
+  lightning-optim route mine.Model --batch mine.batch                which rule trains which parameter
   lightning-optim spike --optimizers MVNGrad AdamW --out spike.png   what a gradient spike does to optimizers"""
 
 

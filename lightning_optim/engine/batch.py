@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from operator import is_
 from types import SimpleNamespace
@@ -14,9 +14,19 @@ import torch
 from torch import Tensor
 
 from .. import private, processes
-from .rounding import RESIDUAL, prepare_residual, stream_start
-from .rule import MatrixRule, Rule, hyperparameters_of, lasting_numbers
-from .state import State, block_shape, compute_dtype, follow, has_begun, new_state, real_view, state_shapes
+from .layout import Part, is_split, parts_of, without_split
+from .rounding import RESIDUAL, prepare_residual, stream_positions, stream_start
+from .rule import MatrixRule, Rule, Shape, hyperparameters_of, lasting_numbers
+from .state import (
+    State,
+    compute_dtype,
+    follow,
+    has_begun,
+    new_state,
+    real_view,
+    state_shapes,
+    states_of_parts,
+)
 
 
 @dataclass
@@ -37,6 +47,8 @@ class Task:
             without stochastic rounding.
         owner: The rank that keeps the state and runs the rule for all shards of the parameter, if one does.
         whole: On that rank, the whole parameter in the gradient's dtype, for a rule that reads it.
+        part: The part of the parameter that ``p``, ``g`` and ``state`` are views of; ``None`` for all of it.
+        by_shape: Of a parameter whose matrices are split, the numbers for those of each shape, in place of ``scalars``.
     """
 
     t: int
@@ -50,6 +62,16 @@ class Task:
     noise: int | None = None
     owner: int | None = None
     whole: Tensor | None = None
+    part: Part | None = None
+    by_shape: dict[Shape, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def elements(self) -> Tensor:
+        """Index of each element of ``p`` among the parameter's, less that of the first."""
+        if self.part is None:
+            return stream_positions(0, 0, self.p.numel(), self.p.device).view(self.p.shape)
+        whole = stream_positions(0, 0, self.parameter.numel(), self.p.device).view(self.parameter.shape)
+        return self.part.of(whole) - self.part.offset
 
 
 @dataclass
@@ -116,7 +138,7 @@ def write_step_counts(steps: Sequence[SharedStep]) -> None:
     while done < len(steps):
         step = steps[done]
         same = [other for other in steps[done:] if other.counters is step.counters and other.after == step.after]
-        if sum([len(other.indices) for other in same]) == len(step.counters["step"]):
+        if len({i for other in same for i in other.indices}) == len(step.counters["step"]):
             step.write(whole_group=True)
             done += len(same)
         else:
@@ -231,19 +253,43 @@ class Batch:
             given: Scalars to use instead of those that the rule computes, one set for each shared step.
         """
         h, lasting = self.hyperparameters()
-        tasks = self.tasks
+        tasks, split = self.tasks, is_split(self.group)
         for step in self.steps:
             step.begin(h, lasting)
             if given is not None:
                 step.scalars = next(given)
             for i in step.indices:
                 tasks[i].t, tasks[i].scalars = step.t, step.scalars
+                if split:
+                    tasks[i].by_shape[step.details[0]] = step.scalars
         self.even = type(grad_scales[0]) is float and grad_scales.count(grad_scales[0]) == len(grad_scales)
         ascends = self.group["maximize"]
         for task, g, grad_scale in zip(tasks, grads, grad_scales):
             task.g, task.grad_scale = g, (-grad_scale if ascends else grad_scale)
         for i, position, offset in self.noisy:
             tasks[i].noise = stream_start(tasks[i].t, position) + offset
+
+
+def in_parts(batch: Batch) -> Batch:
+    """The same with a task for each part, where matrices are split; for parameters that this rank holds whole."""
+    if not is_split(batch.group):
+        return batch
+    tasks = []
+    for task in batch.tasks:
+        p = task.parameter
+        for part, like, others in states_of_parts(batch.rule, p, batch.group, task.state):
+            # Where other ranks move their shards of it, residuals stay with them.
+            state = {**{name: part.of(x) for name, x in like.items() if x.shape == p.shape}, **others}
+            own = replace(task, g=part.of(task.g), state=state, scalars=task.by_shape[part.shape])
+            own.first, own.part = part.first, part
+            if task.p.shape == p.shape:
+                own.p = part.of(task.p)
+            if task.noise is not None:
+                own.noise = task.noise + part.offset
+            if task.whole is not None:
+                own.whole = part.of(task.whole)
+            tasks.append(own)
+    return replace(batch, group=without_split(batch.group), tasks=tasks, cache={})
 
 
 def prepare(
@@ -291,10 +337,12 @@ def _shared_steps(
     place = {p: i % phases for i, p in enumerate(group["params"])} if phases else {}
     found: dict[Any, SharedStep] = {}
     for i, (p, *counts) in enumerate(zip(params, *[vector.tolist() for vector in counters.values()])):
-        details: list[Any] = [block_shape(p.shape, group)] if issubclass(rule, MatrixRule) else []
-        if place:
-            details.append(place[p])
-        found.setdefault((*counts, *details), SharedStep(rule, group, details, counters, [])).indices.append(i)
+        matrices = issubclass(rule, MatrixRule)
+        for shape in dict.fromkeys(part.shape for part in parts_of(p.shape, group)) if matrices else [None]:
+            details: list[Any] = [] if shape is None else [shape]
+            if place:
+                details.append(place[p])
+            found.setdefault((*counts, *details), SharedStep(rule, group, details, counters, [])).indices.append(i)
     return list(found.values())
 
 

@@ -16,7 +16,7 @@ from . import formats
 from .formats import CheckpointError as CheckpointError
 
 #: Keys of a parameter group that say how its parameters are treated, ...
-STRUCTURE = ("rule", "role", "blocks", "transposed", "decoupled_weight_decay")
+STRUCTURE = ("rule", "role", "blocks", "transposed", "split", "interleaved", "decoupled_weight_decay")
 #: ... what they are called, ...
 LABELS = ("params", "param_names", "name")
 #: ... and what schedules store there. All other keys are hyperparameters.
@@ -153,7 +153,7 @@ def _has_form(state_dict: Any) -> bool:
             return False
         if not all(isinstance(name, str) for name in names):
             return False
-        if not all(isinstance(group.get(key, ""), (str, int)) for key in STRUCTURE):
+        if not all(isinstance(group.get(key, ""), (str, int, tuple, list)) for key in STRUCTURE):
             return False
         keys += group["params"]
     return (

@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import processes
 from .batch import SharedStep
 from .hyperparameters import is_number
+from .layout import layout_of
 from .optimizer import RuleOptimizer
 from .rule import ModelRule, hyperparameters_of, lasting_numbers
 
@@ -162,7 +163,7 @@ class StepGraphs:
         """What a graph is bound to, besides the form of the step: addresses of tensors, and settings."""
         optimizer = self.optimizer
         settings = (optimizer.backend, optimizer.skip_nonfinite, optimizer.rounding)
-        groups = tuple((id(g), g["maximize"], g.get("blocks"), g.get("transposed")) for g, _ in work)
+        groups = tuple((id(g), g["maximize"], str(layout_of(g))) for g, _ in work)
         params = [p for _, params in work for p in params]
         tensors = [*params, *(p.grad for p in params if p.grad is not None)]
         states = [x for p in params for x in optimizer.state.get(p, {}).values() if isinstance(x, Tensor)]

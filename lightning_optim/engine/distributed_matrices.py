@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, groupby, islice
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,10 +32,11 @@ from ..processes import ProcessGroup, Sharding, TensorSpec
 from . import matrices
 from .batch import Batch, Task
 from .elementwise import split_by_size
+from .layout import from_blocks, is_split, parts_of, without_split
 from .matrices import Report, Requests, Stack, StackStep
 from .rounding import RESIDUAL
-from .rule import LIKE_PARAMETER, MatrixRule, Move, Polar
-from .state import block_shape, compute_dtype, from_blocks, state_shapes, tensor_names
+from .rule import MatrixRule, Move, Polar
+from .state import compute_dtype, states_of_parts
 
 
 def run_matrices(
@@ -73,7 +74,7 @@ def run_matrices(
                 by_group[sharding.group].append(_ShardedTask(batch, task, sharding))
         if whole:
             unsharded.append(replace(batch, tasks=whole, cache={}))
-    report = None if observer is None else lambda task, name, x: observer(task.parameter, name, x)
+    report = None if observer is None else _part_by_part(batches, observer)
     step = StackStep(backend == "plain", finite, report)
     jobs = chain(
         chain.from_iterable(_jobs_on_rows(sharded, step) for sharded in on_rows.values()),
@@ -110,26 +111,40 @@ class _ShardedTask:
         return self.task.parameter
 
     @property
-    def blocks(self) -> int:
-        """How many matrices the parameter holds."""
-        return self.batch.group["blocks"]
+    def matrices(self) -> tuple[_Place, ...]:
+        """Where each of the parameter's matrices is."""
+        return _places(self.parameter, self.batch.group)
 
     @property
-    def matrix_shape(self) -> tuple[int, int]:
-        """Shape of each of its matrices."""
-        return _matrix_shape(self.parameter, self.batch.group)
+    def cost(self) -> float:
+        """Time of orthogonalising the largest of them."""
+        return max(_cost(*x.shape) for x in self.matrices)
 
-    def rows(self, block: int, rank: int) -> tuple[int, int]:
+    def rows(self, index: int, rank: int) -> tuple[int, int]:
         """The first row that a rank holds of one of the matrices, and the row after the last."""
-        m, n = self.matrix_shape
+        (m, n), start = self.matrices[index]
         rows_per_index = prod(self.sharding.shape[1:]) // n
-        first, last = (min(max(i * rows_per_index - block * m, 0), m) for i in self.sharding.span(rank))
+        first, last = (min(max(i * rows_per_index - start, 0), m) for i in self.sharding.span(rank))
         return first, last
 
+    def local_start(self, index: int) -> int:
+        """Where these rows begin in this rank's shard."""
+        (_, n), start = self.matrices[index]
+        shard = self.sharding.span(self.sharding.rank)[0] * (prod(self.sharding.shape[1:]) // n)
+        return max(start - shard, 0)
 
-def _matrix_shape(p: Tensor, group: Mapping[str, Any]) -> tuple[int, int]:
-    m, *rest = block_shape(p.shape, group)
-    return m, prod(rest)
+
+class _Place(NamedTuple):
+    """A matrix of a parameter: its shape, and where its rows begin among the parameter's."""
+
+    shape: tuple[int, int]
+    start: int
+
+
+def _places(p: Tensor, group: Mapping[str, Any]) -> tuple[_Place, ...]:
+    found = parts_of(p.shape, group)
+    rows = sum(part.shape[0] for part in found)  # of a block
+    return tuple(_Place(part.matrix, i * rows + part.start) for part in found for i in range(part.blocks))
 
 
 def _cost(m: int, n: int) -> float:
@@ -138,7 +153,7 @@ def _cost(m: int, n: int) -> float:
 
 
 def _shard_buckets(sharded: Sequence[_ShardedTask], plain: bool) -> Iterator[list[_ShardedTask]]:
-    sharded = sorted(sharded, key=lambda x: -_cost(*x.matrix_shape))
+    sharded = sorted(sharded, key=lambda x: -x.cost)
     sizes = [x.parameter.numel() for x in sharded]
     limit = 0 if plain else matrices.bucket_limit(sizes, sharded[0].sharding.ranks)
     return split_by_size(sharded, sizes, limit)
@@ -153,10 +168,10 @@ def _jobs_unsharded(
     if not replicas or not batches:
         return matrices.stack_jobs(batches, step)
     costs = {
-        (task.parameter, block): _cost(*_matrix_shape(task.parameter, batch.group))
+        (task.parameter, i): _cost(*place.shape)
         for batch in batches
         for task in batch.tasks
-        for block in range(batch.group["blocks"])
+        for i, place in enumerate(_places(task.parameter, batch.group))
     }
     (group,) = replicas
     ranks = processes.size(group)
@@ -203,18 +218,18 @@ def _keys(stack: Stack) -> list[tuple[Tensor, int]]:
 
 def _jobs_on_rows(sharded: Sequence[_ShardedTask], step: StackStep) -> Iterator[Iterator[None]]:
     ranks = sharded[0].sharding.ranks
-    keys = [(x.parameter, block) for x in sharded for block in range(x.blocks)]
-    costs = tuple(_cost(*x.matrix_shape) for x in sharded for _ in range(x.blocks))
-    holders = tuple(_holder(x, block) for x in sharded for block in range(x.blocks))
+    keys = [(x.parameter, i) for x in sharded for i in range(len(x.matrices))]
+    costs = tuple(_cost(*place.shape) for x in sharded for place in x.matrices)
+    holders = tuple(_holder(x, i) for x in sharded for i in range(len(x.matrices)))
     owner = dict(zip(keys, processes.assign_owners(costs, holders, ranks)))
     for bucket in _shard_buckets(sharded, step.plain):
         yield _run_on_rows(bucket, owner, step)
 
 
-def _holder(x: _ShardedTask, block: int) -> int | None:
+def _holder(x: _ShardedTask, index: int) -> int | None:
     """The rank that holds all rows of a matrix, if one does."""
-    m, _ = x.matrix_shape
-    return next((rank for rank in range(x.sharding.ranks) if x.rows(block, rank) == (0, m)), None)
+    m, _ = x.matrices[index].shape
+    return next((rank for rank in range(x.sharding.ranks) if x.rows(index, rank) == (0, m)), None)
 
 
 def _run_on_rows(
@@ -226,7 +241,8 @@ def _run_on_rows(
     for x in bucket:
         for count, task in _equal_rows(x):
             tasks_of[id(x.batch), count].append(task)
-            batches[id(x.batch), count] = replace(x.batch, group={**x.batch.group, "blocks": count}, cache={})
+            group = {**without_split(x.batch.group), "blocks": count}
+            batches[id(x.batch), count] = replace(x.batch, group=group, cache={})
     stacks = [
         stack
         for key, tasks in tasks_of.items()
@@ -242,25 +258,32 @@ def _equal_rows(x: _ShardedTask) -> Iterator[tuple[int, Task]]:
     The shards of a parameter with several matrices may begin and end within one. A rank then has all rows of some
     matrices, part of the rows of others, and no rows of the rest. State that is not sharded by rows is on all ranks.
     """
-    _, n = x.matrix_shape
-    task = x.task
-    shapes = state_shapes(x.batch.rule, x.parameter, x.batch.group)
-    first = start = 0
-    for rows, same in groupby(last - start for start, last in (x.rows(i, x.sharding.rank) for i in range(x.blocks))):
-        count = len(list(same))
-        stop, shape = start + count * rows, (rows, n) if count == 1 else (count, rows, n)
+    task, split = x.task, is_split(x.batch.group)
+    g = task.g.contiguous()
+    for part, like, others in states_of_parts(x.batch.rule, x.parameter, x.batch.group, task.state):
+        _, n = part.matrix
+        apart = split and part.blocks > 1  # Other parts lie between these matrices.
 
-        def part(y: Tensor) -> Tensor:
-            return y.view(-1, n)[start:stop].view(shape)  # noqa: B023
+        def rows_of(i: int, apart: bool = apart) -> tuple[int, int]:
+            start, stop = x.rows(i, x.sharding.rank)
+            return stop - start, i if apart else 0
 
-        state = dict(task.state)
-        for name in tensor_names(x.batch.rule, x.parameter, x.batch.group, state):
-            by_rows = shapes.get(name, LIKE_PARAMETER) is LIKE_PARAMETER
-            state[name] = part(state[name]) if by_rows else state[name][first : first + count]
-        noise = None if task.noise is None else task.noise + start * n
-        g = part(task.g.contiguous())
-        yield count, replace(task, p=part(task.p), g=g, state=state, first=first, noise=noise)
-        first, start = first + count, stop
+        for (rows, _), same in groupby(part.indices, rows_of):
+            first, *more = same
+            count, start = 1 + len(more), x.local_start(first)
+            stop, shape = start + count * rows, (count, rows, n) if more else (rows, n)
+
+            def own(y: Tensor) -> Tensor:
+                return y.view(-1, n)[start:stop].view(shape)  # noqa: B023
+
+            state = {name: own(y) for name, y in like.items()}
+            state |= {name: y[first - part.first :][:count] for name, y in others.items()}
+            scalars = task.by_shape[part.shape] if split else task.scalars
+            noise = None if task.noise is None else task.noise + start * n
+            yield (
+                count,
+                replace(task, p=own(task.p), g=own(g), state=state, scalars=scalars, first=first, noise=noise),
+            )
 
 
 def _collector(
@@ -268,25 +291,56 @@ def _collector(
     owner: Mapping[tuple[Tensor, int], int],
     report: Report | None,
 ) -> Report | None:
-    """A report that waits for the values of all matrices of a parameter and passes them on together.
+    """A report that waits for the values of all matrices of a part and passes them on together.
 
     All ranks compute all of these values. The owner of the parameter's first matrix reports them.
     """
     if report is None:
         return None
-    blocks = {x.parameter: x.blocks for x in bucket if owner[x.parameter, 0] == x.sharding.rank}
-    known: dict[tuple[Tensor, str], dict[int, Tensor]] = defaultdict(dict)
+    parts = {
+        (x.parameter, i): part
+        for x in bucket
+        if owner[x.parameter, 0] == x.sharding.rank
+        for part in parts_of(x.parameter.shape, x.batch.group)
+        for i in part.indices
+    }
+    known: dict[tuple[Tensor, str, int], dict[int, Tensor]] = defaultdict(dict)
 
     def collect(task: Task, name: str, value: Tensor) -> None:
-        if task.parameter not in blocks:
+        part = parts.get((task.parameter, task.first))
+        if part is None:
             return
-        parts = known[task.parameter, name]
-        parts[task.first] = value
-        if sum(map(len, parts.values())) == blocks[task.parameter]:
-            del known[task.parameter, name]
-            report(task, name, torch.cat([parts[first] for first in sorted(parts)]))
+        key = (task.parameter, name, part.first)
+        known[key][task.first] = value
+        if sum(map(len, known[key].values())) == part.blocks:
+            values = known.pop(key)
+            report(replace(task, first=part.first), name, torch.cat([values[first] for first in sorted(values)]))
 
     return collect
+
+
+def _part_by_part(batches: Sequence[Batch], observer: Callable[[Tensor, str, Tensor], None]) -> Report:
+    """A report that tells an observer of a parameter's parts in their order."""
+    firsts = {
+        task.parameter: [part.first for part in parts_of(task.parameter.shape, batch.group)]
+        for batch in batches
+        if is_split(batch.group)
+        for task in batch.tasks
+    }
+    known: dict[tuple[Tensor, str], dict[int, Tensor]] = defaultdict(dict)
+
+    def report(task: Task, name: str, value: Tensor) -> None:
+        p = task.parameter
+        if p not in firsts:
+            observer(p, name, value)
+            return
+        known[p, name][task.first] = value
+        if len(known[p, name]) == len(firsts[p]):
+            values = known.pop((p, name))
+            for first in firsts[p]:
+                observer(p, name, values[first])
+
+    return report
 
 
 @dataclass(frozen=True)
@@ -313,7 +367,7 @@ def _solve_on_owners(
     for stack, (x, method, sums) in requests:
         for i, key in enumerate(_keys(stack)):
             parts[key], methods[key] = [y[i] for y in (x, *sums)], method
-    tasks = {(x.parameter, block): x for x in bucket for block in range(x.blocks) if (x.parameter, block) in parts}
+    tasks = {(x.parameter, i): x for x in bucket for i in range(len(x.matrices)) if (x.parameter, i) in parts}
     owned_by = [[key for key in tasks if owner[key] == rank] for rank in ranks]
 
     def specs(key: tuple[Tensor, int], rank: int) -> list[TensorSpec]:
@@ -341,7 +395,8 @@ def _solve_on_owners(
         return [one.factor[start:stop], *one.totals] + [one.matrix, one.factor] * (reporters.get(key) == rank)
 
     def returned_specs(key: tuple[Tensor, int]) -> list[TensorSpec]:
-        return specs(key, me) + [(tasks[key].matrix_shape, parts[key][0].dtype)] * 2 * (reporters.get(key) == me)
+        matrix = (tasks[key].matrices[key[1]].shape, parts[key][0].dtype)
+        return specs(key, me) + [matrix] * 2 * (reporters.get(key) == me)
 
     receive = processes.all_to_all(
         [[x for key in owned_by[me] for x in returned(key, rank)] for rank in ranks],
@@ -381,11 +436,13 @@ def _report_solved(
     solved: Mapping[tuple[Tensor, int], _Solution],
     report: Report,
 ) -> None:
-    """Report all matrices of each parameter at once."""
+    """Report all matrices of each part at once."""
     for x in some:
-        solutions = [solved[x.parameter, block] for block in range(x.blocks)]
-        report(x.task, "momentum", torch.stack([one.matrix for one in solutions]))
-        report(x.task, "orthogonal_factor", torch.stack([one.factor for one in solutions]))
+        for part in parts_of(x.parameter.shape, x.batch.group):
+            solutions = [solved[x.parameter, i] for i in part.indices]
+            task = replace(x.task, first=part.first)
+            report(task, "momentum", torch.stack([one.matrix for one in solutions]))
+            report(task, "orthogonal_factor", torch.stack([one.factor for one in solutions]))
 
 
 # --- whole tensors ----------------------------------------------------------------------------------------------------
@@ -454,12 +511,19 @@ def _pack_move(packed: dict[Tensor, list[Tensor]], stack: Stack, move: Move, fin
     if (move.keep is not None) is not rule.own_decay:
         raise RuntimeError(f"{rule.name}: a rule returns Move(keep=...) if, and only if, it says own_decay = True.")
     direction = move.direction if move.over is None else move.direction / move.over
-    parts = [direction if "step" in k else move.step * direction]
+    split = stack.tasks[0].part is not None  # Other matrices of the parameter may have another step.
+    parts = [direction if "step" in k and not split else move.step * direction]
     if rule.own_decay:
         parts.append(torch.as_tensor(move.keep).expand_as(direction))
     for i, task in enumerate(stack.tasks):
         blocks = slice(i * stack.group["blocks"], (i + 1) * stack.group["blocks"])
-        packed[task.parameter] = [from_blocks(y[blocks], task.g.shape, stack.group) for y in parts]
+        own = [from_blocks(y[blocks], task.g.shape, stack.group) for y in parts]
+        if task.part is None:
+            packed[task.parameter] = own
+            continue
+        whole = packed.setdefault(task.parameter, [y.new_empty(task.parameter.shape) for y in own])
+        for y, part in zip(whole, own):
+            task.part.of(y).copy_(part)
 
 
 def _packed_specs(x: _ShardedTask) -> list[TensorSpec]:
@@ -472,7 +536,8 @@ def _move_shard(x: _ShardedTask, packed: Sequence[Tensor], finite: Tensor | None
     """Move this rank's shard of a parameter."""
     task, k, p = x.task, x.task.scalars, x.task.p
     direction, *keep = packed
-    move = Move(direction, k.get("step", 1.0), keep=keep[0] if keep else None)
+    step = 1.0 if is_split(x.batch.group) else k.get("step", 1.0)
+    move = Move(direction, step, keep=keep[0] if keep else None)
     noise = None
     if task.noise is not None:
         noise = x.sharding.flat_indices(x.sharding.rank, p.device).add_(task.noise - processes.flat_offset(x.parameter))

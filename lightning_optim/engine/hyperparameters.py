@@ -34,6 +34,12 @@ def count() -> Constraint:
     return lambda x: isinstance(x, int) and not isinstance(x, bool) and x >= 1, "a whole number >= 1"
 
 
+def counts() -> Constraint:
+    """Several whole numbers from 1."""
+    one = count()[0]
+    return lambda x: isinstance(x, (tuple, list)) and len(x) > 0 and all(map(one, x)), "several whole numbers >= 1"
+
+
 def one_of(*values: Any) -> Constraint:
     """One of a few values."""
     return lambda x: x in values, f"one of {values}"
@@ -91,7 +97,13 @@ NUMBERS: dict[str, Constraint] = {
 }
 
 #: Constraints on entries of any parameter group: numbers that schedules set, and the layout of its parameters.
-GROUP_ENTRIES: dict[str, Constraint] = NUMBERS | {"maximize": switch(), "blocks": count(), "transposed": switch()}
+GROUP_ENTRIES: dict[str, Constraint] = NUMBERS | {
+    "maximize": switch(),
+    "blocks": count(),
+    "transposed": switch(),
+    "split": counts(),
+    "interleaved": switch(),
+}
 
 #: Constraints on fields by name, unless their annotation has another.
 _BY_NAME: dict[str, Constraint] = NUMBERS | {

@@ -21,11 +21,12 @@ from torch import Tensor
 
 from .. import private
 from ..polar import orthogonalize
-from .batch import Batch, Task
+from .batch import Batch, Task, in_parts
 from .elementwise import split_by_size
-from .rounding import RESIDUAL, joined_positions, load, store_, stream_positions
+from .layout import block_shape, from_blocks, is_split, to_blocks
+from .rounding import RESIDUAL, joined_positions, load, store_
 from .rule import LIKE_PARAMETER, MatrixRule, Move, Polar, buffers_of, hyperparameters_of, ignore
-from .state import block_shape, compute_dtype, from_blocks, to_blocks
+from .state import compute_dtype
 
 #: Called as ``report(task, name, value)`` with what rules report of the matrices of a task.
 Report: TypeAlias = Callable[[Task, str, Tensor], None]
@@ -159,7 +160,7 @@ def _stack_buckets(batches: list[Batch], plain: bool, ranks: int) -> list[list[S
     key = ("buckets", plain, ranks)
     if len(batches) == 1 and key in batches[0].cache:
         return batches[0].cache[key]
-    lasting = len(batches) == 1 and not _phases(batches[0])
+    lasting = len(batches) == 1 and not _phases(batches[0]) and not is_split(batches[0].group)
     stacks = [stack for batch in batches for stack in stacks_of(batch, plain)]
     if not stacks:  # A rank that owns no parameter of a bucket.
         return []
@@ -189,6 +190,7 @@ def bucket_limit(elements: Sequence[int], ranks: int) -> int:
 
 def stacks_of(batch: Batch, plain: bool) -> Iterator[Stack]:
     """The stacks of a batch: parameters that can run as one tensor are joined, except where ``plain``."""
+    batch = in_parts(batch)
     rule = batch.rule
     assert issubclass(rule, MatrixRule)
     alike: dict[Any, list[Task]] = {}
@@ -264,9 +266,8 @@ def _stack_noise(stack: Stack) -> Tensor | None:
     if stack.tasks[0].noise is None:
         return None
     firsts = [task.noise for task in stack.tasks if task.noise is not None]
-    p = stack.tasks[0].p
-    element = stack.view(stream_positions(0, 0, p.numel(), p.device).view(p.shape))
-    shifts = joined_positions(firsts, [1] * len(firsts), p.device)
+    element = stack.view(stack.tasks[0].elements)
+    shifts = joined_positions(firsts, [1] * len(firsts), element.device)
     return (element + shifts.view(-1, *(1 for _ in element.shape))).flatten(0, 1)
 
 

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from ..polar import orthogonalize
 from .arithmetic import regularize
-from .batch import Batch, Task
+from .batch import Batch, Task, in_parts
 from .elementwise import combine, over_one_model
-from .rounding import RESIDUAL, load, store_, stream_positions
+from .layout import from_blocks, to_blocks
+from .rounding import RESIDUAL, load, store_
 from .rule import LIKE_PARAMETER, GroupRule, MatrixRule, Move, ignore
-from .state import compute_dtype, from_blocks, state_shapes, to_blocks
+from .state import compute_dtype, state_shapes
 
 
 def run_reference(
@@ -39,6 +40,8 @@ def run_reference(
     for batch in batches:
         if issubclass(batch.rule, GroupRule):
             continue
+        if issubclass(batch.rule, MatrixRule):
+            batch = in_parts(batch)
         for task in batch.tasks:
             if issubclass(batch.rule, MatrixRule):
                 _update_matrices(batch.rule, batch, task, observer)
@@ -137,7 +140,7 @@ def _store(task: Task, value: Tensor) -> None:
         return
     p, noise = task.p, None
     if task.noise is not None:
-        noise = stream_positions(task.noise, 0, p.numel(), p.device).view(p.shape)
+        noise = task.elements + task.noise
     store_(p, value, task.state.get(RESIDUAL), noise)
 
 

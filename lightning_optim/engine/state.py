@@ -1,8 +1,8 @@
-"""The tensors of a step: precision, state, and the matrices that parameters hold."""
+"""The tensors of a step: precision and state."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, TypeGuard
 
 import torch
@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map_only
 
 from .. import devices, processes
 from .arithmetic import largest_gradient
+from .layout import Part, joint_shape, parts_of, state_of_part
 from .rounding import RESIDUAL
 from .rule import LIKE_PARAMETER, GroupRule, MatrixRule, Rule, Shape, buffers_of, hyperparameters_of
 
@@ -33,11 +34,49 @@ def real_view(x: Tensor) -> Tensor:
 
 def state_shapes(rule: type[Rule], p: Tensor, group: Mapping[str, Any]) -> dict[str, Shape | None]:
     """The rule's state tensors for a parameter, ``None`` for the parameter's own shape."""
-    shape = block_shape(p.shape, group) if issubclass(rule, MatrixRule) else tuple(p.shape)
+    h = hyperparameters_of(rule, group)
+    if not issubclass(rule, MatrixRule):
+        return buffers_of(rule, tuple(p.shape), h)
     return {
-        name: LIKE_PARAMETER if shape is LIKE_PARAMETER else (group["blocks"], *shape)
-        for name, shape in buffers_of(rule, shape, hyperparameters_of(rule, group)).items()
+        name: LIKE_PARAMETER if shapes is LIKE_PARAMETER else joint_shape(shapes)
+        for name, shapes in _shapes_by_part(rule, p, group, h).items()
     }
+
+
+def _shapes_by_part(
+    rule: type[Rule], p: Tensor, group: Mapping[str, Any], h: Any
+) -> dict[str, list[tuple[Part, Shape]] | None]:
+    """For each state tensor, its shape for one matrix of each part that has it; ``None``: the parameter's own."""
+    found: dict[str, list[tuple[Part, Shape]] | None] = {}
+    for part in parts_of(p.shape, group):
+        for name, shape in buffers_of(rule, part.shape, h).items():
+            if shape is LIKE_PARAMETER:
+                found[name] = LIKE_PARAMETER
+            else:
+                of_parts = found.setdefault(name, [])
+                assert of_parts is not None
+                of_parts.append((part, shape))
+    return found
+
+
+def states_of_parts(
+    rule: type[Rule], p: Tensor, group: Mapping[str, Any], state: State
+) -> Iterator[tuple[Part, State, State]]:
+    """For each part of a parameter, the state tensors of a step: those of the parameter's shape, and the others.
+
+    The former are those of the whole parameter, or of this rank's shard; the latter are views ``(blocks, *shape)``.
+    """
+    by_part = _shapes_by_part(rule, p, group, hyperparameters_of(rule, group))
+    like = {name: state[name] for name, shapes in by_part.items() if shapes is LIKE_PARAMETER}
+    if RESIDUAL in state:
+        like[RESIDUAL] = state[RESIDUAL]
+    for part in parts_of(p.shape, group):
+        others = {
+            name: state_of_part(state[name], shapes, part)
+            for name, shapes in by_part.items()
+            if shapes is not LIKE_PARAMETER and part in (other for other, _ in shapes)
+        }
+        yield part, like, others
 
 
 def new_state(rule: type[Rule], p: Tensor, group: Mapping[str, Any], owner: int | None = None) -> State:
@@ -165,44 +204,7 @@ def has_owner(rule: type[Rule], p: Tensor, group: Mapping[str, Any]) -> bool:
 
 def runs_on_rows(rule: type[Rule], p: Tensor, group: Mapping[str, Any]) -> bool:
     """Whether processes that hold some rows each of a parameter's matrices run the rule on those."""
-    if not issubclass(rule, MatrixRule) or not rule.by_rows or group["transposed"]:
+    if not issubclass(rule, MatrixRule) or not rule.by_rows or group["transposed"] or group.get("interleaved"):
         return False
     cut = processes.sharding_of(p)
     return cut is not None and cut.dim == 0
-
-
-# --- matrices inside parameters ---------------------------------------------------------------------------------
-
-
-def block_shape(shape: Sequence[int], group: Mapping[str, Any]) -> Shape:
-    """Shape ``(out, in, ...)`` of one of the ``blocks`` tensors that a parameter of the given shape holds.
-
-    >>> block_shape((12, 4), {"blocks": 3, "transposed": False})  # a packed query, key and value projection
-    (4, 4)
-    >>> block_shape((6, 2, 3, 3), {"blocks": 1, "transposed": True})  # a transposed convolution
-    (2, 6, 3, 3)
-    >>> block_shape((8, 16, 32), {"blocks": 8, "transposed": False})  # eight experts
-    (16, 32)
-    """
-    rows, *rest = shape[0] // group["blocks"], *shape[1:]
-    if group["blocks"] > 1 and rows == 1 and len(rest) > 1:
-        rows, *rest = rest
-    if group["transposed"]:
-        rows, rest[0] = rest[0], rows
-    return (rows, *rest)
-
-
-def to_blocks(x: Tensor, group: Mapping[str, Any]) -> Tensor:
-    """View (a copy where no view exists) of ``x`` as ``(blocks, *block_shape)``."""
-    blocks = group["blocks"]
-    y = x.reshape(blocks, x.shape[0] // blocks, *x.shape[1:])
-    if blocks > 1 and y.shape[1] == 1 and y.ndim > 3:
-        y = y.squeeze(1)
-    return y.transpose(1, 2) if group["transposed"] else y
-
-
-def from_blocks(y: Tensor, shape: Sequence[int], group: Mapping[str, Any]) -> Tensor:
-    """Inverse of :func:`to_blocks`."""
-    block = (group["blocks"], *block_shape(shape, group))
-    y = y.reshape(block)
-    return (y.transpose(1, 2) if group["transposed"] else y).reshape(tuple(shape))

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from .. import processes
 from .hyperparameters import anything
+from .layout import misfit
 from .optimizer import RuleOptimizer, listed
 from .rule import RULES, MatrixRule, ModelRule, Rule
 
@@ -59,7 +60,9 @@ class MatrixOptimizer(RuleOptimizer):
 
     The ``"role"`` of a parameter group, ``"matrix"`` or ``"fallback"``, says which rule runs on it. Matrix groups may
     also carry ``"blocks"`` (the first axis of each parameter stacks that many equal matrices; default 1) and
-    ``"transposed"`` (parameters are stored (in, out, ...), as in transposed convolutions; default ``False``).
+    ``"transposed"`` (parameters are stored (in, out, ...), as in transposed convolutions; default ``False``), and
+    ``"split"``: the rows of each of several matrices that a block stacks along its output axis, such as ``(q, k, v)``
+    rows, with ``"interleaved"`` where their rows alternate.
     :func:`lightning_optim.build_optimizer` makes such groups from the types and roles of the modules. Parameters
     without a role are split by their number of axes, which sends embeddings and output heads to the matrix rule;
     a warning says so.
@@ -127,7 +130,7 @@ class MatrixOptimizer(RuleOptimizer):
         super()._check_parameters(group)
         if group["role"] == "fallback":
             return
-        rule, blocks = self.rule(group), group["blocks"]
+        rule = self.rule(group)
         least = 2 if issubclass(rule, MatrixRule) and (rule.flatten or group["transposed"]) else 1
         for p in group["params"]:
             processes.sharding_of(p)  # Raises where a matrix rule cannot run.
@@ -136,8 +139,8 @@ class MatrixOptimizer(RuleOptimizer):
                     f"{rule.name} takes parameters of at least {least} axes, got shape {tuple(p.shape)}; "
                     "give the group role='fallback'."
                 )
-            if p.shape[0] % blocks:
-                raise ValueError(f"blocks={blocks} does not divide the first axis of {tuple(p.shape)}.")
+            if problem := misfit(p.shape, group):
+                raise ValueError(f"{problem}.")
 
     def _warn_nameless(self, matrices: int, total: int) -> None:
         if self._warned:

@@ -33,14 +33,18 @@ from lightning_optim.engine.two_rules import MatrixOptimizer
 from lightning_optim.registry import OPTIMIZERS
 from tests.optimizers.rows import CONFIGURATIONS, OURS, assume_losses
 
-#: Shape, number of matrices, whether they are transposed. What shards awkwardly:
-SHAPES: dict[str, tuple[tuple[int, ...], int, bool]] = {
+#: Shape, number of blocks, whether they are transposed, how they are split. What shards awkwardly:
+SHAPES: dict[str, tuple[Any, ...]] = {
     "qkv": ((18, 6), 3, False),  # two shards of nine rows, or four of five, cut matrices
     "gates": ((8, 5), 4, False),  # no matrix is cut by two or four
     "up": ((9, 6), 1, False),  # tall, and not divisible
     "down": ((6, 9), 1, False),
     "row": ((1, 6), 1, False),  # all shards but one are empty
     "experts": ((5, 4, 3), 5, False),
+    "grouped queries": ((13, 4), 1, False, (7, 3, 3)),  # shards begin and end within matrices
+    "latent": ((15, 4), 3, False, (3, 2)),  # heads of keys and values in turn
+    "gate and up": ((3, 8, 5), 6, False),  # two matrices in each of three experts
+    "experts of columns": ((3, 4, 9), 3, True, (5, 4)),
     "conv": ((3, 4, 2, 2), 1, False),
     "grouped": ((4, 2, 3, 3), 2, False),
     "transposed": ((5, 3, 2, 2), 1, True),
@@ -51,7 +55,7 @@ SHAPES: dict[str, tuple[tuple[int, ...], int, bool]] = {
     "plain": ((3,), 0, False),  # no DTensor
 }
 #: What four processes can share evenly.
-EVEN: dict[str, tuple[tuple[int, ...], int, bool]] = {
+EVEN: dict[str, tuple[Any, ...]] = {
     "even tall": ((16, 8), 1, False),
     "even wide": ((8, 32), 1, False),
     "even experts": ((4, 4, 8), 4, False),
@@ -91,9 +95,13 @@ def build(name: str, parameters: dict[str, nn.Parameter], **arguments: Any) -> R
         return cls(list(parameters.values()), **arguments)
     groups: dict[Any, dict[str, Any]] = {}
     for key, p in parameters.items():
-        _, blocks, transposed = (SHAPES | EVEN)[key]
-        settings = {"role": "matrix", "blocks": blocks, "transposed": transposed} if blocks else {"role": "fallback"}
-        groups.setdefault((blocks, transposed), {"params": [], **settings})["params"].append(p)
+        _, blocks, transposed, *split = (SHAPES | EVEN)[key]
+        settings: dict[str, Any] = {"role": "fallback"}
+        if blocks:
+            settings = {"role": "matrix", "blocks": blocks, "transposed": transposed} | (
+                {"split": split[0]} if split else {}
+            )
+        groups.setdefault((blocks, transposed, *split), {"params": [], **settings})["params"].append(p)
     return cls(list(groups.values()), **arguments)
 
 
