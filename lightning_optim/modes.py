@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -27,8 +28,9 @@ class OptimizerModes(Callback):
     """Calls ``train()`` and ``eval()`` of optimizers that have them, such as schedule-free ones.
 
     They are in training mode while batches are trained on, and otherwise in evaluation mode: in validation, after
-    training, and in what a checkpoint holds. A run that goes on from a checkpoint continues bit for bit as the one that
-    wrote it, if the optimizer's arithmetic does. Optimizers without modes are left alone.
+    training, and in what a checkpoint holds. Validation changes nothing: the training weights are kept meanwhile, in a
+    copy. A run that goes on from a checkpoint continues bit for bit as the one that wrote it, which after writing it
+    goes on from what it has written. Optimizers without modes are left alone.
 
     :func:`lightning_optim.build_optimizer`, and all that builds on it, adds one to the Trainer where it is needed. Add
     it yourself for a module that makes such an optimizer in its own ``configure_optimizers``.
@@ -42,6 +44,8 @@ class OptimizerModes(Callback):
 
     def __init__(self) -> None:
         self._training = False
+        #: The training weights during an evaluation.
+        self._kept: list[tuple[Tensor, Tensor]] = []
         self._hook: Any = None
         self._told = False
 
@@ -65,11 +69,18 @@ class OptimizerModes(Callback):
         self._switch(trainer, training=True)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        if self._training:
+            params = [p for o in self._optimizers(trainer) for group in o.param_groups for p in group["params"]]
+            self._kept = [(p, p.detach().clone()) for p in params]
         self._switch(trainer, training=False)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._switch(trainer, training=True)
+            with torch.no_grad():
+                for p, value in self._kept:
+                    p.copy_(value)
+        self._kept = []
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self._switch(trainer, training=False)
@@ -116,7 +127,9 @@ def attach_modes(optimizer: Optimizer, trainer: Any | None) -> None:
     if any(isinstance(callback, OptimizerModes) for callback in trainer.callbacks):
         return
     last = [any(cls.__name__ == "Checkpoint" for cls in type(callback).__mro__) for callback in trainer.callbacks]
-    trainer.callbacks.insert(last.index(True) if True in last else len(last), OptimizerModes())
+    place = last.index(True) if True in last else len(last)
+    # A new list: the old one may be iterated over.
+    trainer.callbacks = [*trainer.callbacks[:place], OptimizerModes(), *trainer.callbacks[place:]]
 
 
 def _copied(x: Any) -> Any:

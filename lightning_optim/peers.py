@@ -26,8 +26,7 @@ def entry_of_role(cls: type[Optimizer]) -> str | None:
     for base in cls.__mro__:
         if issubclass(base, Optimizer) and base is not Optimizer and not base.__module__.startswith("torch."):
             try:
-                module = inspect.getmodule(base)
-                source = inspect.getsource(module) if module else ""
+                source = inspect.getsource(base)
             except (OSError, TypeError):
                 continue
             found |= {name for name in ("use_fallback", "use_muon") if f"'{name}'" in source or f'"{name}"' in source}

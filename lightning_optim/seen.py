@@ -493,7 +493,7 @@ def attach_check(optimizer: Any, trainer: Any | None) -> None:
     if trainer is None or not isinstance(optimizer, MatrixOptimizer):
         return
     if not any(isinstance(callback, RoutingCheck) for callback in trainer.callbacks):
-        trainer.callbacks.insert(0, RoutingCheck())
+        trainer.callbacks = [RoutingCheck(), *trainer.callbacks]  # A new list: the old one may be iterated over.
 
 
 # --- comparison -----------------------------------------------------------------------------------------------------

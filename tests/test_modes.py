@@ -97,13 +97,20 @@ def trainer(path: Path, epochs: int = 2, **arguments: Any) -> pl.Trainer:
     )
 
 
+def test_validation_changes_nothing(tmp_path: Path) -> None:
+    with_it, without = Model(), Model()
+    trainer(tmp_path, callbacks=[OptimizerModes()], enable_checkpointing=False).fit(with_it, data(), data())
+    trainer(tmp_path, callbacks=[OptimizerModes()], enable_checkpointing=False).fit(without, data())
+    assert torch.equal(torch.stack(with_it.trained), torch.stack(without.trained))
+
+
 def by_hand(epochs: int) -> tuple[nn.Linear, Averaging]:
-    """A plain loop that switches where one should, at the end of each epoch."""
+    """A plain loop that evaluates at its end."""
     torch.manual_seed(0)
     net = nn.Linear(3, 1)
     optimizer = Averaging(net.parameters())
+    optimizer.train()
     for _ in range(epochs):
-        optimizer.train()
         for x, y in data():
 
             def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
@@ -113,7 +120,7 @@ def by_hand(epochs: int) -> tuple[nn.Linear, Averaging]:
                 return loss
 
             optimizer.step(closure)
-        optimizer.eval()
+    optimizer.eval()
     return net, optimizer
 
 
@@ -147,13 +154,13 @@ def test_checkpoints_hold_the_weights_of_evaluation(tmp_path: Path, weights_only
 
 
 def test_a_resumed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    keep = ModelCheckpoint(tmp_path, every_n_train_steps=3, save_top_k=-1, filename="{step}")
+    keep = ModelCheckpoint(tmp_path, every_n_train_steps=4, save_top_k=-1, filename="{step}")
     whole = Model()
     trainer(tmp_path, 3, callbacks=[OptimizerModes(), keep]).fit(whole, data(), data())
     resumed = Model()
-    again = ModelCheckpoint(tmp_path / "again", every_n_train_steps=3, save_top_k=-1, filename="{step}")
+    again = ModelCheckpoint(tmp_path / "again", every_n_train_steps=4, save_top_k=-1, filename="{step}")
     run = trainer(tmp_path, 3, callbacks=[OptimizerModes(), again])
-    run.fit(resumed, data(), data(), ckpt_path=tmp_path / "step=6.ckpt", weights_only=False)
+    run.fit(resumed, data(), data(), ckpt_path=tmp_path / "step=8.ckpt", weights_only=False)
     assert run.global_step == 12
     assert torch.equal(whole.net.weight, resumed.net.weight)
 
@@ -185,7 +192,7 @@ def test_it_is_added_where_the_optimizer_is_ours_to_build(tmp_path: Path, how: s
 def test_batchnorm_is_said(tmp_path: Path) -> None:
     model = Model()
     model.net = nn.Sequential(nn.Linear(3, 1), nn.BatchNorm1d(1))  # type: ignore[assignment]
-    model.training_step = lambda batch, i: model.net(batch[0]).sum()  # type: ignore[method-assign]
+    model.training_step = lambda batch, batch_idx: model.net(batch[0]).sum()  # type: ignore[method-assign]
     with pytest.warns(UserWarning, match=r"running statistics of 1 BatchNorm layers \(net\.1, \.\.\.\)"):
         trainer(tmp_path, 1, callbacks=[OptimizerModes()], enable_checkpointing=False).fit(model, data())
 
@@ -208,12 +215,12 @@ def test_schedule_free_optimizers_of_other_libraries(tmp_path: Path, path: str) 
             return build_optimizer(self, path, lr=0.1)
 
     whole = Peer()
-    keep = ModelCheckpoint(tmp_path, every_n_train_steps=6, save_top_k=-1, filename="{step}")
+    keep = ModelCheckpoint(tmp_path, every_n_train_steps=4, save_top_k=-1, filename="{step}")
     trainer(tmp_path, 3, callbacks=[keep]).fit(whole, data(), data())
     assert not torch.equal(whole.trained[-1], whole.validated[-1])
     assert torch.equal(whole.validated[-1], whole.net.weight)
     resumed = Peer()
-    again = ModelCheckpoint(tmp_path / "again", every_n_train_steps=6, save_top_k=-1)
+    again = ModelCheckpoint(tmp_path / "again", every_n_train_steps=4, save_top_k=-1)
     run = trainer(tmp_path, 3, callbacks=[again])
-    run.fit(resumed, data(), data(), ckpt_path=tmp_path / "step=6.ckpt", weights_only=False)
+    run.fit(resumed, data(), data(), ckpt_path=tmp_path / "step=8.ckpt", weights_only=False)
     assert torch.equal(whole.net.weight, resumed.net.weight)

@@ -168,6 +168,7 @@ def _check_author(name: str, here: Sequence[Mapping[str, Any]], saved: Sequence[
     rules_here, rules_saved = ({group.get("rule") for group in groups} for groups in (here, saved))
     keys_here, keys_saved = ({key for group in groups for key in group} - {*SCHEDULED} for groups in (here, saved))
     odd, lacking = sorted(keys_saved - keys_here - {*LABELS}), sorted(keys_here - keys_saved - {*LABELS})
+    lacking = [key for key in lacking if not str(key).startswith("__")]  # what optimizers keep there for themselves
     if rules_here.isdisjoint(rules_saved) or (odd and lacking):
         rules = " and ".join(sorted(repr(rule) for rule in rules_saved if rule))
         author = f"an optimizer with rule {rules}" if rules else "another optimizer"

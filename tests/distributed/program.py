@@ -390,7 +390,7 @@ def lives_of_state() -> dict[str, Any]:
             nn.ParameterDict(ps).float()
         step(1)
         results[name]["cast"] = compare(optimizer, parameters, alone, others)
-    group = next(g for g in optimizer.param_groups if g.get("transposed"))
+    group = next(g for g in optimizer.param_groups if g.get("transposed") and "split" not in g)
     group["transposed"] = False
     try:
         optimizer.step()

@@ -152,7 +152,7 @@ def test_sharded_parameters_take_their_part_of_whole_state(results: Results) -> 
         message = result.pop("refused")
         assert "m has placements (Shard(dim=0),) instead of (Shard(dim=1),)" in message
         for name, difference in result.items():
-            assert difference <= 2**-12, name  # as in the case "fsdp2 split"
+            assert difference <= 2**-11, name  # as in the case "fsdp2 split", after a step more
 
 
 @pytest.mark.parametrize("name", ["NAMO", "SOAP", "DeVA"])
