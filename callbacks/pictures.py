@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_optim.devices import able, full_precision, widest
 from lightning_optim.diagnostics import figures
 from lightning_optim.diagnostics.layer_maps import Pictures as Drawn
-from lightning_optim.engine.state import to_blocks
+from lightning_optim.engine.layout import layout_of, matrices_in
 from lightning_optim.routing import clean_name
 from lightning_optim.trainer import is_lightning
 
@@ -221,7 +221,7 @@ class Pictures(Monitor):
 
 def _matrix(w: Any, x: Tensor) -> Tensor:
     """The first matrix in a tensor like the whole parameter, as its rule sees it."""
-    return to_blocks(x, {"blocks": w.route.blocks, "transposed": w.route.transposed}).flatten(2)[0]
+    return matrices_in(x, layout_of(w.route.layout))[0][0]
 
 
 def _rank(w: Any, x: Tensor) -> int:
