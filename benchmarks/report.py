@@ -10,12 +10,14 @@ from __future__ import annotations
 import json
 import re
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from lightning_optim.diagnostics.report import CHECKS
+from lightning_optim.diagnostics.causes import CAUSES
+from lightning_optim.diagnostics.diagnosis import RULES
 
 from .contenders import PERIODS
 from .step_time import SHOWN, cells, left_out
@@ -174,12 +176,35 @@ def _growths() -> str:
     return "\n\n".join(_growth(name, content) for name, content in figures("growth").items())
 
 
-def _checks() -> str:
-    lines = ["| value | healthy | below | above | source |", "|---|---|---|---|---|"]
-    for check in CHECKS:
-        bounds = f"{check.low:g} to {check.high:g}" if check.low else f"at most {check.high:g}"
-        lines.append(_line([f"`{check.tag}`", bounds, check.below, check.above, check.source]))
-    return "\n".join(lines)
+def _causes() -> str:
+    rows = [
+        _line([f"`{name}`", meaning, (RULES[name].__doc__ or "").partition("\n\n")[0].replace("\n    ", " ")])
+        for name, meaning in CAUSES.items()
+    ]
+    return "\n".join(["| cause | what it means | when it is named |", "|---|---|---|", *rows])
+
+
+def _confusion() -> str:
+    content = figures("diagnosis").get("diagnosis")
+    if content is None:
+        return "That table is not made yet."
+    by_illness: dict[str, list[Row]] = {}
+    for row in content["rows"]:
+        by_illness.setdefault(row["illness"], []).append(row)
+    lines = ["| run | should say | right | said instead |", "|---|---|---|---|"]
+    for illness, rows in by_illness.items():
+        expected = rows[0]["expected"] or ["healthy"]
+        wrong = Counter(row["first"] for row in rows if row["first"] not in expected)
+        said = ", ".join(f"{name} ({count})" for name, count in wrong.items())
+        lines.append(_line([illness, " or ".join(expected), f"{len(rows) - wrong.total()} of {len(rows)}", said]))
+    ill = [row for row in content["rows"] if row["expected"]]
+    well = [row for row in content["rows"] if not row["expected"]]
+    named = sum(row["first"] in row["expected"] for row in ill)
+    alarms = sum(row["first"] != "healthy" for row in well)
+    return (
+        f"Of {len(ill)} ill runs, {named} ({named / len(ill):.1%}) are named right in first place; of {len(well)} "
+        f"healthy ones, {alarms} ({alarms / len(well):.1%}) get anything but healthy.\n\n" + "\n".join(lines)
+    )
 
 
 def _overhead() -> str:
@@ -267,7 +292,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "optimizers.md": {"polar-quality": _polar_quality},
     "precision.md": {"rounding": _roundings, "rounding-time": _rounding_times},
     "processes.md": {"scaling": _scaling},
-    "diagnostics.md": {"checks": _checks, "overhead": _overhead},
+    "diagnostics.md": {"causes": _causes, "confusion": _confusion, "overhead": _overhead},
 }
 
 

@@ -12,7 +12,9 @@ from .pictures import Pictures
 from .rescue_checkpoint import RescueCheckpoint
 from .resume import Resume
 from .rng_state import RNGState
+from .run_record import RunRecord
 from .sign_collapse import SignCollapse
+from .skip_spikes import SkipSpikes
 from .spike_response import SpikeResponse
 from .update_size import UpdateSize
 from .update_variance import UpdateVariance
@@ -29,7 +31,9 @@ __all__ = [
     "RescueCheckpoint",
     "Resume",
     "RoutingCheck",
+    "RunRecord",
     "SignCollapse",
+    "SkipSpikes",
     "SpikeResponse",
     "UpdateSize",
     "UpdateVariance",

@@ -10,19 +10,23 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from rich.console import Console
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_optim.diagnostics import figures, report
 from lightning_optim.diagnostics.charts import LEARNING
-from lightning_optim.diagnostics.report import Run
+from lightning_optim.diagnostics.diagnosis import diagnose
+from lightning_optim.diagnostics.findings import Diagnosis
+from lightning_optim.diagnostics.run import Run
 
 from .gradient_health import GradientHealth
 from .monitor import Keyed, Monitor, ProbingMonitor
 from .optimizer_internals import OptimizerInternals
 from .orthogonality_error import OrthogonalityError
 from .pictures import Pictures
+from .run_record import RunRecord
 from .sign_collapse import SignCollapse
 from .spike_response import SpikeResponse
 from .update_size import UpdateSize
@@ -46,7 +50,7 @@ class Diagnostics(Keyed):
     tier         monitors
     ============ ===================================================================================================
     ``off``      none
-    ``light``    :class:`.GradientHealth` and :class:`.UpdateSize`, norms only: for every step
+    ``light``    :class:`.GradientHealth`, :class:`.UpdateSize` and :class:`.RunRecord`, norms only: for every step
     ``standard`` all of these, :class:`.UpdateVariance` (online), :class:`.OrthogonalityError`, :class:`.SignCollapse`,
                  :class:`.OptimizerInternals`, :class:`.SpikeResponse`, which looks at the norm of every gradient, and
                  :class:`.Pictures`
@@ -63,11 +67,17 @@ class Diagnostics(Keyed):
     After training, also in a notebook, :meth:`plot` draws all of them, :meth:`summary` says what they mean, and
     :meth:`to_frame` makes a table of them. A notebook shows the callback itself as both.
 
+    The console says what is broken when it happens, once each: a loss that is NaN or diverges, steps that are skipped,
+    parameters that do not move. At the end of training it says the verdict on the run, as ``lightning-optim
+    diagnostics`` does for its logs, and which rule trained which parameters.
+
     Args:
         tier: How much to measure.
         every_n_steps: Measure every so many optimizer steps.
-        first_n_steps: Measure each of the first so many steps, too.
+        first_n_steps: Measure each of the first so many steps, too. Two, since some values compare two steps: early
+            stopping finds all others from the first step on.
         layers: Shell-style patterns of the names of parameters whose own values are logged, too.
+        quiet: Say nothing on the console: neither what is broken when it happens, nor the verdict at the end.
 
     Raises:
         ValueError: There is no such tier.
@@ -76,15 +86,16 @@ class Diagnostics(Keyed):
         >>> diagnostics = Diagnostics("light", every_n_steps=10)
         >>> trainer = pl.Trainer(callbacks=[diagnostics], accelerator="cpu", logger=False)
         >>> [type(monitor).__name__ for monitor in diagnostics.monitors]
-        ['GradientHealth', 'UpdateSize']
+        ['GradientHealth', 'UpdateSize', 'RunRecord']
     """
 
     def __init__(
         self,
         tier: Literal["off", "light", "standard", "full"] = "standard",
         every_n_steps: int = 50,
-        first_n_steps: int = 0,
+        first_n_steps: int = 2,
         layers: Sequence[str] = (),
+        quiet: bool = False,
     ) -> None:
         if tier not in ("off", "light", "standard", "full"):
             raise ValueError(f"Diagnostics: tier={tier!r} is not one of 'off', 'light', 'standard', 'full'.")
@@ -109,6 +120,9 @@ class Diagnostics(Keyed):
             ]
             del common["layers"]
             self.monitors.append(Pictures(details=tier == "full", **common))
+        if tier != "off":
+            common["layers"] = layers
+            self.monitors.append(RunRecord(norms_only=tier == "light", quiet=quiet, **common))
         for monitor in self.monitors:
             if isinstance(monitor, ProbingMonitor):
                 monitor.probes_optional = True
@@ -118,16 +132,36 @@ class Diagnostics(Keyed):
         self.every_n_steps = every_n_steps
         self.first_n_steps = first_n_steps
         self.layers = tuple(layers)
+        self.quiet = quiet
 
     # --- afterwards ---------------------------------------------------------------------------------------------
 
     def run(self, name: str = "this run") -> Run:
-        """What has been measured, as :func:`lightning_optim.diagnostics.report.read_runs` reads it from logs."""
+        """What has been measured, as :func:`lightning_optim.diagnostics.read_runs` reads it from logs."""
         series: dict[str, Iterable[tuple[int, Any]]] = dict(self._learning)
         for monitor in self.monitors:
             series |= monitor.history
         columns = {tag: list(zip(*values)) for tag, values in series.items()}
-        return Run(name, {tag: (list(map(int, x)), list(map(float, y))) for tag, (x, y) in columns.items()})
+        scalars = {tag: (list(map(int, x)), list(map(float, y))) for tag, (x, y) in columns.items()}
+        records = [record for monitor in self.monitors if isinstance(monitor, RunRecord) for record in monitor.records]
+        return Run(name, scalars, records=tuple(records))
+
+    def diagnosis(self, name: str = "this run") -> Diagnosis:
+        """What is wrong with the run, by what has been recorded up to now."""
+        return diagnose(self.run(name))
+
+    def _conclude(self) -> None:
+        """Say the verdict, with the first finding and what is not trained."""
+        if self.quiet or not self.monitors:
+            return
+        found = self.diagnosis()
+        if not found.measured:
+            return
+        lines = [f"Diagnostics: {found.line}."]
+        lines += [f"{finding.sentence} Try: {finding.remedy}" for finding in found.findings[:1]]
+        if found.coverage is not None:
+            lines += [found.coverage.summary(), *found.coverage.warnings()]
+        rank_zero_info("\n  ".join(lines))
 
     def plot(self) -> Any:
         """Every chart of what has been measured, as a ``matplotlib.figure.Figure``.
@@ -215,6 +249,8 @@ class Diagnostics(Keyed):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking or not self.monitors:
             return
+        for monitor in self.monitors:
+            monitor.on_validation_end(trainer, pl_module)
         for tag, value in trainer.callback_metrics.items():
             if LEARNING["validation"].shows(tag):
                 self._note(tag, trainer, value)
@@ -222,6 +258,7 @@ class Diagnostics(Keyed):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for monitor in self.monitors:
             monitor.on_train_end(trainer, pl_module)
+        self._conclude()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         for monitor in self.monitors:
@@ -230,6 +267,7 @@ class Diagnostics(Keyed):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         for monitor in self.monitors:
             monitor.on_exception(trainer, pl_module, exception)
+        self._conclude()
 
     def state_dict(self) -> dict[str, Any]:
         return {monitor.settings_key: monitor.state_dict() for monitor in self.monitors}

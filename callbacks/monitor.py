@@ -238,6 +238,10 @@ class Monitor(Keyed):
         for tag, value in values.items():
             self.history.setdefault(tag, deque(maxlen=_HISTORY)).append((step, value))
 
+    def take_records(self, step: int) -> Sequence[Mapping[str, Any]]:
+        """What is to be written to event files besides values, with the values of a step; handed over once."""
+        return ()
+
     # --- hooks --------------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, product
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 
 from lightning_optim.devices import stopwatch, widest
 from lightning_optim.diagnostics.charts import COST, LEARNING, Chart
+from lightning_optim.diagnostics.event_files import record_summary
 from lightning_optim.diagnostics.parameter_change import Change, sample, squares_of_gradients
 from lightning_optim.engine.layout import layout_of
 from lightning_optim.engine.optimizer import RuleOptimizer
@@ -95,7 +96,7 @@ class Step:
 
     def gradients(self) -> list[Tensor]:
         """Local shards of the gradients as they are now: before the step unclipped, and times :attr:`loss_scale`."""
-        return [_gradient(w.parameter) for w in self.watched]
+        return [gradient_of(w.parameter) for w in self.watched]
 
     @property
     def unclipped_sq(self) -> Tensor:
@@ -127,7 +128,7 @@ class Step:
                 self.names,
                 [_real(local(p.detach())) for p in parameters],
                 [self._changes[p] for p in parameters if p in self._changes],
-                [self._gradients[p] if p in self._gradients else _gradient(p) for p in parameters],
+                [self._gradients[p] if p in self._gradients else gradient_of(p) for p in parameters],
                 [float(w.group["lr"]) for w in self.watched],
             )
         return self._change
@@ -144,7 +145,7 @@ def dense(x: Tensor) -> Tensor:
     return x.to_dense() if x.is_sparse else x
 
 
-def _gradient(p: Tensor) -> Tensor:
+def gradient_of(p: Tensor) -> Tensor:
     if p.grad is None:
         return torch.zeros_like(p)
     return _real(dense(local(p.grad)))
@@ -266,7 +267,7 @@ class StepRecorder:
     def _begin(self, module: pl.LightningModule, opened: _OpenStep) -> None:
         trainer, optimizer = opened.trainer, opened.optimizer
         watched, shards = self._watch(trainer, module, optimizer)
-        scale = _loss_scale(trainer, optimizer)
+        scale = loss_scale(trainer, optimizer)
         views: dict[Any, Step] = {}
         for monitor, index in opened.due:
             key = (index, monitor.needs_matrices, monitor.parameters)
@@ -320,12 +321,12 @@ class StepRecorder:
         opened = self._open
         if opened is None or opened.optimizer is not optimizer or not opened.changes or opened.versions:
             return  # Steps within a step, as of a subclass that calls its base's, begin later than the step.
-        if _loss_scale(opened.trainer, optimizer) != 1:
+        if loss_scale(opened.trainer, optimizer) != 1:
             return  # It divides gradients by the loss scale in its step, in place, and works with what comes of that.
         with self._clock:
             opened.versions = {p: _version(p) for p in opened.changes if p.grad is not None}
             if not isinstance(optimizer, RuleOptimizer) and optimizer not in self._leave_gradients:
-                opened.gradients.update({p: _gradient(p).clone() for p in opened.versions})
+                opened.gradients.update({p: gradient_of(p).clone() for p in opened.versions})
 
     def _check_gradients(self, opened: _OpenStep) -> bool:
         """Whether what is known of the gradients is what the step consumed."""
@@ -446,7 +447,16 @@ class StepRecorder:
         with self._clock:
             self._log(trainer)
 
+    def _log_records(self, trainer: pl.Trainer, x: int) -> None:
+        records = [record for monitor in self.monitors for record in monitor.take_records(x)]
+        if not records or not trainer.is_global_zero:
+            return
+        boards: list[Any] = [logger for logger in trainer.loggers if is_lightning(logger, "TensorBoardLogger")]
+        for logger, record in product(boards, records):
+            logger.experiment._get_file_writer().add_summary(record_summary(record), x)
+
     def _log(self, trainer: pl.Trainer) -> None:
+        self._log_records(trainer, trainer.fit_loop.epoch_loop._batches_that_stepped)
         if not self._values:
             return
         # The step that Lightning gives to what the LightningModule logs in this batch.
@@ -624,7 +634,7 @@ def _scaler(trainer: pl.Trainer) -> Any:
     return getattr(trainer.precision_plugin, "scaler", None)
 
 
-def _loss_scale(trainer: pl.Trainer, optimizer: Optimizer) -> float:
+def loss_scale(trainer: pl.Trainer, optimizer: Optimizer) -> float:
     """Lightning unscales gradients before the hook, unless the optimizer does so itself."""
     scaler = _scaler(trainer)
     if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):

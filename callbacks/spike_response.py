@@ -35,6 +35,7 @@ class SpikeResponse(ProbingMonitor):
     ``spike/zscore_log10``                its decimal logarithm, 0 for a z-score of 1 or less
     ``spike/norm_max``                    largest gradient norm before clipping since it was logged last
     ``spike/count``                       number of spikes until now, from the first one on
+    ``spike/score``                       share of the steps until now that were spikes
     ``spike/amplification``               largest update RMS after a spike, relative to the baseline
     ``spike/suppression``                 smallest update RMS after a spike, relative to the baseline
     ``spike/recovery_steps``              steps after a spike until the update RMS stays at the baseline

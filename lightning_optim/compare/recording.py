@@ -17,8 +17,8 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
-from ..diagnostics.report import Run as Scalars
-from ..diagnostics.report import examine
+from ..callbacks import Diagnostics
+from ..diagnostics.causes import CAUSES
 from .design import Run
 
 __all__ = ["Recorder", "follow", "without_files"]
@@ -165,7 +165,6 @@ class Recorder(pl.Callback):
         if score is not None and not math.isfinite(score):
             self.diverged = True
         optimizers = trainer.optimizers
-        scalars = Scalars(self.run.label, self.logger.scalars)
         return {
             "status": "diverged" if self.diverged else "ok",
             "score": None if self.diverged else score,
@@ -186,7 +185,7 @@ class Recorder(pl.Callback):
             "data": self._data.hexdigest()[:16],
             "lr_end": self._rates[-1] / max(self._rates) if self._rates and max(self._rates) > 0 else 1.0,
             "diagnostics": {tag: _thin(*series) for tag, series in self.logger.scalars.items() if _is_ours(tag)},
-            "findings": [f.meaning for f in examine(scalars) if not f.healthy],
+            "findings": _meanings(trainer),
             "groups": [_settings(group) for optimizer in optimizers for group in optimizer.param_groups],
         }
 
@@ -221,6 +220,12 @@ def _metric(validated: Iterable[str]) -> str | None:
 
 #: Callbacks that write files, show progress or end a run early, in which only its end counts.
 _LEFT_OUT = ("Checkpoint", "ModelCheckpoint", "EarlyStopping", "ProgressBar", "ModelSummary", "RescueCheckpoint")
+
+
+def _meanings(trainer: Any) -> list[str]:
+    """What the diagnosis of the run has found, in words that are the same for all runs with the same finding."""
+    diagnosis = next((c.diagnosis() for c in trainer.callbacks if isinstance(c, Diagnostics)), None)
+    return [] if diagnosis is None else [f"{CAUSES[f.cause].capitalize()}." for f in diagnosis.findings]
 
 
 def without_files(callbacks: Iterable[Any] | None) -> list[Any]:

@@ -71,7 +71,7 @@ class ModuleTask:
         settings = dict(self.trainer)
         callbacks = without_files(settings.pop("callbacks", None))
         if not any(isinstance(callback, Diagnostics) for callback in callbacks):
-            callbacks.append(Diagnostics(every_n_steps=run.interval))
+            callbacks.append(Diagnostics(every_n_steps=run.interval, quiet=True))
         if run.steps is not None:
             settings |= {"max_steps": run.steps, "max_epochs": -1}
         quiet = {

@@ -115,6 +115,26 @@ COST = Chart(
 
 #: The charts of each diagnostic by title, by the first part of their tags.
 CHARTS: dict[str, dict[str, Chart]] = {
+    "training": titled(
+        Chart(
+            "learning rate by rule", (r"training/lr$", r"training/lr_fallback$"),
+            "Learning rate of the matrices, where an optimizer has a rule for them, and of the fallback rule.",
+            "that of the optimizer", "a schedule that ends long before the run does.",
+            QUESTIONS[0], log=True,
+        ),
+        Chart(
+            "update to weight by role", (r"training/(matrix|other)_to_weight$",),
+            "Norm of the change over the norm of the parameters, of hidden matrices and of all others.", "none",
+            "matrices that stand still while the others move.",
+            QUESTIONS[1], log=True,
+        ),
+        Chart(
+            "growth of weights", (r"training/growth$",),
+            "Norm of all parameters over that before the first measured step.", "none",
+            "growth by a factor within few steps: the learning rate is too high.",
+            QUESTIONS[1], log=True,
+        ),
+    ),
     "update": titled(
         Chart(
             "update to weight", (r"update/to_weight$",),

@@ -14,7 +14,7 @@ from .charts import CHARTS, COST, LEARNING, Chart, by_question
 from .layer_maps import LayerMaps
 
 if TYPE_CHECKING:
-    from .report import Run
+    from .run import Run
 
 #: By run, steps at which something happened, and what.
 Marks = Mapping[str, Sequence[tuple[int, str]]]

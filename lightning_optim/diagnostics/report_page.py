@@ -9,7 +9,7 @@ from ..page import Page
 from . import figures
 from .charts import LEARNING, Chart
 from .layer_maps import Pictures
-from .report import Run
+from .run import Run
 
 #: Runs whose layers are shown. A page of many runs is about the differences between them.
 _MOST_IN_DETAIL = 12

@@ -317,7 +317,7 @@ class SpikeWatch:
             self._compare(norm)
             self.norms = [*self.norms, norm][-self.window :]
             self.seen += 1
-        return self.following or self.seen % 10 == 0
+        return self.following or self.seen <= 2 or self.seen % 10 == 0
 
     def _compare(self, norm: float) -> None:
         if len(self.norms) < min(32, self.window):
@@ -333,6 +333,7 @@ class SpikeWatch:
         # What is not defined yet stays NaN, also as a logarithm.
         log10 = self.zscore if math.isnan(self.zscore) else math.log10(max(self.zscore, 1.0))
         values = {"zscore": self.zscore, "zscore_log10": log10, "norm_max": self.norm_max}
+        values["score"] = self.count / self.seen if self.seen else 0.0
         values |= {"count": float(self.count)} if self.count else {}
         self.zscore = self.norm_max = math.nan
         if not self.following:

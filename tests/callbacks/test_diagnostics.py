@@ -155,7 +155,7 @@ def test_two_sets_with_different_settings_side_by_side():
     light, standard = Diagnostics("light", every_n_steps=1), Diagnostics("standard", every_n_steps=3)
     trainer(callbacks=[light, standard]).fit(Net())
     assert len(light.monitors[1].history["update/rms"]) == 6
-    assert len(standard.monitors[1].history["update/rms"]) == 2
+    assert len(standard.monitors[1].history["update/rms"]) == 4  # the first two, too
 
 
 def test_parameters_outside_of_the_module_are_measured():
@@ -217,7 +217,7 @@ def test_every_chart_of_the_page_is_filled(tmp_path):
     assert [values[-1] for _, values in bounds] == pytest.approx([1e-4, 1e-2])
     titles = [axes.get_title() for axes in plot([run]).axes]
     assert {"gradient norm", "update to weight"} <= set(titles)
-    assert titles[:2] == ["train_loss", "val_loss"]
+    assert {"training/loss", "train_loss", "val_loss"} <= set(titles[:4])
 
     # Every value of ours has a description: what it is, its unit, and what to look for.
     families = {"update", "gradient", "update_variance", "spike", "sign_collapse", "orthogonality", "diagnostics"}
@@ -229,7 +229,14 @@ def test_every_chart_of_the_page_is_filled(tmp_path):
 
 
 #: Values without a chart: what a chart shows in another form, or next to nothing.
-UNCHARTED = {"update_variance/online", "spike/zscore", "spike/count", "gradient/loss_scale", "diagnostics/overhead_ms"}
+UNCHARTED = {
+    "update_variance/online",
+    "spike/score",
+    "spike/zscore",
+    "spike/count",
+    "gradient/loss_scale",
+    "diagnostics/overhead_ms",
+}
 
 
 class Learner(Net):
@@ -253,13 +260,13 @@ def test_the_largest_gradient_between_two_samples_is_kept():
     trainer(callbacks=[diagnostics], max_steps=30, limit_val_batches=0).fit(Spiked(dropout=0))
     tags = {tag: values for monitor in diagnostics.monitors for tag, values in monitor.history.items()}
     calm, largest = tags["gradient/norm"], dict(tags["spike/norm_max"])
-    assert [step for step, _ in calm] == [9, 19, 29]
+    assert [step for step, _ in calm] == [0, 1, 9, 19, 29]
     # The spike is in none of the sampled steps, and in the largest of its interval, which ends with step 20.
     assert all(value < 1e3 for _, value in calm)
     assert [step for step, value in largest.items() if value > 1e3] == [19]
 
 
-@pytest.mark.parametrize(("optimizer", "most"), [("MVNGrad", 23), ("NAMO", 25)])
+@pytest.mark.parametrize(("optimizer", "most"), [("MVNGrad", 30), ("NAMO", 33)])
 def test_globals_are_few(optimizer, most):
     class Ours(Net):
         def configure_optimizers(self):

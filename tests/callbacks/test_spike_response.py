@@ -51,7 +51,9 @@ def test_steps_away_from_spikes_are_measured_now_and_then_only() -> None:
     fit(far_away(100, sgd(1e-4)), [spikes], steps=100)
     # A z-score needs 32 gradient norms to compare with.
     assert [step for step, _ in spikes.history["spike/zscore"]] == [39, 49, 59, 69, 79, 89, 99]
-    assert set(spikes.history) == {"spike/zscore"}  # there was no spike to count
+    values = {"spike/zscore", "spike/zscore_log10", "spike/norm_max", "spike/score"}
+    assert set(spikes.history) == values  # there was no spike to count
+    assert {score for _, score in spikes.history["spike/score"]} == {0.0}
 
 
 def test_clipping_does_not_hide_a_spike() -> None:

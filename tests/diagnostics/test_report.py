@@ -4,7 +4,7 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_optim import cli
-from lightning_optim.diagnostics.report import CHECKS, Run, charts, examine, plot, read_runs
+from lightning_optim.diagnostics.report import Run, charts, plot, read_runs
 
 
 def write(folder, scalars):
@@ -52,29 +52,6 @@ def test_no_event_files(tmp_path):
         read_runs([tmp_path])
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.tag)
-def test_every_check_tells_healthy_from_not(check):
-    def verdict(value):
-        (finding,) = examine(Run("r", {f"AdamW1/{check.tag}": ([0, 1], [value, value])}))
-        return finding
-
-    inside = verdict(check.high or 0.0)
-    assert inside.healthy
-    assert inside.meaning == check.healthy
-    above = verdict(check.high * 1.01 + 1e-6)
-    assert not above.healthy
-    assert above.meaning == check.above != ""
-    if check.low:
-        assert verdict(check.low * 0.99).meaning == check.below != ""
-    assert not verdict(float("nan")).healthy
-
-
-def test_the_beginning_of_a_run_does_not_decide():
-    values = [1.0] * 40 + [1e-3] * 60
-    (finding,) = examine(Run("r", {"update/to_weight": (list(range(100)), values)}))
-    assert finding.healthy
-
-
 def test_charts_hold_what_runs_have(folder):
     figure = plot(read_runs([folder]))
     by_title = {axes.get_title(): axes for axes in figure.axes}
@@ -93,11 +70,7 @@ def test_charts_hold_what_runs_have(folder):
 def test_the_command(folder, capsys):
     cli.main(["diagnostics", str(folder), "--out", str(folder / "figure.png")])
     out = capsys.readouterr().out
-    # Sentences have the width of the terminal, of 80 columns here, and not of a column beside others.
-    assert "the learning rate" in next(line for line in out.splitlines() if "hundredth per step" in line)
-    printed = " ".join(out.split())
-    assert printed.count("look") == 2
-    assert "learning rate may be too large" in printed
+    assert out.count("unknown: no diagnostics in the logs") == 2  # a few values, and no records
     assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
