@@ -475,8 +475,9 @@ class RoutingCheck(Callback):
                 layout: dict[str, Any] = {"blocks": 1, "transposed": False, "split": (), "interleaved": False}
                 layout |= layout_of(group)
                 for name in (names[p] for p in group["params"] if p in names):
-                    if name in routes:
-                        routed[name] = replace(routes[name], role=group["role"], **layout)
+                    # Where the role is another than routing finds, somebody has said so.
+                    if name in routes and routes[name].role == group["role"]:
+                        routed[name] = replace(routes[name], **layout)
         self.differences = differences(routed, self.uses)
         if self.differences:
             lines = dict.fromkeys(f"{x.pattern} {x.what}" for x in self.differences)
