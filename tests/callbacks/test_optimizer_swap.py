@@ -141,6 +141,7 @@ class Own(BoringModel):
 
     def __init__(self, configure: Callable[[Any], Any], manual: bool = False) -> None:
         super().__init__()
+        del self.layer  # to be registered last, as the layer that makes the output
         self.body, self.layer = torch.nn.Linear(32, 32), torch.nn.Linear(32, 2)
         self.automatic_optimization = not manual
         self.configure = configure
