@@ -32,7 +32,8 @@ _MOST_PAIRS = 10_000
 
 #: Confidence level of all comparisons of a study together. With 0.95, studies of one optimizer under several names
 #: would call two of them different in up to 8 % of all cases, since the choice of the learning rate is noisy, too. With
-#: 0.98, and with the best three settings tried on further seeds, it is at most 5 % (`tests/compare/test_statistics.py`).
+#: 0.98, and with the best three settings tried on further seeds, it is at most 5 %
+#: (`tests/compare/test_statistics.py`).
 LEVEL = 0.98
 
 
