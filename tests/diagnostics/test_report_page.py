@@ -47,7 +47,7 @@ def folder(tmp_path: Path) -> Path:
 def test_the_command_writes_one_page_that_needs_nothing_else(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = folder / "report.html"
     main(["diagnostics", str(folder), "--out", str(page)])
-    assert f"Page: {page}" in capsys.readouterr().out
+    assert f"Page: {page}" in capsys.readouterr().err
     text = page.read_text()
     assert not re.search(r'(src|href)="(https?:|//|[^"#d])', text), "nothing from elsewhere"
     for part in ("AdamW-lr0.001-s1", "NAMO-lr0.01-s1", QUESTIONS[0], QUESTIONS[1], "Layers of NAMO-lr0.01-s1", "0.875"):

@@ -91,4 +91,5 @@ def _draw(runs: Sequence[Run], path: Path, diagnoses: Sequence[Diagnosis]) -> No
         report_page(runs, diagnoses).write_markdown(path)
     else:
         plot(runs, marks_of(diagnoses)).savefig(path, dpi=130)
-    print(f"{'Page' if path.suffix in _PAGES else 'Figure'}: {path}")
+    # The output proper may be JSON.
+    print(f"{'Page' if path.suffix in _PAGES else 'Figure'}: {path}", file=sys.stderr)
