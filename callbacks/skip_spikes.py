@@ -48,9 +48,6 @@ class SkipSpikes(Keyed):
     Raises:
         ValueError: An argument is out of range.
 
-    Attributes:
-        skipped_steps: Number of steps skipped until now.
-
     Example:
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
         >>> skip = SkipSpikes(threshold=10)

@@ -209,7 +209,10 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     """The known names that are nearest to an unknown one, as a sentence."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"Did you mean {', '.join(near)}?" if near else f"Known: {', '.join(known[:20])}."
+    if near:
+        return f"Did you mean {', '.join(near)}?"
+    more = f" and {len(known) - 20} more" if len(known) > 20 else ""
+    return f"Known: {', '.join(known[:20])}{more}."
 
 
 def _check_override(pattern: str, override: Iterable[str], r: Route, base: Mapping[str, Any]) -> None:
