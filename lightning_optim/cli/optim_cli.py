@@ -84,7 +84,7 @@ class OptimCLI(LightningCLI):
         """What Lightning, or a checkpoint, says is wrong with the arguments; ``None`` if it is something else."""
         if isinstance(error, MisconfigurationException):
             return None if isinstance(error, ProjectError) else str(error)
-        if isinstance(error, ValueError) and "config" in vars(self):
+        if isinstance(error, ValueError) and not isinstance(error, CheckpointError) and "config" in vars(self):
             given = self._given_to_the_trainer()
             named = any(re.search(rf"\b{name}\b", str(error)) for name in given)
             return explain_trainer(str(error), given) if named and raised_in(error) == "lightning" else None

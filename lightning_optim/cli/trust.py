@@ -106,8 +106,24 @@ def _would_import(text: str) -> bool:
     found = _own(text) or _loaded(text)
     if found is None:
         top = text.partition(".")[0]
-        return top in sys.modules or top in sys.builtin_module_names or PathFinder.find_spec(top) is not None
+        loaded = getattr(sys.modules.get(top), "__file__", None) is not None
+        return top in sys.builtin_module_names or loaded or _has_code(text)
     return callable(found) and not _is_harmless(found)
+
+
+def _has_code(text: str) -> bool:
+    """Whether there is code to import for a dotted name. A folder of any kind is a package to Python, without code."""
+    folders = None
+    name = ""
+    for part in text.split("."):
+        name = f"{name}.{part}" if name else part
+        spec = PathFinder.find_spec(name, folders)
+        if spec is None:
+            return False
+        if spec.origin is not None:
+            return True
+        folders = spec.submodule_search_locations
+    return False
 
 
 def _own(text: str) -> Any:

@@ -191,9 +191,9 @@ def _solve_shares(
     # For each rank and request, the indices of its matrices in the stack.
     shares = [[[i for i, key in enumerate(_keys(s)) if owner[key] == rank] for s, _ in requests] for rank in ranks]
     mine = shares[processes.rank(group)]
-    own = [Polar(x[indices], method) for indices, (_, (x, method, _)) in zip(mine, requests) if indices]
+    own = [Polar(x[indices], method) for indices, (_, (x, method, *_)) in zip(mine, requests) if indices]
     specs = [
-        [((len(indices), *x.shape[1:]), x.dtype) for indices, (_, (x, _, _)) in zip(share, requests) if indices]
+        [((len(indices), *x.shape[1:]), x.dtype) for indices, (_, (x, *_)) in zip(share, requests) if indices]
         for share in shares
     ]
     receive = processes.all_gather(matrices.orthogonalized(own), specs, requests[0][1].matrices.device, group)
@@ -364,7 +364,7 @@ def _solve_on_owners(
     # For each matrix, this rank's rows and its sums over them; and the method.
     parts: dict[tuple[Tensor, int], list[Tensor]] = {}
     methods: dict[tuple[Tensor, int], str] = {}
-    for stack, (x, method, sums) in requests:
+    for stack, (x, method, sums, _) in requests:
         for i, key in enumerate(_keys(stack)):
             parts[key], methods[key] = [y[i] for y in (x, *sums)], method
     tasks = {(x.parameter, i): x for x in bucket for i in range(len(x.matrices)) if (x.parameter, i) in parts}

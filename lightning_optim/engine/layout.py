@@ -35,7 +35,7 @@ def block_shape(shape: Sequence[int], group: Group) -> Shape:
     (8, 32)
     """
     rows, *rest = shape
-    if group["blocks"] > rows and rest:
+    if group["blocks"] > rows and len(rest) > 1:
         rows, *rest = rows * rest[0], *rest[1:]
     rows //= group["blocks"]
     if group["blocks"] > 1 and rows == 1 and len(rest) > 1:

@@ -324,6 +324,8 @@ def report_factors(
     """Report the matrices that were orthogonalised, and their polar factors."""
     if report is not None:
         for (stack, request), factor in zip(requests, factors):
+            if not request.reported:
+                continue
             _report_parts(report, stack, "momentum", request.matrices)
             _report_parts(report, stack, "orthogonal_factor", factor)
 
@@ -339,13 +341,13 @@ def orthogonalized(requests: Sequence[Polar]) -> list[Tensor]:
     together: dict[Any, list[int]] = {}
     if len(requests) == 1:
         return [_polar(requests[0].matrices, requests[0].method)]
-    for i, (x, method, _) in enumerate(requests):
+    for i, (x, method, *_) in enumerate(requests):
         rows, columns = x.shape[-2:]
         limit = TOGETHER.get(x.device.type, TOGETHER["cuda"])
         key = (method, min(rows, columns), max(rows, columns), x.dtype, x.device) if rows * columns <= limit else i
         together.setdefault(key, []).append(i)
     for indices in together.values():
-        x, method, _ = requests[indices[0]]
+        x, method, *_ = requests[indices[0]]
         if len(indices) == 1:
             factors[indices[0]] = _polar(x, method)
             continue

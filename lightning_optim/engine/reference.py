@@ -114,10 +114,11 @@ def _orthogonalize(update: Any, observe: Callable[[str, Tensor], None]) -> Move:
     try:
         request = next(update)
         while True:
-            matrices, method, sums = request
+            matrices, method, sums, reported = request
             factor = orthogonalize(matrices[0], method)[None] if len(matrices) == 1 else orthogonalize(matrices, method)
-            observe("momentum", matrices)
-            observe("orthogonal_factor", factor)
+            if reported:
+                observe("momentum", matrices)
+                observe("orthogonal_factor", factor)
             request = update.send((factor, sums))
     except StopIteration as stop:
         return stop.value

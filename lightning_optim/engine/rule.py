@@ -93,11 +93,14 @@ class Polar(NamedTuple):
         matrices: A stack ``(k, m, n)``.
         method: A method of :func:`lightning_optim.polar.orthogonalize`.
         sums: Sums over rows of this stack that the rule needs over all rows, such as ``squared_norm(g)``.
+        reported: Whether the engine reports matrices and factor to observers. A rule that searches tries several, and
+            reports the one that it takes.
     """
 
     matrices: Tensor
     method: str
     sums: tuple[Tensor, ...] = ()
+    reported: bool = True
 
 
 # --- internals --------------------------------------------------------------------------------------------------

@@ -137,13 +137,13 @@ class SSO(Matrix, paper="arXiv 2601.08393", about="orthogonalised momentum on th
         observe("spectral_norm", sigma)
         keep = torch.where(sigma > 0, k.sphere / sigma, 1.0) if k.lr else torch.ones_like(sigma)
         if k.tangent:
-            phi = yield from _tangent(m, u @ v.mT, s, k)
+            phi = yield from _tangent(m, u @ v.mT, s, k, observe)
         else:
             phi, _ = yield Polar(m, k.orthogonalizer)
         return Move(phi, k.step, keep=keep)
 
 
-def _tangent(m, theta, s, k):
+def _tangent(m, theta, s, k, observe):
     """The polar factor that has no part along theta; the multiplier is kept in the state."""
     m = _scaled(m)[0]  # Squares of tiny entries would vanish.
     m = m / torch.linalg.vector_norm(m, dim=(-2, -1), keepdim=True).clamp(min=_ZERO)
@@ -154,7 +154,7 @@ def _tangent(m, theta, s, k):
     step = torch.full_like(lam, _FIRST_STEP)
     best, phi = high, torch.zeros_like(m)
     for _ in range(k.max_tries):
-        o, _ = yield Polar(m + lam * theta, k.orthogonalizer)
+        o, _ = yield Polar(m + lam * theta, k.orthogonalizer, reported=False)
         product = (theta * o).sum((-2, -1), keepdim=True)
         margin = torch.where(product * best < 0, _OTHER_SIDE, 1.0)
         better = (product.abs() < margin * best.abs()) & (best.abs() > k.tolerance)
@@ -168,4 +168,6 @@ def _tangent(m, theta, s, k):
         step = torch.where(bracketed, step, 2 * step)
         if bool(((best.abs() <= k.tolerance) | (lam == low) | (lam == high)).all()):
             break
+    observe("momentum", m + s.lam * theta)
+    observe("orthogonal_factor", phi)
     return phi

@@ -66,7 +66,7 @@ def test_maps_hold_what_the_monitors_measure(tmp_path: Path) -> None:
         assert len(layers) == 8
         for layer, row in zip(layers, matrix):
             expected = list(history[f"{tag}/{layer}"])
-            assert steps == [step for step, _ in expected] == [1, 3, 5]
+            assert steps == [step for step, _ in expected] == [0, 1, 3, 5]
             # Written with four digits.
             assert row.tolist() == pytest.approx([value for _, value in expected], rel=1e-3)
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 import lightning_optim as lo
 from lightning_optim.engine import gradients
-from lightning_optim.engine.rule import MatrixRule
+from lightning_optim.engine.rule import MatrixRule, ModelRule
 from lightning_optim.registry import OPTIMIZERS
 
 from .rows import CONFIGURATIONS, OURS, build
@@ -319,7 +319,7 @@ def test_random_rounding_is_refused(recorder: Recorder) -> None:
 def test_every_rule_says_truly_whether_it_can_be_captured() -> None:
     for name in OURS:
         cls: Any = OPTIMIZERS[name].cls
-        assert cls.capturable or issubclass(cls, MatrixRule), "fallbacks and element-wise rules are capturable"
+        assert cls.capturable or issubclass(cls, (MatrixRule, ModelRule)), "fallbacks and element-wise rules are"
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------------------
