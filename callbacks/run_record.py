@@ -149,7 +149,7 @@ class RunRecord(Monitor):
         x = trainer.fit_loop.epoch_loop._batches_that_stepped
         losses, self._losses = self._losses, []
         if losses:
-            norm = losses[0].new_tensor(math.nan)
+            norm = losses[0].new_full((), math.nan)
             if not self.norms_only and not step.shards.groups and step.watched:
                 norm = step.unclipped_sq.sum().sqrt().to(norm)
             together = torch.stack(losses)

