@@ -16,7 +16,9 @@ Strategies: TypeAlias = Mapping[str, st.SearchStrategy[Any]]
 #: From the hyperparameters that a golden file names, and its variant, to our arguments. What it knows it takes out;
 #: whatever is left over is a failure.
 Adapter: TypeAlias = Callable[[Hyper, str], Hyper]
-Amplifier: TypeAlias = Literal["bases", "signs", "factor", "hidden vector", "powers", "cancellation", "cosine"]
+Amplifier: TypeAlias = Literal[
+    "bases", "signs", "factor", "hidden vector", "powers", "cancellation", "cosine", "weights"
+]
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class Row:
             factor by its own size. ``"hidden vector"``: it divides by the difference of nearly equal inner products,
             and has a variance of fourth powers. ``"powers"``: powers, whose vectorised form is not the scalar one.
             ``"cancellation"``: what is left of a large gradient in units of the root of eps is a small difference.
-            ``"cosine"``: its step depends on one minus the ratio of nearly equal inner products.
+            ``"cosine"``: its step depends on one minus the ratio of nearly equal inner products. ``"weights"``: it
+            multiplies weights by several rounded factors near one.
     """
 
     name: str

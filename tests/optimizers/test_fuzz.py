@@ -587,7 +587,9 @@ class Example:
         # powers amplify; and what the noise, tens of roundings large, tells of the rest.
         relative = 1e-10 if self.double and not amplifies(group["rule"], "bases") else 1e-5  # Bases: a ramp of 1e-9.
         resolution, smallest = self.resolution(p.dtype)
-        tolerance = 2 * resolution * np.maximum(np.abs(old), np.abs(expected)) + smallest
+        tolerance = (6 if amplifies(group["rule"], "weights") else 2) * resolution * np.maximum(
+            np.abs(old), np.abs(expected)
+        ) + smallest
         tolerance += floor + relative * np.abs(expected - old) + 100 * spread
         wrong = ~(np.abs(new - expected) <= tolerance)
         assert not wrong.any(), (

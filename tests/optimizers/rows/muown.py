@@ -65,5 +65,6 @@ ROWS = [
         [{}, {"nesterov": False, "weight_decay": 0.1}],
         golden="no trajectory of the released code was recorded",
         lr=0.01,
+        amplifies=("weights",),
     )
 ]
