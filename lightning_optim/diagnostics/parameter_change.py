@@ -111,7 +111,7 @@ def squares_of_gradients(gradients: Sequence[Tensor]) -> Tensor:
     """:func:`sum_of_squares`, in float64 where a square is beyond float32: that of a norm above 1.8e19.
 
     Whether one is would have to be read, which a CPU can do at once and an accelerator has to be waited for. So there
-    float64 is taken always (float32 where there is none): in sums of squares it takes no longer than reading memory.
+    float64 is taken always (float32 where there is none). What that costs has not been measured on one.
 
     >>> squares_of_gradients([torch.full((4,), 1e20)])
     tensor([4.0000e+40], dtype=torch.float64)
