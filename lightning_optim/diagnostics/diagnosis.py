@@ -677,7 +677,9 @@ def _no_signal(e: Evidence) -> Finding | None:
 
 @rule
 def _gradient_spikes(e: Evidence) -> Finding | None:
-    """Gradient norms of twenty times the usual, with losses of five times the usual."""
+    """Gradient norms of twenty times the usual at losses of five times the usual, unless the optimizer steps back."""
+    if any(group.get("steps_back") for group in e.groups):
+        return None
     places = [i for i in _outliers(e, 20.0) if e.loss[i] > 5 * np.median(e.loss[max(0, i - 8) : i])]
     if not places:
         return None

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..engine.optimizer import RuleOptimizer
+from ..engine.rule import ModelRule
 from ..engine.two_rules import MatrixOptimizer
 from .what_if import fork_rng
 
@@ -26,6 +27,7 @@ def traits(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str, Any]:
           where it could not be tried;
         - ``orthogonalizer``: how it orthogonalises, if it does;
         - ``decay``: ``"decoupled"``, ``"coupled"`` or ``"none"``;
+        - ``steps_back``: whether it goes too far on purpose and takes such steps back, as ELRA does;
         - the group's plain hyperparameters under their own names.
 
     Example:
@@ -47,6 +49,7 @@ def traits(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str, Any]:
         "scale_invariant": _is_scale_invariant(optimizer, group),
         "orthogonalizer": group.get("orthogonalizer") if group.get("role", "matrix") == "matrix" else None,
         "decay": _decay(optimizer, group),
+        "steps_back": isinstance(optimizer, ModelRule),
     }
 
 

@@ -93,6 +93,14 @@ def test_a_healthy_run_is_called_healthy(title, optimizer):
     assert found.verdict == "healthy", found.findings
 
 
+def test_steps_that_the_optimizer_takes_back_are_no_spikes():
+    """ELRA finds its step size by going too far, and returns."""
+    for seed in (107, 108):
+        made = HEALTHY["plain"][0](replace(recipe("AdamW", seed, tuning=False), optimizer="ELRA", args={}))
+        found = diagnose(train(replace(made, steps=120), "ELRA"))
+        assert "gradient_spikes" not in {finding.cause for finding in found.findings}
+
+
 @pytest.mark.slow
 def test_the_whole_table():
     """The promise: 90 % of the ill are named right in first place, and 2 % of the healthy get anything else."""
