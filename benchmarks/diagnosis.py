@@ -261,7 +261,7 @@ class _Reader(nn.Module):
 
 
 def _exploding(r: Recipe) -> Recipe:
-    return replace(r, net=lambda r: _Reader(r.width // 2, 2.0))
+    return replace(r, net=lambda r: _Reader(r.width // 2, 2.5))
 
 
 class _Words(nn.Module):
@@ -375,7 +375,7 @@ ILLNESSES = (
         ("AdamW", "MVNGrad"),
     ),
     Illness("NaN in two examples", ("nonfinite_loss",), _nan_data),
-    Illness("recurrent gain of 2", ("exploding_gradients",), _exploding, ("AdamW", "LaProp")),
+    Illness("recurrent gain of 2.5", ("exploding_gradients",), _exploding, ("AdamW", "LaProp")),
     Illness(
         "a vocabulary of 5,000 for 17 words",
         ("untouched_rows",),

@@ -286,7 +286,8 @@ def _outliers(e: Evidence, factor: float) -> NDArray[np.intp]:
 
 @rule
 def _exploding_gradients(e: Evidence) -> Finding | None:
-    """Norms of 20 times the usual at 2 % of the steps, at usual losses, or of 50 times before the first update."""
+    """Norms of 20 times the usual at 2 % of the steps, at usual losses; or of 50 times before the first update, of 8
+    times where a classifier begins at three times the loss of one that knows nothing."""
     far = _far(e)
     if not np.isfinite(e.norms).sum() > 30 or (far and float(np.median([r for r, _ in far])) > TOO_FAR):
         return None
@@ -294,17 +295,17 @@ def _exploding_gradients(e: Evidence) -> Finding | None:
     places = _outliers(e, 20.0)
     calm = [e.loss[i] < 10 * np.median(e.loss[max(0, i - 8) : i]) for i in places]
     places = places[np.array(calm, bool)]
-    from_the_start = bool(e.norms[0] > 50 * usual)
+    from_the_start = bool(e.norms[0] > (8 if e.begins_far_above_chance else 50) * usual)
     if from_the_start:
-        places = np.flatnonzero(e.norms > 20 * usual)
+        places = np.flatnonzero(e.norms > min(20 * usual, e.norms[0] / 2))
     elif len(places) < max(3, 0.02 * len(e.norms)):
         return None
     weights = sorted(e.weights, key=lambda layer: -float(np.nanmax(layer.gradient)))
     return Finding(
         "exploding_gradients",
         _severity(e),
-        f"The gradient norm went from its usual {usual:.2g} up to {largest:.2g}, at {len(places)} of {len(e.norms)} "
-        f"steps above twenty times that, largest in {weights[0].name if weights else 'all layers'}.",
+        f"The gradient norm went from its usual {usual:.2g} up to {largest:.2g}, far above the usual at {len(places)} of "
+        f"{len(e.norms)} steps, largest in {weights[0].name if weights else 'all layers'}.",
         "Clip gradients, bound recurrent weights (orthogonal initialisation of gain 1), or add normalisation.",
         int(e.steps[places[0]]),
         _named(weights[:3]),

@@ -267,6 +267,12 @@ class Evidence:
         return chance if abs(self.first_loss - chance) < 0.3 * chance else math.nan
 
     @property
+    def begins_far_above_chance(self) -> bool:
+        """Whether a classifier's first loss is three times that of one that knows nothing: its outputs are huge."""
+        outputs = self.settings.get("outputs", 0)
+        return outputs >= 2 and self.has_loss and bool(self.loss[0] > 3 * math.log(outputs))
+
+    @property
     def learns(self) -> bool:
         """Whether the loss fell by a sixth at least; true where there is no loss to judge by."""
         return not self.has_loss or self.fall > 1 / 6

@@ -63,6 +63,7 @@ def test_every_cause_is_provoked():
         "NaN in two examples",
         "biases of -5 before ReLU",
         "one layer at lr 1",
+        "recurrent gain of 2.5",
         "a layer not given to the optimizer",
     ],
 )
