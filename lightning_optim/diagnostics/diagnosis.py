@@ -304,7 +304,7 @@ def _exploding_gradients(e: Evidence) -> Finding | None:
     return Finding(
         "exploding_gradients",
         _severity(e),
-        f"The gradient norm went from its usual {usual:.2g} up to {largest:.2g}, far above the usual at {len(places)} of "
+        f"The gradient norm went from its usual {usual:.2g} up to {largest:.2g}, far above it at {len(places)} of "
         f"{len(e.norms)} steps, largest in {weights[0].name if weights else 'all layers'}.",
         "Clip gradients, bound recurrent weights (orthogonal initialisation of gain 1), or add normalisation.",
         int(e.steps[places[0]]),
