@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from lightning_optim import build_optimizer, capture_step
-from lightning_optim.factory import Grouping, OptimizerConfig
+from lightning_optim import capture_step
 from lightning_optim.registry import OPTIMIZERS
 
 from .workload import Workload
@@ -106,8 +105,8 @@ def contenders(
 
 def _ours(name: str, backend: str, rounding: str, graph: bool = False) -> Contender:
     def build(work: Workload) -> list[Stepper]:
-        config = OptimizerConfig(name, COMMON | {"backend": backend, "rounding": rounding})
-        optimizer: Any = build_optimizer(work.module, config, Grouping(no_decay=[], matrix=list(work.matrix)))
+        cls: Any = OPTIMIZERS[name].cls
+        optimizer = cls(work.groups(cls), **COMMON, backend=backend, rounding=rounding)
         if graph:
             capture_step(optimizer)
         return [optimizer]

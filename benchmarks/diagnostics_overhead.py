@@ -119,15 +119,16 @@ def _is_measured(step: int, interval: int) -> bool:
     return (step + 1) % interval == 0
 
 
-def train(model: str, optimizer: str, attached: pl.Callback, steps: int, folder: str) -> Run:
-    """Train for some steps after those that warm up."""
-    clock = _Clock()
+def train(model: str, optimizer: str, attached: pl.Callback, steps: int, folder: str, accelerator: str = "cpu") -> Run:
+    """Train for some steps after those that warm up; on an accelerator time is that of the wall."""
+    clock = _Clock(_now if accelerator == "cpu" else _now_on_gpu)
     pl.seed_everything(0, verbose=False)
     module, batch = MODELS[model]()
     module.optimizer = optimizer  # type: ignore[assignment]
     trainer = pl.Trainer(
         max_steps=WARM_UP + steps + 1,
-        accelerator="cpu",
+        accelerator=accelerator,
+        devices=1,
         logger=TensorBoardLogger(folder),
         callbacks=[attached, clock],
         enable_checkpointing=False,
@@ -145,14 +146,24 @@ def _only(batches: Any) -> Any:
     return batches[0]
 
 
+def _now() -> float:
+    return time.process_time()
+
+
+def _now_on_gpu() -> float:
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 class _Clock(pl.Callback):
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float]) -> None:
+        self.now = now
         self.starts: list[float] = []
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == WARM_UP:
             self._read(trainer)
-        self.starts.append(time.process_time())
+        self.starts.append(self.now())
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self.share = self._read(trainer)

@@ -17,16 +17,16 @@ import statistics
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lightning_optim.polar import METHODS, orthogonalize
+
+if TYPE_CHECKING:  # `benchmarks.gpu` uses this file, and does without.
+    from rich.table import Table
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -109,7 +109,7 @@ def measure(m: int, n: int, dtypes: list[str], device: str, repeats: int) -> lis
         emulated = multiplies_slowly(DTYPES[dtype], device)
         like = torch.float64 if dtype == "float64" else torch.float32
         times = {} if emulated else call_times(matrices["gaussian"].to(like), DTYPES[dtype], repeats)
-        for method in track(METHODS, description=dtype):
+        for method in METHODS:
             cost: dict[str, Any] = {"median_ms": None, "ratio_to_kj5": None}
             if times:
                 cost = {"median_ms": times[method], "ratio_to_kj5": times[method] / times["kj5"]}
@@ -125,6 +125,8 @@ def measure(m: int, n: int, dtypes: list[str], device: str, repeats: int) -> lis
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
+    from rich.table import Table
+
     columns = ("method", "spectrum", "dtype", "error", "smallest", "largest", "median_ms", "ratio_to_kj5")
     result = Table(*columns)
     for row in rows:
@@ -165,6 +167,8 @@ def main() -> None:
     args = parser.parse_args()
     m, n = args.size
     rows = measure(m, n, args.dtypes, args.device, args.repeats)
+    from rich.console import Console
+
     Console().print(table(rows))
     name = torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.processor()
     machine = {

@@ -286,12 +286,53 @@ def _milliseconds_and_bytes(row: Row) -> str:
     return f"{row['median_ms']:.3g} ms, {row['sent_bytes'] / 1e6:.2f} MB, {row['state_bytes'] / 1e6:.2f} MB"
 
 
+def _gpu() -> str:
+    """What ``python -m benchmarks.gpu`` found, one section for each file."""
+    found = figures("gpu")
+    return "\n\n".join(_sitting(name, content) for name, content in found.items()) if found else "Not measured yet."
+
+
+def _sitting(name: str, content: Figures) -> str:
+    about = _machine(content["machine"]) if content["machine"] else f"On {content['device']}."
+    lines = ["| part | what | status | right | wrong |", "|---|---|---|---|---|"]
+    wrong = []
+    for part in content["parts"]:
+        judged = Counter(row["ok"] for row in part["rows"])
+        cells = [part["name"], part["about"], part["status"], str(judged[True]), str(judged[False])]
+        lines.append(_line(cells))
+        said = [(row["what"], row.get("error", "")) for row in part["rows"] if row["ok"] is False]
+        wrong += [f"- {part['name']}: {what}{f' ({error[:200]})' if error else ''}" for what, error in said]
+    rows = {part["name"]: part["rows"] for part in content["parts"]}
+    times = [row for row in rows.get("step-times", []) if row["ok"] is None]
+    qualities = rows.get("polar", [])
+    sections = [f"### {name}", about, "\n".join(lines), "\n".join(wrong)]
+    sections += _models({"rows": times})
+    sections += [_qualities(qualities)] if qualities else []
+    steps = [row for row in rows.get("training", []) if "median_ms" in row]
+    if steps:
+        shown = [_line([row["what"], f"{row['median_ms']:.3g}"]) for row in steps]
+        sections.append("\n".join(["| a step of training at 16-mixed | median ms |", "|---|---|", *shown]))
+    return "\n\n".join(section for section in sections if section)
+
+
+def _qualities(rows: Sequence[Row]) -> str:
+    spectra = list(rows[0]["errors"])
+    head = ["iteration", "products in", "matrix", "median ms", *spectra]
+    lines = [_line(head), _line(["---"] * len(head))]
+    for row in rows:
+        size = f"{row['m']} x {row['n']}"
+        errors = (f"{row['errors'][spectrum]:.3f}" for spectrum in spectra)
+        lines.append(_line([f"`{row['method']}`", row["dtype"], size, f"{row['median_ms']:.3g}", *errors]))
+    return "\n".join(lines)
+
+
 #: What stands between the markers of each page.
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "performance.md": {"step-time": _step_times, "growth": _growths},
     "optimizers.md": {"polar-quality": _polar_quality},
     "precision.md": {"rounding": _roundings, "rounding-time": _rounding_times},
     "processes.md": {"scaling": _scaling},
+    "devices.md": {"gpu": _gpu},
     "diagnostics.md": {"causes": _causes, "confusion": _confusion, "overhead": _overhead},
 }
 

@@ -24,12 +24,9 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from statistics import mean, quantiles
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -39,6 +36,10 @@ from lightning_optim.registry import OPTIMIZERS
 from .contenders import BACKENDS, PACKAGES, PEERS, Contender, Stepper, contenders, installed
 from .machine import describe, limits, synchronize
 from .workload import MODELS, Workload
+
+if TYPE_CHECKING:  # `benchmarks.gpu` uses this file, and does without.
+    from rich.progress import Progress
+    from rich.table import Table
 
 #: What the numbers of a row are. All but the first two are ``None`` where a note says why nothing was timed.
 COLUMNS = {
@@ -163,7 +164,7 @@ def time_steps(
     seconds: float,
     limit: float,
     machine: Mapping[str, Any],
-    progress: Progress,
+    progress: Progress | Any,
 ) -> list[dict[str, Any]]:
     """Time one step of every contender, interleaved.
 
@@ -276,6 +277,8 @@ def left_out(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 
 def table(model: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     """The rows of one model, for people."""
+    from rich.table import Table
+
     shown = Table("optimizer", "implementation", *SHOWN, title=model, caption="\n".join(left_out(rows)))
     for row in rows:
         if not row["note"]:
@@ -353,6 +356,9 @@ def main() -> None:
         "--roundings", nargs="+", default=["nearest"], choices=ROUNDINGS, help="of ours, in bfloat16"
     )
     options = arguments.parse_args()
+    from rich.console import Console
+    from rich.progress import Progress
+
     console = Console()
     console = console if console.is_terminal else Console(width=160)
     peers = [peer for peer in options.peers if installed(peer)]

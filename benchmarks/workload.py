@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from lightning_optim.models.networks import GPT, PRESETS, GPTConfig
+from lightning_optim.engine.two_rules import MatrixOptimizer
+from lightning_optim.grouping import Grouping, parameter_groups
 from lightning_optim.routing import route
 
 
@@ -24,7 +27,7 @@ class Layer(nn.Module):
         self.down = nn.Linear(4 * width, width, bias=False)
 
 
-def _layers(width: int, count: int = 6) -> nn.Module:
+def _layers(width: int, count: int = 6) -> nn.Sequential:
     return nn.Sequential(*(Layer(width) for _ in range(count)))
 
 
@@ -37,18 +40,28 @@ def _cnn_small() -> nn.Module:
 
 
 def _gpt2() -> nn.Module:
+    # Here, because importing models imports Lightning, which `benchmarks.gpu` does without.
+    from lightning_optim.models.networks import GPT, PRESETS, GPTConfig
+
     config = PRESETS["gpt"]["gpt2-124m"]
     assert isinstance(config, GPTConfig)
     return GPT(50257, 1024, config)
 
 
+def _embedded(width: int, count: int) -> nn.Module:
+    return nn.Sequential(nn.Embedding(50257, width), nn.Embedding(1024, width), *_layers(width, count))
+
+
 #: The models by name: no matrix shape twice (0.6M parameters), 60 tensors (2.7M), 60 tensors (18.9M), the GPT-2 of
-#: this library, with its embedding of 38.6M among 148 tensors (124M).
+#: this library, with its embedding of 38.6M among 148 tensors (124M), and the weights of GPT-2's two smaller sizes with
+#: separate projections (124M in 122 tensors, 354M in 242).
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "cnn-small": _cnn_small,
     "vit-tiny": lambda: _layers(192),
     "d512": lambda: _layers(512),
     "gpt2-124m": _gpt2,
+    "w768": lambda: _embedded(768, 12),
+    "w1024": lambda: _embedded(1024, 24),
 }
 
 
@@ -101,6 +114,12 @@ class Workload:
     def _add_view(self, leaves: list[Tensor], index: int, view: Callable[[Tensor], Tensor]) -> None:
         leaves.append(nn.Parameter(view(self.parameters[index].detach())))
         self._views.append((leaves[-1], index, view))
+
+    def groups(self, optimizer: type[Optimizer]) -> list[dict[str, Any]]:
+        """The parameters as one of our optimizers takes them, with its matrices where it has a rule for them."""
+        routed = issubclass(optimizer, MatrixOptimizer)
+        routes = route(self.module, self.matrix)
+        return parameter_groups(self.module, routes, Grouping(no_decay=[]), routed, lambda groups: [{}] * len(groups))
 
     def load(self, step: int) -> None:
         """Give every parameter its gradient for a step."""

@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_optim.devices import full_precision
 
+from ..optimizers.drive import settings
 from ..optimizers.rows import OURS, build, network, run
 
 
@@ -26,24 +27,6 @@ WAYS: dict[str, Callable[[], None]] = {
     "cuda.matmul = tf32": new("cuda", "tf32"),
     "mkldnn.matmul = bf16": new("mkldnn", "bf16"),
 }
-
-
-def settings() -> dict[str, object]:
-    found: dict[str, object] = {
-        "threads": torch.get_num_threads(),
-        "default dtype": torch.get_default_dtype(),
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "autocast": torch.is_autocast_enabled("cpu"),
-        "grad": torch.is_grad_enabled(),
-        "cuda.matmul": torch.backends.cuda.matmul.fp32_precision,
-        "mkldnn.matmul": torch.backends.mkldnn.matmul.fp32_precision,
-        "cudnn": torch.backends.cudnn.allow_tf32,
-    }
-    try:
-        found["older interface"] = torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32
-    except RuntimeError:
-        found["older interface"] = "disagrees with the newer one"
-    return found
 
 
 @pytest.fixture(autouse=True)

@@ -19,9 +19,10 @@ from lightning_optim.engine import losses
 from lightning_optim.engine import optimizer as engine
 from lightning_optim.engine.optimizer import RuleOptimizer
 from lightning_optim.engine.rule import RULES
-from lightning_optim.engine.two_rules import MatrixOptimizer
 from lightning_optim.registry import OPTIMIZERS
 
+from ..drive import build as build
+from ..drive import gradients as gradients
 from ..references import AdamWReference, Reference
 from ..row import Row
 
@@ -87,15 +88,6 @@ def network(dtype: torch.dtype = torch.float32) -> nn.Module:
     return model.to(dtype)
 
 
-def build(name: str, params: list[Tensor], **arguments: Any) -> RuleOptimizer:
-    """An optimizer over bare parameters; those with two axes or more are matrices."""
-    cls: Any = OPTIMIZERS[name].cls
-    if not issubclass(cls, MatrixOptimizer):
-        return cls(params, **arguments)
-    roles = {"matrix": [p for p in params if p.ndim >= 2], "fallback": [p for p in params if p.ndim < 2]}
-    return cls([{"params": ps, "role": role} for role, ps in roles.items() if ps], **arguments)
-
-
 def assume_losses(setattr: Callable[[Any, str, Any], None]) -> None:
     """Let a step without a closure have the loss 1, and processes that nothing is known of be alone.
 
@@ -103,12 +95,6 @@ def assume_losses(setattr: Callable[[Any, str, Any], None]) -> None:
     """
     setattr(engine, "loss_of", lambda result, *rest: 1.0 if result is None else losses.loss_of(result, *rest))
     setattr(engine, "mean_loss", lambda loss, groups, *rest: losses.mean_loss(loss, groups, *rest) if groups else loss)
-
-
-def gradients(params: list[Tensor], t: int) -> list[Tensor]:
-    """Gradients of step ``t``: a drifting mean and noise, the same whatever the parameters."""
-    generator = torch.Generator().manual_seed(1000 + t)
-    return [torch.randn(p.shape, generator=generator, dtype=torch.float64).add_(0.5).to(p.dtype) for p in params]
 
 
 def run(optimizer: torch.optim.Optimizer, params: list[Tensor], steps: range) -> None:
