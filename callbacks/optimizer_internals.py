@@ -16,6 +16,7 @@ from lightning_optim.devices import full_precision, widest
 from lightning_optim.diagnostics.charts import CHARTS, Chart
 from lightning_optim.engine.rounding import RESIDUAL
 from lightning_optim.engine.rule import Internal, as_attributes
+from lightning_optim.engine.storage import read_all
 from lightning_optim.processes import local
 from lightning_optim.registry import internals_of
 
@@ -102,7 +103,7 @@ class OptimizerInternals(Monitor):
             return None
         if internal.reported is not None:
             return self._reported.get((name, p))
-        state = {key: local(x) for key, x in step.optimizer.state[p].items() if key != RESIDUAL}
+        state = read_all({key: local(x) for key, x in step.optimizer.state[p].items() if key != RESIDUAL})
         if p.grad is None or "step" not in state:
             return None
         t, hyperparameters = int(state.pop("step")), as_attributes(w.group)

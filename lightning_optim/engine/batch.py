@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from .. import private, processes
+from . import storage
 from .layout import Part, is_split, parts_of, without_split
-from .rounding import RESIDUAL, prepare_residual, stream_positions, stream_start
+from .rounding import RESIDUAL, is_narrow, prepare_residual, random_bits, stream_positions, stream_start
 from .rule import MatrixRule, Rule, Shape, hyperparameters_of, lasting_numbers
 from .state import (
     State,
     compute_dtype,
+    convert_storage,
     follow,
     has_begun,
     new_state,
@@ -45,6 +47,8 @@ class Task:
         first: Index of the first of the parameter's matrices that ``p`` holds.
         noise: Position of the first element in the random stream (see :func:`.rounding.stream_start`); ``None``
             without stochastic rounding.
+        low: The state tensors that are stored in low precision, and what is added to their random bits.
+        low_noise: Position in the random stream of the first element of state in low precision.
         owner: The rank that keeps the state and runs the rule for all shards of the parameter, if one does.
         whole: On that rank, the whole parameter in the gradient's dtype, for a rule that reads it.
         part: The part of the parameter that ``p``, ``g`` and ``state`` are views of; ``None`` for all of it.
@@ -60,6 +64,8 @@ class Task:
     parameter: Tensor
     first: int = 0
     noise: int | None = None
+    low: Mapping[str, int] = field(default_factory=dict)
+    low_noise: int = 0
     owner: int | None = None
     whole: Tensor | None = None
     part: Part | None = None
@@ -67,11 +73,45 @@ class Task:
 
     @property
     def elements(self) -> Tensor:
-        """Index of each element of ``p`` among the parameter's, less that of the first."""
+        """Index of each element of ``g`` among the parameter's, less that of the first."""
         if self.part is None:
-            return stream_positions(0, 0, self.p.numel(), self.p.device).view(self.p.shape)
-        whole = stream_positions(0, 0, self.parameter.numel(), self.p.device).view(self.parameter.shape)
+            return stream_positions(0, 0, self.g.numel(), self.g.device).view(self.g.shape)
+        whole = stream_positions(0, 0, self.parameter.numel(), self.g.device).view(self.parameter.shape)
         return self.part.of(whole) - self.part.offset
+
+    def read(self, names: Iterable[str], rows: slice | None = None) -> dict[str, Tensor]:
+        """State tensors in the precision of the arithmetic; copies of those that are stored in low precision.
+
+        Args:
+            names: Their names.
+            rows: Which rows of them; ``None`` for all.
+        """
+        state, dtype = self.state, compute_dtype(self.p.dtype)
+        found = {}
+        for name in names:
+            if name in self.low:
+                stored, scale = _rows(state[name], rows), _rows(state.get(storage.scale_name(name)), rows)
+                found[name] = storage.read(stored, scale, dtype)
+            else:
+                found[name] = _rows(state[name], rows)
+        return found
+
+    def write(self, values: Mapping[str, Tensor], finite: Tensor | None, rows: slice | None = None) -> None:
+        """Round values that :meth:`read` returned back to state in low precision.
+
+        Args:
+            values: State tensors by name; others than those in low precision are left out.
+            finite: ``None``, or a 0-d boolean tensor: where it is ``False`` nothing changes.
+            rows: As in :meth:`read`.
+        """
+        bits = random_bits(_rows(self.elements, rows) + self.low_noise)
+        for name, shift in self.low.items():
+            stored, scale = _rows(self.state[name], rows), _rows(self.state.get(storage.scale_name(name)), rows)
+            storage.write_(stored, scale, values[name].view(stored.shape), (bits + shift) & 0xFFFF, finite)
+
+
+def _rows(x: Any, rows: slice | None) -> Any:
+    return x if rows is None or x is None else x[rows]
 
 
 @dataclass
@@ -161,8 +201,10 @@ class Batch:
         params: The parameters, as the optimizer has them.
         states: Their states, as the optimizer has them.
         rounding: See :class:`.optimizer.RuleOptimizer`.
+        state_dtype: See :class:`.optimizer.RuleOptimizer`.
         noisy: Of parameters with stochastic rounding: index, position in the optimizer, and number of elements that
             come before this rank's.
+        noisy_state: The same of parameters with state in low precision.
 
     Attributes:
         even: Whether all gradients are multiplied by the same number.
@@ -177,7 +219,9 @@ class Batch:
     params: list[Tensor] = field(default_factory=list)
     states: list[State] = field(default_factory=list)
     rounding: str = "nearest"
+    state_dtype: str = "float32"
     noisy: list[tuple[int, int, int]] = field(default_factory=list)
+    noisy_state: list[tuple[int, int, int]] = field(default_factory=list)
     even: bool = False
     cache: dict[Any, Any] = field(default_factory=dict, compare=False)
 
@@ -189,7 +233,12 @@ class Batch:
         self._hyperparameters: Any = None
 
     def holds(
-        self, group: Mapping[str, Any], params: list[Tensor], states: Mapping[Tensor, State], rounding: str
+        self,
+        group: Mapping[str, Any],
+        params: list[Tensor],
+        states: Mapping[Tensor, State],
+        rounding: str,
+        state_dtype: str,
     ) -> bool:
         """Whether a step of some parameters needs nothing else than this.
 
@@ -201,8 +250,11 @@ class Batch:
             params: Those of its parameters that the step updates.
             states: The optimizer's state.
             rounding: See :class:`.optimizer.RuleOptimizer`.
+            state_dtype: See :class:`.optimizer.RuleOptimizer`.
         """
-        if group is not self.group or rounding != self.rounding or len(params) != len(self.params):
+        if (rounding, state_dtype) != (self.rounding, self.state_dtype):
+            return False
+        if group is not self.group or len(params) != len(self.params):
             return False
         if not all(map(is_, params, self.params)) or _layout(params) != self._layout:
             return False
@@ -268,6 +320,8 @@ class Batch:
             task.g, task.grad_scale = g, (-grad_scale if ascends else grad_scale)
         for i, position, offset in self.noisy:
             tasks[i].noise = stream_start(tasks[i].t, position) + offset
+        for i, position, offset in self.noisy_state:
+            tasks[i].low_noise = stream_start(tasks[i].t, position) + offset
 
 
 def in_parts(batch: Batch) -> Batch:
@@ -279,9 +333,12 @@ def in_parts(batch: Batch) -> Batch:
         p = task.parameter
         for part, like, others in states_of_parts(batch.rule, p, batch.group, task.state):
             # Where other ranks move their shards of it, residuals stay with them.
-            state = {**{name: part.of(x) for name, x in like.items() if x.shape == p.shape}, **others}
+            state = {
+                **{name: part.of(x) for name, x in like.items() if name != RESIDUAL or x.shape == p.shape},
+                **others,
+            }
             own = replace(task, g=part.of(task.g), state=state, scalars=task.by_shape[part.shape])
-            own.first, own.part = part.first, part
+            own.first, own.part, own.low_noise = part.first, part, task.low_noise + part.offset
             if task.p.shape == p.shape:
                 own.p = part.of(task.p)
             if task.noise is not None:
@@ -299,6 +356,7 @@ def prepare(
     states: list[State],
     owners: Sequence[int | None],
     rounding: str,
+    state_dtype: str,
     positions: Mapping[Tensor, int],
 ) -> Batch:
     """A batch of some parameters of a group, whose state exists then, with the right dtype and on the right device.
@@ -310,7 +368,8 @@ def prepare(
         states: The optimizer's states of these parameters; empty ones are initialised.
         owners: The rank that keeps the state of each parameter; ``None`` where every rank has its own.
         rounding: See :class:`.optimizer.RuleOptimizer`.
-        positions: Positions in the optimizer of the parameters with stochastic rounding.
+        state_dtype: See :class:`.optimizer.RuleOptimizer`.
+        positions: Positions of parameters in the optimizer, where something is rounded at random.
     """
     for p, state, owner in zip(params, states, owners):
         if not has_begun(state):
@@ -319,13 +378,21 @@ def prepare(
     if rounding != "nearest" or any(RESIDUAL in state for state in states):
         for p, state in zip(params, states):
             prepare_residual(state, p, rounding)
+    low = [convert_storage(rule, p, state, group, state_dtype) for p, state in zip(params, states)]
     tasks = [
-        Task(0, processes.local(p), p, 1.0, processes.local_state(p, state), {}, p, owner=owner)
-        for p, state, owner in zip(map(real_view, params), states, owners)
+        Task(0, processes.local(p), p, 1.0, processes.local_state(p, state), {}, p, low=shifts, owner=owner)
+        for p, state, shifts, owner in zip(map(real_view, params), states, low, owners)
     ]
-    noisy = [(i, positions[p], processes.flat_offset(p)) for i, p in enumerate(params) if p in positions]
+    noisy, noisy_state = [], []
+    for i, (p, task) in enumerate(zip(params, tasks)):
+        if rounding == "stochastic" and is_narrow(p.dtype):
+            noisy.append((i, positions[p], processes.flat_offset(p)))
+        if task.low:  # An owner has all of the state.
+            noisy_state.append(
+                (i, positions[p], 0 if task.owner is not None else processes.flat_offset(task.parameter))
+            )
     steps = _shared_steps(rule, group, params, states)
-    return Batch(rule, group, tasks, [], steps, params, states, rounding, noisy)
+    return Batch(rule, group, tasks, [], steps, params, states, rounding, state_dtype, noisy, noisy_state)
 
 
 def _shared_steps(

@@ -100,6 +100,11 @@ class StepGraphs:
                 f"{name}: rounding='stochastic' draws new random numbers on the host in every step and cannot "
                 "be captured; use 'kahan' or 'split'."
             )
+        if optimizer.state_dtype != "float32":
+            raise ValueError(
+                f"{name}: state_dtype={optimizer.state_dtype!r} draws new random numbers on the host in every step "
+                "and cannot be captured; use state_dtype='float32'."
+            )
         for group in optimizer.param_groups:
             rule = optimizer.rule(group)
             if not rule.capturable or group.get("orthogonalizer") == "exact":

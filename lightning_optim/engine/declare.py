@@ -38,6 +38,7 @@ SHARED_ARGUMENTS = {
     "skip_nonfinite": "Skip and count steps whose gradients hold NaN or infinity.",
     "max_consecutive_skips": "Steps skipped in a row after which ``step`` raises an error, or ``None``.",
     "backend": "How the step is run; see :class:`~lightning_optim.engine.optimizer.RuleOptimizer`.",
+    "state_dtype": "How running averages are stored; see :class:`~lightning_optim.engine.optimizer.RuleOptimizer`.",
     "rounding": "How results are stored in bfloat16 and float16 parameters; see "
     ":class:`~lightning_optim.engine.optimizer.RuleOptimizer`.",
 }

@@ -268,22 +268,22 @@ def _equal_rows(x: _ShardedTask) -> Iterator[tuple[int, Task]]:
             start, stop = x.rows(i, x.sharding.rank)
             return stop - start, i if apart else 0
 
-        for (rows, _), same in groupby(part.indices, rows_of):
+        for (length, _), same in groupby(part.indices, rows_of):
             first, *more = same
             count, start = 1 + len(more), x.local_start(first)
-            stop, shape = start + count * rows, (count, rows, n) if more else (rows, n)
+            stop, shape = start + count * length, (count, length, n) if more else (length, n)
 
             def own(y: Tensor) -> Tensor:
-                return y.view(-1, n)[start:stop].view(shape)  # noqa: B023
+                columns = n if y.shape == g.shape else y.shape[-1]  # There are fewer scales than elements in a row.
+                return y.view(-1, columns)[start:stop].view(*shape[:-1], columns)  # noqa: B023
 
             state = {name: own(y) for name, y in like.items()}
             state |= {name: y[first - part.first :][:count] for name, y in others.items()}
             scalars = task.by_shape[part.shape] if split else task.scalars
-            noise = None if task.noise is None else task.noise + start * n
-            yield (
-                count,
-                replace(task, p=own(task.p), g=own(g), state=state, scalars=scalars, first=first, noise=noise),
-            )
+            rows = replace(task, p=own(task.p), g=own(g), state=state, scalars=scalars, first=first)
+            rows.noise = None if task.noise is None else task.noise + start * n
+            rows.low_noise += start * n
+            yield count, rows
 
 
 def _collector(

@@ -127,11 +127,11 @@ class JointTasks:
     def split(self, small: int) -> tuple[list[FlatBuffer], list[Task]]:
         """Tensors of up to ``small`` elements, joined to flat buffers, and the tasks of the others."""
         if small not in self.split_at:
-            short = [task for task in self.tasks if task.p.numel() <= small]
+            short = [task for task in self.tasks if task.p.numel() <= small and not task.low]
             limit = _on_device(CHUNK, self.tasks[0].p)
             parts = split_by_size(short, [task.p.numel() for task in short], limit)
             joined = [FlatBuffer(some, self.names) for some in parts]
-            self.split_at[small] = joined, [task for task in self.tasks if task.p.numel() > small]
+            self.split_at[small] = joined, [task for task in self.tasks if task.p.numel() > small or task.low]
         return self.split_at[small]
 
 
@@ -174,7 +174,7 @@ def _each(
     scalars = first.scalars | coefficients if coefficients else first.scalars
     compiled = None
     if backend.startswith("compiled"):
-        state = {name: first.state[name] for name in joint.names}
+        state = first.read(joint.names, slice(0, 1) if first.p.ndim else None)
         compiled = compile_or_warn(
             partial(compile.runner, function, first.p, first.g, first.grad_scale, finite, state, scalars, noisy, moves),
             backend,
@@ -182,7 +182,10 @@ def _each(
     # Random numbers take eight bytes per element, which should stay in cache.
     limit = _on_device(CHUNK, first.p) if compiled is None or noisy else LONGEST
     small = _on_device(SMALL_EAGER if compiled is None else SMALL, first.p)
-    chunks = _whole(joint, noisy) if backend == "plain" else chunks_of(joint, small, limit, noisy, moves)
+    if backend == "plain":
+        chunks = _whole(joint, noisy, finite, moves)
+    else:
+        chunks = chunks_of(joint, small, limit, noisy, finite, moves)
     if compiled is not None:
         return [compiled(x.p, x.g, x.grad_scale, x.state, x.noise) for x in chunks]
     return [call(function, x.p, x.g, x.grad_scale, finite, x.state, scalars, x.noise, moves) for x in chunks]
@@ -288,7 +291,7 @@ def _group_sums(
         parts = [part for joint in _joint_tasks(some) for part in _each(rule.sums, joint, {}, backend, None, False)]
         if not parts:  # This rank has none of their elements, but the other ranks wait for its zeros.
             task = tasks[0]
-            state = {name: task.state[name] for name in _tensor_names(batch, task)}
+            state = task.read(_tensor_names(batch, task))
             parts = [call(rule.sums, task.p, task.g, task.grad_scale, None, state, task.scalars, moves=False)]
         sums[key] = torch.stack([torch.stack([x.to(device) for x in column]).sum(0) for column in zip(*parts)])
     return sums
@@ -314,14 +317,22 @@ def _update_group(batch: Batch, combined: Combined, backend: str, finite: Tensor
 # --- chunks -----------------------------------------------------------------------------------------------------
 
 
-def _whole(joint: JointTasks, noisy: bool) -> Iterator[Chunk]:
+def _whole(joint: JointTasks, noisy: bool, finite: Tensor | None, moves: bool) -> Iterator[Chunk]:
     for task in joint.tasks:
         noise = _chunk_noise(task, 0, task.p.numel()).view(task.p.shape) if noisy else None
-        yield Chunk(task.p, task.g, task.grad_scale, {name: task.state[name] for name in joint.names}, noise)
+        state = task.read(joint.names)
+        yield Chunk(task.p, task.g, task.grad_scale, state, noise)
+        if moves and task.low:
+            task.write(state, finite)
 
 
 def chunks_of(
-    joint: JointTasks, small: int, limit: int | None, noisy: bool = False, moves: bool = True
+    joint: JointTasks,
+    small: int,
+    limit: int | None,
+    noisy: bool = False,
+    finite: Tensor | None = None,
+    moves: bool = True,
 ) -> Iterator[Chunk]:
     """Join and split tasks into chunks; what had to be copied is written back before the next chunk is made.
 
@@ -330,19 +341,20 @@ def chunks_of(
         small: Tensors of up to this many elements are joined.
         limit: Longest view of a tensor that need not be copied; ``None`` for any length.
         noisy: Whether to add stream positions, for stochastic rounding.
+        finite: ``None``, or a 0-d boolean tensor: where it is ``False`` nothing may change.
         moves: Whether to write back what had to be copied.
     """
     joined, long = joint.split(small)
     for pack in joined:
         if len(pack.tasks) == 1:
-            yield from _slices(pack.tasks[0], joint.names, None, noisy, moves)
+            yield from _slices(pack.tasks[0], joint.names, None, noisy, finite, moves)
             continue
         chunk = pack.chunk(noisy)
         yield chunk
         if moves:
             pack.write_back(chunk)
     for task in long:
-        yield from _slices(task, joint.names, limit, noisy, moves)
+        yield from _slices(task, joint.names, limit, noisy, finite, moves)
 
 
 def _on_device(limits: Mapping[str, int], x: Tensor) -> int:
@@ -443,9 +455,11 @@ def _are_parts(xs: Sequence[Tensor], sizes: Sequence[int], vector: Tensor) -> bo
     return vector.shape == (end,) and private.are_views(xs, starts, vector)
 
 
-def _slices(task: Task, names: Sequence[str], limit: int | None, noisy: bool, moves: bool) -> Iterator[Chunk]:
+def _slices(
+    task: Task, names: Sequence[str], limit: int | None, noisy: bool, finite: Tensor | None, moves: bool
+) -> Iterator[Chunk]:
     p, g, n = task.p, task.g, task.p.numel()
-    if p.is_contiguous() and g.is_contiguous():
+    if p.is_contiguous() and g.is_contiguous() and not task.low:
         vectors = [x.view(-1) for x in (p, g, *(task.state[name] for name in names))]
         length = n if limit is None else limit
         for start in range(0, n, length):
@@ -453,16 +467,21 @@ def _slices(task: Task, names: Sequence[str], limit: int | None, noisy: bool, mo
             noise = _chunk_noise(task, start, start + p.numel()) if noisy else None
             yield Chunk(p, g, task.grad_scale, dict(zip(names, state)), noise)
         return
-    # Strides other than the state's: copy rows, as many as a chunk holds.
+    # State in low precision, or strides other than the state's: copy rows, as many as a chunk holds.
     width = n // p.shape[0]
     rows = max(1, _on_device(CHUNK, p) // width)
     for i in range(0, p.shape[0], rows):
         part, g_part = (x[i : i + rows].reshape(-1).contiguous() for x in (p, g))
-        rows_state = {name: task.state[name][i : i + rows].view(-1) for name in names}
+        some = slice(i, i + rows)
+        rows_state = {name: x.reshape(-1) for name, x in task.read(names, some).items()}
         noise = _chunk_noise(task, i * width, i * width + len(part)) if noisy else None
         yield Chunk(part, g_part, task.grad_scale, rows_state, noise)
-        if moves:
-            p[i : i + rows].copy_(part.view_as(p[i : i + rows]))
+        if not moves:
+            continue
+        if part.data_ptr() != p[some].data_ptr():
+            p[some].copy_(part.view_as(p[some]))
+        if task.low:
+            task.write(rows_state, finite, some)
 
 
 # --- the largest gradient entry -------------------------------------------------------------------------------------

@@ -69,6 +69,8 @@ class Stack:
         """A tensor for each parameter, of its shape, as one stack; of a single one, a view where possible."""
         if len(xs) > 1:
             return torch.cat([self.view(x) for x in xs])
+        if name in self.tasks[0].low:
+            return self.view(xs[0])
         place, view = self._views.get(name, (None, xs[0]))
         if xs[0].data_ptr() != place:
             view = self.view(xs[0])
@@ -225,9 +227,10 @@ def _update_stack(stack: Stack, step: StackStep) -> Iterator[Polar]:
     rule, group, tasks = stack.rule, stack.group, stack.tasks
     finite = None if step.finite is None else step.finite.to(tasks[0].g.device)
     shapes = stack.shapes
+    values = [task.read(shapes) for task in tasks]
     state, stacked = {}, {}
     for name, shape in shapes.items():
-        xs = state[name] = [task.state[name] for task in tasks]
+        xs = state[name] = [own[name] for own in values]
         stacked[name] = stack.joined(name, xs) if shape is LIKE_PARAMETER else _concatenated(xs)
     g = _stack_gradient(stack)
     if finite is not None:
@@ -243,6 +246,9 @@ def _update_stack(stack: Stack, step: StackStep) -> Iterator[Polar]:
         x.copy_(torch.where(finite, x, old))  # type: ignore[arg-type]
     for name, x in stacked.items():
         _unstack(x, state[name], group if shapes[name] is LIKE_PARAMETER else None)
+    for task, own in zip(tasks, values):
+        if task.low:
+            task.write(own, finite)
     step.move(stack, movement, finite)
 
 

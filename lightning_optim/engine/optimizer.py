@@ -20,17 +20,18 @@ from torch import Tensor
 from .. import processes
 from ..devices import read_later
 from ..processes import ProcessGroup
-from . import checkpoint, declare, formats, owned_state
+from . import checkpoint, declare, formats, owned_state, storage
 from .batch import Batch, SharedStep, prepare, usable_gradient, write_step_counts
 from .checkpoint import CheckpointError
 from .gradients import inspect_gradients
 from .hyperparameters import NUMBERS, count, satisfies
 from .losses import RunningStatistics, loss_of, mean_loss
 from .plain_values import plain_hyperparameters
-from .rounding import RESIDUAL, Rounding, is_narrow, load, residual_dtype
-from .rule import MatrixRule, ModelRule, Rule
+from .rounding import RESIDUAL, Rounding, load, residual_dtype
+from .rule import MatrixRule, ModelRule, Rule, as_attributes, averages_of
 from .state import expected_state, has_begun, has_owner, load_state, state_shapes
 from .step import Backend, run_rules
+from .storage import StateDtype
 
 if TYPE_CHECKING:
     from .cuda_graphs import StepGraphs
@@ -40,7 +41,7 @@ Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple
 #: Precisions of gradients that are used as they are.
 _DIRECT = (torch.float32, torch.bfloat16, torch.float16)
 #: Arguments that hold for all parameters, not for a group of them.
-_OPTIONS = {"skip_nonfinite", "max_consecutive_skips", "backend", "rounding"}
+_OPTIONS = {"skip_nonfinite", "max_consecutive_skips", "backend", "rounding", "state_dtype"}
 
 
 class NonFiniteGradientsError(RuntimeError):
@@ -92,6 +93,15 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
               its precision.
             - ``"split"``: the residual is the lower 16 bits of a float32 number whose nearest bfloat16 is the
               parameter: the same arithmetic as on float32 parameters, bit for bit. Not for float16.
+        state_dtype: How running averages are stored, the larger part of the state. Everything else stays as it is:
+            numbers, eigenbases, copies of parameters, and all state of parameters in float64 or of fewer than 4096
+            elements. The arithmetic is in float32. Rounding is stochastic, with random numbers as above. State of
+            another dtype, as a checkpoint may hold it, is converted at the next step.
+
+            - ``"float32"``: 4 bytes per element.
+            - ``"bfloat16"``: 2 bytes.
+            - ``"8bit"``: 1 byte and 4 for each block of up to 256 elements of a row (see :mod:`.storage`). State whose
+              rows have fewer than 64 elements, such as that of vectors, stays in float32.
         max_consecutive_skips: After so many skipped steps in a row ``step`` raises :class:`NonFiniteGradientsError`;
             ``None`` for no limit. The count restarts after the error and after loading a checkpoint. On an
             accelerator the host learns of a step at the next one, which raises then.
@@ -118,6 +128,7 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
     max_consecutive_skips: Annotated[int | None, count()] = dataclasses.field(default=100, kw_only=True)
     backend: Backend = dataclasses.field(default="auto", kw_only=True)
     rounding: Rounding = dataclasses.field(default="nearest", kw_only=True)
+    state_dtype: StateDtype = dataclasses.field(default="float32", kw_only=True)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -143,6 +154,7 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
         self.max_consecutive_skips = arguments["max_consecutive_skips"]
         self.backend = arguments["backend"]
         self.rounding = arguments["rounding"]
+        self.state_dtype = arguments["state_dtype"]
         self.skipped_steps = 0
         self.consecutive_skips = 0
         self.observer: Callable[[Tensor, str, Tensor], None] | None = None
@@ -161,6 +173,11 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
         #: What was prepared for the last step, by the place of a group among those that took part.
         self._batches: dict[int, Batch] = {}
         hyperparameters = {name: arguments[name] for name in self.fields}
+        if self.state_dtype != "float32" and not any(averages_of(type(self), as_attributes(hyperparameters))):
+            raise ValueError(
+                f"{type(self).__name__}: state_dtype={self.state_dtype!r} stores running averages in low precision, "
+                "and this optimizer has none, or needs them exactly; leave state_dtype out."
+            )
         torch.optim.Optimizer.__init__(self, params, hyperparameters | {"maximize": arguments["maximize"]})
 
     def __getstate__(self) -> dict[str, Any]:
@@ -170,6 +187,7 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
             "max_consecutive_skips": self.max_consecutive_skips,
             "backend": self.backend,
             "rounding": self.rounding,
+            "state_dtype": self.state_dtype,
             "skipped_steps": self.skipped_steps,
             "consecutive_skips": self.consecutive_skips,
             "observer": None,
@@ -267,6 +285,7 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
         for p in group["params"]:
             residual_dtype(self.rounding, p.dtype)
             processes.refuse_partial(p)
+            self._check_storage(group, p)
             if p.is_complex():
                 self._check_complex(group, p)
             if p.numel() and any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape)):
@@ -274,6 +293,19 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
                     f"{type(self).__name__} does not take expanded parameters (shape {tuple(p.shape)}, strides "
                     f"{p.stride()}), whose entries share memory; optimize parameter.contiguous() instead."
                 )
+
+    def _check_storage(self, group: Mapping[str, Any], p: Tensor) -> None:
+        """Refuse a parameter whose state cannot be stored as ``state_dtype`` says."""
+        rule, shape = self.rule(group), tuple(p.shape)
+        if self.state_dtype != "8bit" or not storage.stored_dtypes(rule, shape, group, self.state_dtype):
+            return
+        axes = storage.row_axes(rule, shape, group)
+        if any(dim >= axes for dim, _ in processes.sharded_dims(p)):
+            raise ValueError(
+                f"{type(self).__name__}: state_dtype='8bit' stores blocks of a row, and a parameter of shape {shape} "
+                f"is sharded within its rows (placements {processes.placements(p)}); use state_dtype='bfloat16', or "
+                "shard it along its first axis."
+            )
 
     def _check_complex(self, group: Mapping[str, Any], p: Tensor) -> None:
         """Refuse a complex parameter that does not stand for a real one of twice its size."""
@@ -418,6 +450,11 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
             self._check_gradients(work)
         params = [p for _, params in work for p in params]
         plain = self.shard_group is None
+        if not plain and self.state_dtype == "8bit":
+            raise ValueError(
+                f"{type(self).__name__}: state_dtype='8bit' stores blocks of a row, and under FSDP1 and DeepSpeed "
+                "parameters are parts of vectors; use FSDP2, or state_dtype='bfloat16'."
+            )
         grads = [
             g if plain and type(g := p.grad) is Tensor and g.dtype in _DIRECT else usable_gradient(p) for p in params
         ]
@@ -460,13 +497,17 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
     def _held(self, index: int, group: dict[str, Any], params: list[Tensor]) -> Batch | None:
         """What was prepared for a group in the last step; ``None`` if anything about it has changed."""
         batch = self._batches.get(index)
-        return batch if batch is not None and batch.holds(group, params, self.state, self.rounding) else None
+        if batch is None or not batch.holds(group, params, self.state, self.rounding, self.state_dtype):
+            return None
+        return batch
 
     def _prepare(self, index: int, group: dict[str, Any], params: list[Tensor]) -> Batch:
         """Prepare the parameters of a group that a step updates."""
         states = [self.state[p] for p in params]
         owners = [self._owners.get(p) for p in params] if self._owners else [None] * len(params)
-        batch = prepare(self.rule(group), group, params, states, owners, self.rounding, self._noisy_positions())
+        positions = self._noisy_positions()
+        rule = self.rule(group)
+        batch = prepare(rule, group, params, states, owners, self.rounding, self.state_dtype, positions)
         self._batches[index] = batch
         return batch
 
@@ -493,11 +534,10 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
                 )
 
     def _noisy_positions(self) -> dict[Tensor, int]:
-        """The positions of the parameters that are rounded at random."""
-        if self.rounding != "stochastic":
+        """The positions of all parameters, if something is rounded at random."""
+        if self.rounding != "stochastic" and self.state_dtype == "float32":
             return {}
-        params = [p for group in self.param_groups for p in group["params"]]
-        return {p: i for i, p in enumerate(params) if is_narrow(p.dtype)}
+        return {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
 
     def _owned_parameters(self) -> list[owned_state.OwnedParameter]:
         return owned_state.owned_parameters((self.rule(group), group) for group in self.param_groups)

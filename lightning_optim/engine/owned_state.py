@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .. import processes
 from ..processes import Sharding
+from . import storage
 from .elementwise import split_by_size
 from .rule import LIKE_PARAMETER, MatrixRule, Rule
 from .state import State, has_owner, state_shapes
@@ -48,6 +49,13 @@ class OwnedParameter:
         shapes = state_shapes(self.rule, self.parameter, self.group)
         own = self.sharding
         return {name: own if shape is LIKE_PARAMETER else own.with_shape(shape, 1) for name, shape in shapes.items()}
+
+    @property
+    def scale_sharding(self) -> Sharding:
+        """How the scales of state in 8 bits are sharded in checkpoints."""
+        shape = tuple(self.parameter.shape)
+        axes = storage.row_axes(self.rule, shape, self.group)
+        return self.sharding.with_shape(storage.scale_shape(shape, axes), self.sharding.dim)
 
 
 def owned_parameters(groups: Iterable[tuple[type[Rule], Mapping[str, Any]]]) -> list[OwnedParameter]:
@@ -139,6 +147,8 @@ def _tensors(
         for name, sharding in x.state_shardings.items():
             if (processes.placements(state[name]) is not None) is sharded:
                 yield _StateTensor(x.parameter, rank, state, name, sharding)
+                if (scale := storage.scale_name(name)) in state:
+                    yield _StateTensor(x.parameter, rank, state, scale, x.scale_sharding)
 
 
 def _messages(tensors: Iterable[_StateTensor]) -> Iterator[tuple[list[_StateTensor], Sharding]]:

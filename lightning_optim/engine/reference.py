@@ -54,8 +54,11 @@ def _update(batch: Batch, task: Task, scalars: dict[str, Any]) -> None:
     rule: Any = batch.rule
     value = load(task.p, task.state.get(RESIDUAL), compute_dtype(task.p.dtype))
     g = regularize(_gradient(task), value, scalars["l2"])
-    move = rule.update(g, _state(batch, task, value), SimpleNamespace(**scalars))
+    state = task.read(state_shapes(rule, task.parameter, batch.group))
+    move = rule.update(g, SimpleNamespace(**state, parameter=value), SimpleNamespace(**scalars))
     _store(task, move.apply_(value, scalars["keep"]))
+    if task.low:
+        task.write(state, None)
 
 
 def _update_groups(batches: Sequence[Batch], loss: float | None) -> None:
@@ -66,14 +69,16 @@ def _update_groups(batches: Sequence[Batch], loss: float | None) -> None:
     for batch, task in tasks:
         value = load(task.p, task.state.get(RESIDUAL), compute_dtype(task.p.dtype))
         g = regularize(_gradient(task), value, task.scalars["l2"])
-        sums.append(rule.sums(g, _state(batch, task, value), SimpleNamespace(**task.scalars)))
+        own = task.read(state_shapes(rule, task.parameter, batch.group))
+        k = SimpleNamespace(**task.scalars)
+        sums.append(rule.sums(g, SimpleNamespace(**own, parameter=value), k))
     device = tasks[0][1].p.device
     totals = [torch.stack([x.to(device) for x in column]).sum(0) for column in zip(*sums)]
     _, new, coefficients = combine(batches, totals, loss)
     for batch, task in tasks:
         known = task.p.is_cpu
-        own = {name: float(x) if known else x.to(task.p.device) for name, x in coefficients.items()}
-        _update(batch, task, task.scalars | own)
+        here = {name: float(x) if known else x.to(task.p.device) for name, x in coefficients.items()}
+        _update(batch, task, task.scalars | here)
     for state in [*(task.state for _, task in tasks), *(state for batch in batches for state in batch.idle)]:
         for name, x in new.items():
             state[name].copy_(x)
@@ -94,7 +99,8 @@ def _update_matrices(
 
     shapes = state_shapes(rule, task.p, batch.group)
     own_shape = [name for name, shape in shapes.items() if shape is LIKE_PARAMETER]
-    state = {name: stack(task.state[name]) if name in own_shape else task.state[name] for name in shapes}
+    stored = task.read(shapes)
+    state = {name: stack(x) if name in own_shape else x for name, x in stored.items()}
     value = load(task.p, task.state.get(RESIDUAL), compute_dtype(task.p.dtype))
     update: Any = rule.update(
         stack(_gradient(task)),
@@ -104,7 +110,9 @@ def _update_matrices(
     )
     move = _orthogonalize(update, observe) if isinstance(update, GeneratorType) else update
     for name in own_shape:  # A stack is a copy where no view exists, as in transposed convolutions.
-        _copy(task.state[name], from_blocks(state[name], task.p.shape, batch.group))
+        _copy(stored[name], from_blocks(state[name], task.p.shape, batch.group))
+    if task.low:
+        task.write(stored, None)
     stacked = move.apply_(stack(value), task.scalars["keep"])
     _store(task, from_blocks(stacked, task.p.shape, batch.group))
 
@@ -127,11 +135,6 @@ def _orthogonalize(update: Any, observe: Callable[[str, Tensor], None]) -> Move:
 def _gradient(task: Task) -> Tensor:
     g = task.g.to(compute_dtype(task.p.dtype))
     return g if task.grad_scale == 1.0 else g * task.grad_scale
-
-
-def _state(batch: Batch, task: Task, value: Tensor) -> SimpleNamespace:
-    names = state_shapes(batch.rule, task.parameter, batch.group)
-    return SimpleNamespace(**{name: task.state[name] for name in names}, parameter=value)
 
 
 def _store(task: Task, value: Tensor) -> None:

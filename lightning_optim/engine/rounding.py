@@ -101,14 +101,14 @@ def store_(
         bits = random_bits(noise)
         if spare := 16 - _DROPPED[p.dtype]:
             bits = bits >> spare  # Keep the upper bits: the lower ones repeat sooner.
-        value = _round(value, p.dtype, bits)
+        value = rounded(value, p.dtype, bits)
     elif residual is not None and residual.dtype == torch.int16:
         bits = torch.where(value.isnan(), torch.nan, value).view(torch.int32)
         new_residual = ((bits + 0x8000) & _BYTES_2) - 0x8000
         value = (bits - new_residual).view(torch.float32)
     elif residual is not None:
         exact, half = value, 1 << (_DROPPED[p.dtype] - 1)
-        value = _round(value, p.dtype, half)
+        value = rounded(value, p.dtype, half)
         # In units of eps, which makes it as large as the parameter, so that float16 does not underflow.
         new_residual = torch.where(value == exact, 0.0, (exact - value) / torch.finfo(p.dtype).eps)
     _write(p, value, finite)
@@ -121,7 +121,7 @@ def _write(target: Tensor, value: Tensor, finite: Tensor | None) -> None:
     target.copy_(value if finite is None else torch.where(finite, value, target))
 
 
-def _round(value: Tensor, dtype: torch.dtype, addend: Tensor | int) -> Tensor:
+def rounded(value: Tensor, dtype: torch.dtype, addend: Tensor | int) -> Tensor:
     """Round to a neighbour in ``dtype``: add to the bits that it lacks, then clear them.
 
     Adding half a unit in the last place rounds to nearest; adding a random fraction of a unit rounds up or down with

@@ -197,6 +197,10 @@ class Rule:
         arguments: Other arguments of its constructor, where it has one: the engine's.
         buffers: Names of its state tensors, each of the parameter's shape and zero at first. Or a function
             ``buffers(shape, h)`` that returns names, or a mapping from names to shapes (``None``: the parameter's own).
+        averages: Names of those state tensors of the parameter's shape that may be stored in low precision
+            (``state_dtype``): running averages, and whatever else forgets a rounding error. Not what must be exact,
+            such as copies of parameters, or what is compared with a nearly equal value. Or a function ``averages(h)``.
+        squares: The same of state tensors that are never negative: second moments, variances.
         host_state: Names of numbers that ``scalars`` keeps from step to step in its third argument, a dictionary.
         as_fallback: Defaults that differ where it is the fallback rule of an optimizer for matrices.
         fixed: Hyperparameters that cannot change after the first step, besides those that determine the state's shapes.
@@ -215,6 +219,8 @@ class Rule:
     constraints: ClassVar[dict[str, Constraint]] = {}
     arguments: ClassVar[dict[str, Field]] = {}
     buffers: ClassVar[Any] = ()
+    averages: ClassVar[Any] = ()
+    squares: ClassVar[Any] = ()
     host_state: ClassVar[tuple[str, ...]] = ()
     as_fallback: ClassVar[Mapping[str, Any]] = {}
     fixed: ClassVar[tuple[str, ...]] = ()
@@ -410,7 +416,13 @@ def buffers_of(rule: type[Rule], shape: Shape, h: Any) -> dict[str, Shape | None
     return dict(buffers) if isinstance(buffers, Mapping) else dict.fromkeys(_names(buffers), LIKE_PARAMETER)
 
 
+def averages_of(rule: type[Rule], h: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the state tensors that may be stored in low precision: of any sign, and never negative."""
+    averages, squares = (names(h) if callable(names) else names for names in (rule.averages, rule.squares))
+    return tuple(_names(averages)), tuple(_names(squares))
+
+
 def _names(names: Iterable[str]) -> Iterable[str]:
     if isinstance(names, str):
-        raise TypeError(f"buffers={names!r} is one string: write a tuple, ({names!r},).")
+        raise TypeError(f"{names!r} is one string: write a tuple of names, ({names!r},).")
     return names

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from .. import devices, processes
+from . import storage
 from .arithmetic import largest_gradient
 from .layout import Part, joint_shape, parts_of, state_of_part
 from .rounding import RESIDUAL
@@ -64,12 +65,13 @@ def states_of_parts(
 ) -> Iterator[tuple[Part, State, State]]:
     """For each part of a parameter, the state tensors of a step: those of the parameter's shape, and the others.
 
-    The former are those of the whole parameter, or of this rank's shard; the latter are views ``(blocks, *shape)``.
+    The former are those of the whole parameter, or of this rank's shard, and scales of their rows; the latter are views
+    ``(blocks, *shape)``.
     """
     by_part = _shapes_by_part(rule, p, group, hyperparameters_of(rule, group))
     like = {name: state[name] for name, shapes in by_part.items() if shapes is LIKE_PARAMETER}
-    if RESIDUAL in state:
-        like[RESIDUAL] = state[RESIDUAL]
+    others_like = (RESIDUAL, *(storage.scale_name(name) for name in like))
+    like |= {name: state[name] for name in others_like if name in state}
     for part in parts_of(p.shape, group):
         others = {
             name: state_of_part(state[name], shapes, part)
@@ -117,10 +119,46 @@ def tensor_names(rule: type[Rule], p: Tensor, group: Mapping[str, Any], state: S
     return [*state_shapes(rule, p, group), *([RESIDUAL] if RESIDUAL in state else [])]
 
 
+def convert_storage(
+    rule: type[Rule], p: Tensor, state: State, group: Mapping[str, Any], state_dtype: str
+) -> dict[str, int]:
+    """Bring the state of a parameter to the dtypes that it is to be stored in, rounded to nearest.
+
+    Returns:
+        The state tensors that are in low precision now, and what is added to their random bits.
+    """
+    names = storage.may_be_low(rule, group)
+    if state_dtype == "float32" and not any(storage.is_low(state.get(name)) for name in names):
+        return {}
+    p = real_view(p)
+    dtype = compute_dtype(p.dtype)
+    wanted = {} if dtype == torch.float64 else storage.stored_dtypes(rule, p.shape, group, state_dtype)
+    for name in names:
+        x = state.get(name)
+        if x is None or x.dtype == wanted.get(name, dtype):
+            continue
+        here, scale = processes.local(x), state.pop(storage.scale_name(name), None)
+        value = storage.read(here, None if scale is None else processes.local(scale), dtype)
+        stored = torch.zeros_like(value, dtype=wanted.get(name, dtype))
+        if name not in wanted:
+            stored.copy_(value)
+        elif stored.dtype == torch.bfloat16:
+            storage.write_(stored, None, value)
+        else:
+            axes = storage.row_axes(rule, p.shape, group)
+            scale = value.new_zeros(storage.scale_shape(value.shape, axes), dtype=torch.float32)
+            storage.write_(stored, scale, value)
+            whole = storage.scale_shape(x.shape, axes)
+            state[storage.scale_name(name)] = processes.placed_like(scale, x, whole)
+        state[name] = processes.placed_like(stored, x, tuple(x.shape))
+    return {name: shift for name, shift in names.items() if name in state and name in wanted}
+
+
 def expected_state(rule: type[Rule], p: Tensor, group: Mapping[str, Any], saved: Mapping[str, Any]) -> State:
     """What the saved state of a parameter should be like, without values; empty if none of it is the rule's.
 
-    A residual is expected where one was saved: the next step makes the one that it needs.
+    A residual is expected where one was saved, and state in low precision where it was saved so: the next step makes
+    what it needs.
     """
     like = torch.empty_like(real_view(p), device="meta")
     expected = new_state(rule, like, group)
@@ -132,6 +170,13 @@ def expected_state(rule: type[Rule], p: Tensor, group: Mapping[str, Any], saved:
         kind = getattr(saved[RESIDUAL], "dtype", None)
         kind = kind if kind in (torch.bfloat16, torch.float16) else torch.int16
         expected[RESIDUAL] = torch.empty_like(like, dtype=kind)
+    for name in storage.may_be_low(rule, group):
+        x = saved.get(name)
+        if storage.is_low(x) and name in expected:
+            expected[name] = torch.empty_like(expected[name], dtype=x.dtype)
+            if x.dtype != torch.bfloat16:
+                whole = storage.scale_shape(like.shape, storage.row_axes(rule, like.shape, group))
+                expected[storage.scale_name(name)] = processes.zeros_of_rows(like, whole)
     return expected
 
 
@@ -164,7 +209,8 @@ def follow(rule: type[Rule], params: Sequence[Tensor], states: Sequence[State], 
     shapes = state_shapes(rule, params[0], group)
     if not shapes:
         return
-    name = next((name for name, shape in shapes.items() if shape is LIKE_PARAMETER), next(iter(shapes)))
+    exact = {name: shape for name, shape in shapes.items() if not storage.is_low(states[0].get(name))} or shapes
+    name = next((name for name, shape in exact.items() if shape is LIKE_PARAMETER), next(iter(exact)))
     alike = shapes[name] is LIKE_PARAMETER
     for p, state in zip(map(real_view, params), states):
         x, dtype = state[name], compute_dtype(p.dtype)
@@ -175,14 +221,14 @@ def follow(rule: type[Rule], params: Sequence[Tensor], states: Sequence[State], 
                 f"A parameter {what} was replaced by one of shape {tuple(p.shape)}, which its state does not fit: "
                 "delete optimizer.state[parameter] to start over, or build a new optimizer."
             )
-        if x.dtype != dtype or x.device != p.device:
+        if (x.dtype != dtype and not storage.is_low(x)) or x.device != p.device:
             _convert(rule, p, state, group)
 
 
 def _convert(rule: type[Rule], p: Tensor, state: State, group: Mapping[str, Any]) -> None:
     dtype = compute_dtype(p.dtype)
     limit = largest_gradient(dtype)
-    names = list(state_shapes(rule, p, group))
+    names = [name for name in state_shapes(rule, p, group) if not storage.is_low(state[name])]
     here = [processes.local(state[name]) for name in names if state[name].dtype != dtype]
     peaks = [x.abs().max().double() for x in here if x.numel()]
     peak = torch.stack([torch.zeros((), dtype=torch.float64, device=p.device), *peaks]).max()
@@ -193,6 +239,10 @@ def _convert(rule: type[Rule], p: Tensor, state: State, group: Mapping[str, Any]
         )
     for name in names:
         state[name] = state[name].to(p.device, dtype)
+    low = [name for name in storage.may_be_low(rule, group) if storage.is_low(state.get(name))]
+    for name in (*low, *map(storage.scale_name, low)):
+        if name in state:
+            state[name] = state[name].to(p.device)
     for name in rule.group_state if issubclass(rule, GroupRule) else ():
         state[name] = state[name].to(p.device, devices.widest(p.device))
 

@@ -57,6 +57,8 @@ class AdaBelief(
 
     as_fallback = {"rectify": False}
     internals = {"gradient_to_variance": gradient_to_variance("s", "variance around the momentum")}
+    averages = ("m",)
+    squares = ("s", "s_max")
 
     @staticmethod
     def buffers(shape, h):

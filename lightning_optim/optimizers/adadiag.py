@@ -174,6 +174,8 @@ class AdaDiag(
 
     capturable = False
     phases = staticmethod(phases)
+    averages = ("m",)
+    squares = ("v",)
 
     @staticmethod
     def buffers(shape, h):
@@ -235,6 +237,8 @@ class AdaDiagPP(
 
     capturable = False
     phases = staticmethod(phases)
+    averages = ("m",)
+    squares = ("v",)
 
     @staticmethod
     def buffers(shape, h):

@@ -67,6 +67,7 @@ class AdaGO(
 
     by_rows = True
     internals = {"step": mean_of("step", "mean over matrices of the step alpha")}
+    averages = ("m",)
 
     @staticmethod
     def buffers(shape, h):

@@ -51,6 +51,8 @@ class AdaMuon(Matrix, paper="arXiv 2507.11005", about="orthogonalised signs of m
     orthogonalizer: str = "kj5"
 
     buffers = ("m", "v")
+    averages = ("m",)
+    squares = ("v",)
 
     @staticmethod
     def scalars(t, h, shape):

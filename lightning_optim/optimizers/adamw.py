@@ -15,6 +15,8 @@ class AdamWRule(ElementwiseRule, name="AdamW", about="Adam with decoupled weight
     weight_decay: float = 1e-2
 
     buffers = ("m", "v")
+    averages = ("m",)
+    squares = ("v",)
     internals = {"gradient_to_variance": gradient_to_variance()}
 
     @staticmethod

@@ -95,6 +95,8 @@ class AdmetaR(Elementwise, paper="arXiv 2307.00631", about="RAdam of double expo
     decoupled: bool = True
 
     buffers = ("inner", "m", "v", "slow")
+    averages = ("inner", "m")
+    squares = ("v",)
 
     @staticmethod
     def scalars(t, h):
@@ -156,6 +158,7 @@ class AdmetaS(Elementwise, paper="arXiv 2307.00631", about="SGD of double expone
     decoupled: bool = False
 
     buffers = ("inner", "m", "slow")
+    averages = ("inner", "m")
     scalars = staticmethod(_scalars)
 
     @staticmethod

@@ -67,6 +67,8 @@ class Anon(Elementwise, paper="arXiv 2605.02317", about="tunable adaptivity with
     decoupled: bool = False
 
     buffers = ("m", "s", "w")
+    averages = ("m",)
+    squares = ("s", "w")
     fixed = ("refresh",)  # The number of gradients that s averages follows from it.
     internals = {
         "refreshes": Internal("number of refreshes of the scale so far", _refreshes),

@@ -105,6 +105,8 @@ class DeVA(Matrix, paper="arXiv 2602.06880", about="decoupled variance adaptatio
         ),
         "basis_error": BASIS_ERROR,
     }
+    averages = ("m",)
+    squares = ("v",)
 
     @staticmethod
     def buffers(shape, h):

@@ -48,6 +48,8 @@ class DeVAVector(Elementwise, paper="arXiv 2602.06880", about="decoupled varianc
     nesterov: bool = False
 
     buffers = ("m", "v")
+    averages = ("m",)
+    squares = ("v",)
     as_fallback = {"lr": 1e-3, "betas": (0.9, 0.99)}
     internals = {"variance_adaptation": Internal("mean of the variance adaptation Gamma", _variance_adaptation)}
 

@@ -48,6 +48,11 @@ class LaProp(Elementwise, paper="arXiv 2002.04839", about="momentum of normalise
 
     host_state = ("lr_average", "weight_sum")
     internals = {"gradient_to_variance": gradient_to_variance()}
+    averages = ("m",)
+
+    @staticmethod
+    def squares(h):
+        return () if h.centered else ("v",)  # Centered, it is compared with the squared mean, which is nearly equal.
 
     @staticmethod
     def buffers(shape, h):

@@ -64,6 +64,7 @@ class Leon(
     weight_decay: float = 0.0
 
     capturable = False
+    averages = ("s",)
 
     @staticmethod
     def buffers(shape, h):

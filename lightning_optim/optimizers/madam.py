@@ -89,6 +89,8 @@ class MAdam(Elementwise, paper="arXiv 2006.11918", about="Adam with a second mom
     amsgrad: bool = False
 
     internals = _INTERNALS
+    averages = ("m", "mean")
+    squares = ("variance", "root_max")
 
     @staticmethod
     def buffers(shape, h):
@@ -150,6 +152,8 @@ class LaMAdam(Elementwise, paper="arXiv 2006.11918", about="LaProp with a second
     decoupled: bool = False
 
     buffers = ("m", "mean", "variance", "total")
+    averages = ("m", "mean")
+    squares = ("variance",)
     host_state = ("lr_average",)
     internals = _INTERNALS
 

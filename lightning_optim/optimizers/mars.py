@@ -87,6 +87,8 @@ class MARS(Matrix, paper="arXiv 2411.10438", about="variance-reduced gradients f
     orthogonalizer: str = "kj5"
 
     flatten = False
+    averages = ("m", "last")
+    squares = ("v",)
 
     @staticmethod
     def buffers(shape, h):
@@ -162,6 +164,7 @@ class MARSM(Matrix, paper="arXiv 2510.21800", about="variance-reduced gradients 
     weight_decay: float = 0.1
     memory_efficient: bool = False
     orthogonalizer: str = "kj5"
+    averages = ("m", "last")
 
     @staticmethod
     def buffers(shape, h):

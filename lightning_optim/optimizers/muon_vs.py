@@ -65,6 +65,8 @@ class MuonVS(Matrix, paper="arXiv 2601.14603", about="orthogonalised momentum ov
 
     by_rows = True
     buffers = ("m", "v")
+    averages = ("m",)
+    squares = ("v",)
     scalars = staticmethod(_scalars)
 
     @staticmethod
@@ -114,6 +116,8 @@ class MuonNSR(Matrix, paper="arXiv 2601.14603", about="orthogonalised momentum m
 
     by_rows = True
     buffers = ("m", "v")
+    averages = ("m",)
+    squares = ("v",)
 
     @staticmethod
     def scalars(t, h, shape):

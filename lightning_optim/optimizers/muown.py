@@ -88,6 +88,7 @@ class Muown(Matrix, paper="arXiv 2605.10797", about="orthogonalised momentum of 
     own_decay = True
     capturable = False  # It goes by the values of its numbers.
     internals = {"row_norm": mean_of("row_norm", "mean norm of the rows")}
+    averages = ("m",)
 
     @staticmethod
     def buffers(shape, h):

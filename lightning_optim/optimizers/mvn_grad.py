@@ -55,6 +55,8 @@ class MVNGrad(Elementwise, paper="arXiv 2602.10204", about="momentum on variance
     decoupled: bool = True
 
     buffers = ("m", "v", "u")
+    averages = ("m", "u")
+    squares = ("v",)
     internals = {"gradient_to_variance": gradient_to_variance("v", "variance around the running mean")}
 
     @staticmethod

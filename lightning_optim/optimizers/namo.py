@@ -69,6 +69,7 @@ class NAMO(Matrix, paper="arXiv 2602.17080", about="orthogonalised momentum with
     own_decay = True
     scalars = staticmethod(_scalars)
     internals = {"adaptive_scale": mean_of("adaptive_scale", "mean over matrices of the adaptive scale a")}
+    averages = ("m",)
 
     @staticmethod
     def buffers(shape, h):
@@ -143,6 +144,7 @@ class NAMOD(Matrix, paper="arXiv 2602.17080", about="orthogonalised momentum wit
         "adaptive_scale": mean_of("adaptive_scale", "mean over columns of the adaptive scale d, after the clamp"),
         "clamp_rate": mean_of("clamp_rate", "share of columns whose adaptive scale was clamped"),
     }
+    averages = ("m",)
 
     @staticmethod
     def buffers(shape, h):

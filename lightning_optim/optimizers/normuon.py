@@ -59,6 +59,7 @@ class NorMuon(Matrix, paper="arXiv 2510.05491", about="orthogonalised momentum w
     weight_decay: float = 0.0
     scale: Literal["original", "rms"] = "original"
     orthogonalizer: str = "kj5"
+    averages = ("m",)
 
     @staticmethod
     def buffers(shape, h):

@@ -64,6 +64,7 @@ class OLion(Matrix, paper="arXiv 2602.01105", about="signs of orthogonalised mom
     orthogonalizer: str = "kj5"
 
     buffers = ("m",)
+    averages = ("m",)
 
     @staticmethod
     def scalars(t, h, shape):

@@ -70,6 +70,7 @@ class PNM(Elementwise, paper="arXiv 2103.17182", about="gradient descent with po
     decoupled: bool = True
 
     buffers = ("odd", "even")
+    averages = ("odd", "even")
 
     @staticmethod
     def scalars(t, h):
@@ -124,6 +125,8 @@ class AdaPNM(Elementwise, paper="arXiv 2103.17182", about="Adam with positive-ne
     amsgrad: bool = True
 
     internals = {"gradient_to_variance": gradient_to_variance()}
+    averages = ("odd", "even")
+    squares = ("v", "v_max")
 
     @staticmethod
     def buffers(shape, h):

@@ -98,6 +98,8 @@ class SOAP(Matrix, paper="arXiv 2409.11321", about="Adam in the eigenbasis of Sh
     capturable = False
     phases = staticmethod(phases)
     internals = {"basis_error": BASIS_ERROR}
+    averages = ("m",)
+    squares = ("v",)
 
     @staticmethod
     def buffers(shape, h):

@@ -32,6 +32,7 @@ from .sharding import (
     local_slices,
     local_state,
     mesh_groups,
+    placed_like,
     placements,
     refuse_partial,
     shard_groups,
@@ -39,6 +40,7 @@ from .sharding import (
     sharded_like,
     sharding_of,
     zeros_like,
+    zeros_of_rows,
     zeros_of_shape,
     zeros_on_rank,
 )
@@ -68,6 +70,7 @@ __all__ = [
     "new_cpu_group",
     "node_group",
     "nontrivial",
+    "placed_like",
     "placements",
     "rank",
     "refuse_partial",
@@ -78,6 +81,7 @@ __all__ = [
     "size",
     "world",
     "zeros_like",
+    "zeros_of_rows",
     "zeros_of_shape",
     "zeros_on_rank",
 ]

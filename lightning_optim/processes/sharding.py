@@ -238,6 +238,20 @@ def zeros_of_shape(p: Tensor, shape: tuple[int, ...], dtype: torch.dtype, replic
     return from_local(local(p).new_zeros(sharding.local_shape(sharding.rank), dtype=dtype), p, sharding)
 
 
+def zeros_of_rows(p: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """float32 zeros of the first axes of a parameter's shape and others, sharded as it is along its first axes."""
+    if not is_sharded(p):
+        return p.new_zeros(shape, dtype=torch.float32)
+    axes = len(shape) - 1
+    here = local(p).new_zeros((*local(p).shape[:axes], *shape[axes:]), dtype=torch.float32)
+    return _dtensor(here, p, shape, p.placements)
+
+
+def placed_like(x: Tensor, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A tensor of which ``x`` is the local shard, sharded as another is; ``x`` itself where that is a plain tensor."""
+    return _dtensor(x, like, shape, like.placements) if is_sharded(like) else x
+
+
 def zeros_on_rank(p: Tensor, shape: tuple[int, ...], dtype: torch.dtype, owner: int) -> Tensor:
     """Zeros of any shape on one of the ranks that hold shards of a parameter, an empty tensor on the others."""
     (group,) = shard_groups(p)

@@ -11,6 +11,7 @@ from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,7 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
 from lightning_optim import NAMO, MVNGrad, processes
 from lightning_optim.diagnostics.what_if import VirtualOptimizer, gradients_of
-from lightning_optim.engine import gradients
+from lightning_optim.engine import gradients, storage
 from lightning_optim.engine.optimizer import RuleOptimizer
 from lightning_optim.engine.rule import RULES
 from lightning_optim.engine.two_rules import MatrixOptimizer
@@ -125,9 +126,10 @@ def run(
     mesh: DeviceMesh | None = None,
     group: Any = None,
     without: Callable[[str, int], bool] = lambda name, t: False,
+    shapes: Any = SHAPES,
 ) -> dict[str, Any]:
     """Run an optimizer with the other processes and alone: how far are parameters and state from one another?"""
-    parameters, others = start(dtype, mesh), start(dtype)
+    parameters, others = start(dtype, mesh, shapes), start(dtype, shapes=shapes)
     optimizer, alone = build(name, parameters, **arguments), build(name, others, **arguments)
     optimizer.process_group = group
     seen: list[dict[Any, Tensor]] = [{}, {}]
@@ -225,6 +227,25 @@ def few(extra: Any = {}, **settings: Any) -> dict[str, Any]:  # noqa: B006
     }
 
 
+def low_state() -> dict[str, Any]:
+    """State in low precision, also of these small parameters; blocks of a row cannot be cut."""
+    found = {}
+    rows = {name: x for name, x in SHAPES.items() if name != "columns"}
+    with mock.patch.multiple(storage, LEAST=1, SHORTEST_ROW=1):
+        for state_dtype in ("bfloat16", "8bit"):
+            for how, settings in (("fsdp2", {"mesh": line()}), ("ddp", {"group": dist.group.WORLD})):
+                extra = {"state_dtype": state_dtype}
+                runs = few(extra, dtype=torch.float32, shapes=rows, **settings)
+                found |= {f"{how} {state_dtype} {name}": result for name, result in runs.items()}
+        try:
+            MVNGrad([start(torch.float32, line())["columns"]], state_dtype="8bit")
+        except ValueError as error:
+            found["refused"] = str(error)
+        for name in ("NAMO", "SOAP", "MVNGrad"):
+            found[f"checkpoint {name}"] = goes_on_after_a_checkpoint(name, torch.float32, rows, state_dtype="8bit")
+    return found
+
+
 def unused() -> dict[str, Any]:
     """One parameter gets a gradient only later, one only in the beginning."""
     return few(mesh=line(), without=lambda name, t: name == ("up" if t < 3 else "qkv"))
@@ -293,27 +314,31 @@ def leaked() -> dict[str, Any]:
 
 def checkpoint() -> dict[str, Any]:
     """Going on after torch.distributed.checkpoint's own way through a flattened state against going on."""
-    results = {}
-    for name in ("NAMO", "SOAP", "HVAdam"):
-        model, copy = nn.ParameterDict(start(torch.float64, line())), nn.ParameterDict(start(torch.float64, line()))
-        optimizer, resumed = (build(name, dict(m.items()), **CONFIGURATIONS[name][0]) for m in (model, copy))
-        options = StateDictOptions(flatten_optimizer_state_dict=True)
-        for t in (1, 2):
-            set_gradients(dict(model.items()), t, line())
-            optimizer.step()
-        saved = get_optimizer_state_dict(model, optimizer, options=options)
-        for m in (model, copy):
-            m.zero_grad()
-        with torch.no_grad():
-            for p, q in zip(model.values(), copy.values()):
-                q.copy_(p)
-        set_optimizer_state_dict(copy, resumed, saved, options=options)
-        for m, o in ((model, optimizer), (copy, resumed)):
-            set_gradients(dict(m.items()), 4, line())
-            o.step()
-        mine = [[processes.local(p.detach()) for p in m.values()] for m in (model, copy)]
-        results[name] = all(torch.equal(p, q) for p, q in zip(*mine))
-    return results
+    return {name: goes_on_after_a_checkpoint(name) for name in ("NAMO", "SOAP", "HVAdam")}
+
+
+def goes_on_after_a_checkpoint(
+    name: str, dtype: torch.dtype = torch.float64, shapes: Any = SHAPES, **arguments: Any
+) -> bool:
+    model, copy = (nn.ParameterDict(start(dtype, line(), shapes)) for _ in range(2))
+    arguments = CONFIGURATIONS[name][0] | arguments
+    optimizer, resumed = (build(name, dict(m.items()), **arguments) for m in (model, copy))
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    for t in (1, 2):
+        set_gradients(dict(model.items()), t, line())
+        optimizer.step()
+    saved = get_optimizer_state_dict(model, optimizer, options=options)
+    for m in (model, copy):
+        m.zero_grad()
+    with torch.no_grad():
+        for p, q in zip(model.values(), copy.values()):
+            q.copy_(p)
+    set_optimizer_state_dict(copy, resumed, saved, options=options)
+    for m, o in ((model, optimizer), (copy, resumed)):
+        set_gradients(dict(m.items()), 4, line())
+        o.step()
+    mine = [[processes.local(p.detach()) for p in m.values()] for m in (model, copy)]
+    return all(torch.equal(p, q) for p, q in zip(*mine))
 
 
 def whole_state() -> dict[str, Any]:
@@ -455,6 +480,7 @@ CASES: dict[int, dict[str, Callable[[], Any]]] = {
         "whole state": whole_state,
         "lives of state": lives_of_state,
         "losses": losses,
+        "low state": low_state,
         "bytes": bytes_sent,
     },
     4: {
