@@ -172,6 +172,26 @@ def _distance(rows: Sequence[Row]) -> str:
     return f"{statistics.mean(row['distance'] for row in rows):.2g}"
 
 
+def _state_dtypes() -> str:
+    content = figures("state-dtype").get("state-dtype")
+    if content is None:
+        return "That table is not made yet."
+    kinds = list(dict.fromkeys(row["state_dtype"] for row in content["rows"]))
+    head = ["optimizer", "`state_dtype`", "state B/parameter", "loss", "difference", "between seeds"]
+    lines = [_line(head), _line(["---"] * len(head))]
+    for name, rows in _by(sorted(content["rows"], key=lambda row: row["optimizer"]), "optimizer"):
+        losses = {kind: {row["seed"]: row["loss"] for row in rows if row["state_dtype"] == kind} for kind in kinds}
+        exact = losses["float32"]
+        for kind in kinds:
+            found = losses[kind]
+            gaps = [found[seed] - exact[seed] for seed in exact]
+            gap = f"{statistics.mean(gaps):+.4f} ({min(gaps):+.4f} to {max(gaps):+.4f})"
+            size = statistics.mean(row["bytes_per_parameter"] for row in rows if row["state_dtype"] == kind)
+            cells = [f"{size:.2f}", f"{statistics.mean(found.values()):.4f}", "" if kind == "float32" else gap]
+            lines.append(_line([name, f"`{kind}`", *cells, f"{statistics.stdev(found.values()):.4f}"]))
+    return "\n".join(lines)
+
+
 def _growths() -> str:
     return "\n\n".join(_growth(name, content) for name, content in figures("growth").items())
 
@@ -330,7 +350,7 @@ def _qualities(rows: Sequence[Row]) -> str:
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "performance.md": {"step-time": _step_times, "growth": _growths},
     "optimizers.md": {"polar-quality": _polar_quality},
-    "precision.md": {"rounding": _roundings, "rounding-time": _rounding_times},
+    "precision.md": {"rounding": _roundings, "rounding-time": _rounding_times, "state-dtype": _state_dtypes},
     "processes.md": {"scaling": _scaling},
     "devices.md": {"gpu": _gpu},
     "diagnostics.md": {"causes": _causes, "confusion": _confusion, "overhead": _overhead},

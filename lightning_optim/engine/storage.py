@@ -181,7 +181,7 @@ def write_(
     drawn = _NEAREST if bits is None else _in_blocks(bits, scale)
     code += chance > (above - below).mul_(drawn)
     if power == 4:
-        code = torch.where(ratio > 0, code.clamp_(min=1), code)
+        code = torch.where(ratio > 0, code.clamp(min=1), code)
     else:
         code = torch.copysign(code, x)
     _copy(stored, _out_of_blocks(code, stored.shape).to(stored.dtype), finite)
