@@ -274,7 +274,8 @@ def _equal_rows(x: _ShardedTask) -> Iterator[tuple[int, Task]]:
             stop, shape = start + count * length, (count, length, n) if more else (length, n)
 
             def own(y: Tensor) -> Tensor:
-                columns = n if y.shape == g.shape else y.shape[-1]  # There are fewer scales than elements in a row.
+                # There are fewer scales than elements in a row.
+                columns = shape[-1] if y.shape == g.shape else y.shape[-1]  # noqa: B023
                 return y.view(-1, columns)[start:stop].view(*shape[:-1], columns)  # noqa: B023
 
             state = {name: own(y) for name, y in like.items()}
