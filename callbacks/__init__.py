@@ -18,6 +18,7 @@ from .skip_spikes import SkipSpikes
 from .spike_response import SpikeResponse
 from .update_size import UpdateSize
 from .update_variance import UpdateVariance
+from .watch import Watch
 
 __all__ = [
     "Diagnostics",
@@ -37,4 +38,5 @@ __all__ = [
     "SpikeResponse",
     "UpdateSize",
     "UpdateVariance",
+    "Watch",
 ]

@@ -22,6 +22,7 @@ from lightning_optim.diagnostics.what_if import parameters_of
 from lightning_optim.optimizers import NonFiniteGradientsError
 from lightning_optim.processes import all_reduce_sum, strategies, world
 
+from .loop import is_automatic, scaler_of
 from .monitor import Monitor, Results, layers_of
 from .recorder import Step, StepRecorder, dense, label_of
 
@@ -145,7 +146,7 @@ class GradientHealth(Monitor):
 
     def _has_noise_scale(self, trainer: pl.Trainer) -> bool:
         accumulated = trainer.world_size == 1 and trainer.accumulate_grad_batches > 1
-        known = trainer.lightning_module.automatic_optimization and self.parameters == ("*",)
+        known = is_automatic(trainer) and self.parameters == ("*",)
         return known and len(trainer.optimizers) == 1 and (accumulated or _processes(trainer) > 1)
 
     # --- hooks for the noise scale --------------------------------------------------------------------------------
@@ -270,5 +271,5 @@ def _processes(trainer: pl.Trainer) -> int:
 
 
 def _loss_scale(trainer: pl.Trainer) -> float:
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    scaler = scaler_of(trainer)
     return 1.0 if scaler is None else scaler.get_scale()

@@ -74,6 +74,18 @@ class Keyed(pl.Callback):
         equal = sum(isinstance(callback, Keyed) and callback.settings_key == self.settings_key for callback in before)
         self._state_key = f"{self.settings_key} {equal + 1}" if equal else self.settings_key
 
+    def on_after_setup(self, fabric: Any, module: Any) -> None:
+        """Called by ``Fabric.setup``, which calls nothing else: say so, instead of measuring nothing.
+
+        Raises:
+            MisconfigurationException: Always.
+        """
+        raise MisconfigurationException(
+            f"Fabric never calls {type(self).__name__}, which is a callback of Lightning's Trainer. Leave it out of "
+            "Fabric(callbacks=...), and write `watch = lightning_optim.Watch(model, optimizer, folder=...)` after "
+            "fabric.setup."
+        )
+
 
 class Monitor(Keyed):
     """Base of the diagnostic callbacks: which steps and which parameters it measures, and how its values are named.

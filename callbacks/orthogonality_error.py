@@ -29,6 +29,7 @@ from lightning_optim.engine.layout import layout_of, matrices_in, parts_of
 from lightning_optim.processes import ShardSums, local_slices, sharded_dims
 from lightning_optim.trainer import is_lightning
 
+from .loop import steps_made
 from .monitor import Monitor, Results, matches
 from .recorder import Step, Watched
 
@@ -130,7 +131,7 @@ class OrthogonalityError(Monitor):
         self._orthogonalized.clear()
         if self.spectra and trainer.is_global_zero:
             self._boards = [logger for logger in trainer.loggers if is_lightning(logger, "TensorBoardLogger")]
-            self._x = trainer.fit_loop.epoch_loop._batches_that_stepped
+            self._x = steps_made(trainer)
         return bool(step.watched)
 
     def observe(self, parameter: Tensor, name: str, value: Tensor) -> None:

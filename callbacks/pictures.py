@@ -20,6 +20,7 @@ from lightning_optim.engine.layout import layout_of, matrices_in
 from lightning_optim.routing import clean_name
 from lightning_optim.trainer import is_lightning
 
+from .loop import steps_made
 from .monitor import Layers, Monitor, Results
 from .recorder import Step
 from .tensorboard import is_board
@@ -97,7 +98,7 @@ class Pictures(Monitor):
     # --- what is kept of a measured step ------------------------------------------------------------------------
 
     def before_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step) -> bool:
-        self._x = trainer.fit_loop.epoch_loop._batches_that_stepped
+        self._x = steps_made(trainer)
         return bool(step.watched) and trainer.is_global_zero
 
     def sums(self, step: Step) -> dict[str, Tensor]:

@@ -18,11 +18,10 @@ from itertools import chain, product
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary, WeakSet
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_optim.devices import stopwatch, widest
@@ -37,6 +36,7 @@ from lightning_optim.routing import Route, clean_name, route, routing_table
 from lightning_optim.trainer import is_lightning
 
 from . import tensorboard
+from .loop import Place, device_of, loss_scale, scaler_of, steps_made
 
 if TYPE_CHECKING:
     from .monitor import Monitor
@@ -166,13 +166,39 @@ def _to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [part.reshape(x.shape) for part, x in zip(parts, tensors)]
 
 
+def when_gradients_are_there(args: Any, kwargs: Any, work: Callable[[], None]) -> tuple[Any, Any] | None:
+    """For a pre-hook of ``optimizer.step``: do something now, or each time when the closure of the step has run.
+
+    Args:
+        args: Of the step; the first is the optimizer.
+        kwargs: Of the step.
+        work: What to do.
+
+    Returns:
+        Other arguments for the step, where it has a closure.
+    """
+    closure = args[1] if len(args) > 1 else kwargs.get("closure")
+    if closure is None:
+        work()
+        return None
+
+    def then_work() -> Any:
+        loss = closure()
+        work()
+        return loss
+
+    if len(args) > 1:
+        return (args[0], then_work, *args[2:]), kwargs
+    return args, {**kwargs, "closure": then_work}
+
+
 # --- the recorder -----------------------------------------------------------------------------------------------
 
 
 class StepRecorder:
-    """Watches the optimizer steps of one Trainer for all of its monitors: one copy, one reduction, one log call."""
+    """Watches the optimizer steps of one loop for all of its monitors: one copy, one reduction, one log call."""
 
-    _of: ClassVar[WeakKeyDictionary[pl.Trainer, StepRecorder]] = WeakKeyDictionary()
+    _of: ClassVar[WeakKeyDictionary[Place, StepRecorder]] = WeakKeyDictionary()
 
     def __init__(self) -> None:
         self.monitors: list[Monitor] = []
@@ -188,8 +214,8 @@ class StepRecorder:
         self._clock = _Clock()
 
     @classmethod
-    def of(cls, trainer: pl.Trainer) -> StepRecorder:
-        """The one recorder of a Trainer."""
+    def of(cls, trainer: Place) -> StepRecorder:
+        """The one recorder of a Trainer, or of a loop."""
         return cls._of.setdefault(trainer, cls())
 
     @property
@@ -197,7 +223,7 @@ class StepRecorder:
         """To be entered for work that a monitor does outside of a step, which then counts as overhead."""
         return self._clock
 
-    def attach(self, monitor: Monitor, trainer: pl.Trainer) -> None:
+    def attach(self, monitor: Monitor, trainer: Place) -> None:
         """Begin to serve a monitor.
 
         Raises:
@@ -231,6 +257,7 @@ class StepRecorder:
             self._handles.clear()
             self._failed.clear()
             self._watched.clear()
+            self._clock.batch_end()  # of a batch that has not come to its end
 
     # --- one step -----------------------------------------------------------------------------------------------
 
@@ -250,9 +277,9 @@ class StepRecorder:
             ]
 
     @torch.no_grad()
-    def before(self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Optimizer) -> None:
+    def before(self, trainer: Place, module: nn.Module, optimizer: Optimizer) -> None:
         """Called in ``on_before_optimizer_step``."""
-        if self._open is not None and self._open.optimizer is optimizer and _scaler(trainer) is None:
+        if self._open is not None and self._open.optimizer is optimizer and scaler_of(trainer) is None:
             return  # LBFGS calls its closure, and with it this, several times in a step.
         self._settle()
         self.watch(optimizer)
@@ -260,11 +287,11 @@ class StepRecorder:
         due = [(monitor, index) for monitor in self.monitors if (index := monitor.count(label))]
         self._open = _OpenStep(trainer, optimizer, label, due)
         if due:
-            self._clock.device = module.device
+            self._clock.device = device_of(module)
             with self._clock:
                 self._begin(module, self._open)
 
-    def _begin(self, module: pl.LightningModule, opened: _OpenStep) -> None:
+    def _begin(self, module: Any, opened: _OpenStep) -> None:
         trainer, optimizer = opened.trainer, opened.optimizer
         watched, shards = self._watch(trainer, module, optimizer)
         scale = loss_scale(trainer, optimizer)
@@ -296,19 +323,7 @@ class StepRecorder:
 
     def _at_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Called by torch when ``optimizer.step`` begins. Gradients are final there, or when its closure has run."""
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        if closure is None:
-            self._keep_gradients(optimizer)
-            return None
-
-        def then_keep() -> Any:
-            loss = closure()
-            self._keep_gradients(optimizer)
-            return loss
-
-        if len(args) > 1:
-            return (args[0], then_keep, *args[2:]), kwargs
-        return args, {**kwargs, "closure": then_keep}
+        return when_gradients_are_there(args, kwargs, partial(self._keep_gradients, optimizer))
 
     @torch.no_grad()
     def _keep_gradients(self, optimizer: Optimizer) -> None:
@@ -416,9 +431,7 @@ class StepRecorder:
 
     # --- what there is to watch ---------------------------------------------------------------------------------
 
-    def _watch(
-        self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Optimizer
-    ) -> tuple[list[Watched], ShardSums]:
+    def _watch(self, trainer: Place, module: nn.Module, optimizer: Optimizer) -> tuple[list[Watched], ShardSums]:
         members = [(p, group) for group in optimizer.param_groups for p in group["params"]]
         if optimizer in self._watched:
             known, shards = self._watched[optimizer]
@@ -442,12 +455,12 @@ class StepRecorder:
         if values:
             self._values.append((monitor, values))
 
-    def log(self, trainer: pl.Trainer) -> None:
+    def log(self, trainer: Place) -> None:
         """Log what has been added, for a run that ends without another measured step."""
         with self._clock:
             self._log(trainer)
 
-    def _log_records(self, trainer: pl.Trainer, x: int) -> None:
+    def _log_records(self, trainer: Place, x: int) -> None:
         records = [record for monitor in self.monitors for record in monitor.take_records(x)]
         if not records or not trainer.is_global_zero:
             return
@@ -455,12 +468,12 @@ class StepRecorder:
         for logger, record in product(boards, records):
             logger.experiment._get_file_writer().add_summary(record_summary(record), x)
 
-    def _log(self, trainer: pl.Trainer) -> None:
-        self._log_records(trainer, trainer.fit_loop.epoch_loop._batches_that_stepped)
+    def _log(self, trainer: Place) -> None:
+        self._log_records(trainer, steps_made(trainer))
         if not self._values:
             return
         # The step that Lightning gives to what the LightningModule logs in this batch.
-        x = trainer.fit_loop.epoch_loop._batches_that_stepped
+        x = steps_made(trainer)
         merged = self._clock.read()
         for monitor, values in self._values:
             monitor.record(x, values)
@@ -474,7 +487,7 @@ class StepRecorder:
                 logger.log_metrics(merged, step=x)
         trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in merged.items()})
 
-    def _write_layout(self, trainer: pl.Trainer) -> None:
+    def _write_layout(self, trainer: Place) -> None:
         """TensorBoard keeps one layout of charts per run, so that of all monitors is written at once."""
         if self._layout_written or not trainer.is_global_zero:
             return
@@ -487,14 +500,14 @@ class StepRecorder:
             if routes and any(monitor.needs_matrices for monitor in self.monitors):
                 logger.experiment.add_text("diagnostics/matrices", routing_table(routes))
 
-    def _charts(self, trainer: pl.Trainer) -> list[Chart]:
+    def _charts(self, trainer: Any) -> list[Chart]:
         """The charts that the run fills, those of what Lightning and the module log first."""
         ours = [chart for monitor in self.monitors for chart in monitor.charts_of(trainer).values()]
         logged = [*trainer.callback_metrics, *trainer.logged_metrics]
         filled = {
             "training loss": any(LEARNING["training loss"].shows(tag) for tag in logged),
             "validation": trainer.enable_validation,
-            "learning rate": any(is_lightning(x, "LearningRateMonitor") for x in trainer.callbacks),  # type: ignore[attr-defined]
+            "learning rate": any(is_lightning(x, "LearningRateMonitor") for x in trainer.callbacks),
         }
         return [*(chart for title, chart in LEARNING.items() if filled[title]), *ours, COST]
 
@@ -503,7 +516,7 @@ class StepRecorder:
 class _OpenStep:
     """A step that has been announced and has not happened yet."""
 
-    trainer: pl.Trainer
+    trainer: Any
     optimizer: Optimizer
     label: str
     due: list[tuple[Monitor, int]]
@@ -548,7 +561,8 @@ class _Clock(AbstractContextManager[None]):
         self._noted = [note for note, seconds in times if seconds is None]
 
     def batch_start(self) -> None:
-        self._batch_start = time.perf_counter()
+        if self._batch_start is None:
+            self._batch_start = time.perf_counter()
 
     def batch_end(self) -> None:
         if self._batch_start is not None:
@@ -601,7 +615,7 @@ def _to_changes(copies: dict[Tensor, Tensor], optimizer: Optimizer) -> None:
             copies[p] = _value(optimizer, p).float() - copy.float()
 
 
-def label_of(trainer: pl.Trainer, optimizer: Optimizer) -> str:
+def label_of(trainer: Place, optimizer: Optimizer) -> str:
     """What the tags of an optimizer begin with, where there are several."""
     if len(trainer.optimizers) == 1:
         return ""
@@ -628,15 +642,3 @@ def _as_grouped(r: Route | None, optimizer: Optimizer, group: Mapping[str, Any])
         return r
     layout: dict[str, Any] = {"blocks": 1, "transposed": False, "split": (), "interleaved": False}
     return replace(r, role=group["role"], **(layout | layout_of(group)))
-
-
-def _scaler(trainer: pl.Trainer) -> Any:
-    return getattr(trainer.precision_plugin, "scaler", None)
-
-
-def loss_scale(trainer: pl.Trainer, optimizer: Optimizer) -> float:
-    """Lightning unscales gradients before the hook, unless the optimizer does so itself."""
-    scaler = _scaler(trainer)
-    if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
-        return 1.0
-    return scaler.get_scale()

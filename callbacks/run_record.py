@@ -24,14 +24,16 @@ from lightning_optim.engine.two_rules import MatrixOptimizer
 from lightning_optim.processes import strategies
 from lightning_optim.routing import clean_name, route
 
+from .loop import device_of, is_automatic, steps_made, unscaled_loss
 from .monitor import Monitor, Results
-from .recorder import Step, StepRecorder
+from .recorder import Step, StepRecorder, label_of
 
 #: Layers are recorded at every measured step up to this many records, then at steps that are 5 % apart.
 _ALL_RECORDS = 64
 #: Losses are kept one by one up to this step, then in this many blocks per measured step.
 _SINGLE_STEPS, _BLOCKS = 2000, 8
-_PENDING = 16
+#: Steps whose numbers may wait on an accelerator, in tier `light` between measured steps.
+_PENDING, _ALL_PENDING = 16, 1024
 _VALIDATION = ("val", "eval", "test")
 
 
@@ -107,7 +109,9 @@ class RunRecord(Monitor):
         self._batch_size = 0
         #: Which parameters have been trained up to now, and by which rule.
         self.coverage: Coverage | None = None
-        self._fresh = self._ended = False
+        self._fresh = self._ended = self._is_wanted = False
+        self._norm: Tensor | None = None
+        self._last_step = -1
 
     def forget(self) -> None:
         super().forget()
@@ -141,29 +145,39 @@ class RunRecord(Monitor):
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         if not _has_loss(trainer) or loss.numel() != 1:
             return
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        loss = loss.detach().reshape(()).float() * trainer.accumulate_grad_batches
-        self._losses.append(loss if scaler is None else loss / scaler.get_scale())
+        self._losses.append(unscaled_loss(trainer, loss))
 
     def before_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step) -> bool:
-        x = trainer.fit_loop.epoch_loop._batches_that_stepped
-        losses, self._losses = self._losses, []
-        if losses:
-            norm = losses[0].new_full((), math.nan)
-            if not self.norms_only and not step.shards.groups and step.watched:
-                norm = step.unclipped_sq.sum().sqrt().to(norm)
-            together = torch.stack(losses)
-            self._pending.append((x, torch.stack((together.mean(), together.max(), norm))))
-        due = self._is_due(step.index)
-        if due or len(self._pending) >= (1 if pl_module.device.type == "cpu" else _PENDING):
-            self._fetch()
-            self._say(self._alarms.skips(x, self._skipped(step.label, step.optimizer)))
-        if not due:
+        self._norm = None
+        if not self.norms_only and not step.shards.groups and step.watched:
+            self._norm = step.unclipped_sq.sum().sqrt()
+        if not self._is_due(step.index):
             return False
-        self._x = x
+        self._is_wanted = True
+        self._x = steps_made(trainer)
         if step.label not in self._described:
             self._describe(trainer, pl_module, step)
         return bool(step.watched)
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        # All steps are recorded here, and not in `before_step`, which is called for measured steps only.
+        x = steps_made(trainer)
+        losses, self._losses = self._losses, []
+        norm, self._norm = self._norm, None
+        if losses and x != self._last_step:  # LBFGS computes several losses in a step.
+            self._last_step = x
+            together = torch.stack(losses)
+            norm = together.new_full((), math.nan) if norm is None else norm.to(together)
+            self._pending.append((x, torch.stack((together.mean(), together.max(), norm))))
+        # Without the norms of gradients, which make every step wait for the device, nothing else is to.
+        most = 1 if device_of(pl_module).type == "cpu" else _ALL_PENDING if self.norms_only else _PENDING
+        if self._is_wanted or len(self._pending) >= most:
+            self._is_wanted = False
+            self._fetch()
+            self._say(self._alarms.skips(x, self._skipped(label_of(trainer, optimizer), optimizer)))
 
     def _fetch(self) -> None:
         if not self._pending:
@@ -353,7 +367,7 @@ class RunRecord(Monitor):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._described, self._fresh, self._ended = set(), False, False
+        self._described, self._fresh, self._ended, self._last_step = set(), False, False, -1
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -469,4 +483,4 @@ def _epoch_steps(trainer: pl.Trainer) -> int:
 
 def _has_loss(trainer: pl.Trainer) -> bool:
     """Whether there is one loss that automatic optimization differentiates."""
-    return trainer.lightning_module.automatic_optimization and len(trainer.optimizers) == 1
+    return is_automatic(trainer) and len(trainer.optimizers) == 1

@@ -16,8 +16,9 @@ from lightning_optim.diagnostics.spike_response import WINDOW, robust_zscore
 from lightning_optim.diagnostics.what_if import parameters_of
 from lightning_optim.processes import all_reduce_max, all_reduce_sum, strategies, world
 
+from .loop import loss_scale, scaler_of, steps_made
 from .monitor import Keyed
-from .recorder import gradient_of, label_of, loss_scale
+from .recorder import gradient_of, label_of
 
 #: Values that there must be before one is compared with them.
 _LEAST = 32
@@ -88,7 +89,7 @@ class SkipSpikes(Keyed):
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         if self.by == "loss" and pl_module.automatic_optimization:
-            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            scaler = scaler_of(trainer)
             self._losses.append(loss.detach().float().mean() / (1 if scaler is None else scaler.get_scale()))
 
     @torch.no_grad()
@@ -116,7 +117,7 @@ class SkipSpikes(Keyed):
         self._tell(trainer, label, value, zscore)
 
     def _tell(self, trainer: pl.Trainer, label: str, value: float, zscore: float) -> None:
-        x = trainer.fit_loop.epoch_loop._batches_that_stepped
+        x = steps_made(trainer)
         count = float(self._counts[label])
         for logger in trainer.loggers:
             logger.log_metrics({f"{label}spike/skipped_steps": count}, step=x)

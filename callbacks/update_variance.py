@@ -33,6 +33,7 @@ from lightning_optim.processes import all_gather_equal, local, strategies, world
 from lightning_optim.trainer import is_lightning
 
 from .isolation import StandInTrainer, kept_globals, not_isolated
+from .loop import Loop
 from .monitor import ProbingMonitor, Results, layers_of
 from .recorder import Step, StepRecorder
 
@@ -180,6 +181,11 @@ class UpdateVariance(ProbingMonitor):
         if self.probe_every_n_steps is None:
             return
         with self.probing(starting=True):
+            if isinstance(trainer, Loop):
+                raise MisconfigurationException(
+                    "a probe of update variance repeats training_step on other batches, for which it needs Lightning's "
+                    "Trainer."
+                )
             if not pl_module.automatic_optimization:
                 raise MisconfigurationException(
                     "UpdateVariance: a probe repeats what automatic optimization does, which "

@@ -9,6 +9,7 @@ from .optimizers import __all__ as _algorithms
 from .registry import OPTIMIZERS
 
 if TYPE_CHECKING:
+    from .callbacks import Watch
     from .factory import (
         Grouping,
         OptimizerConfig,
@@ -24,6 +25,7 @@ __all__ = [
     "OptimizerConfig",
     "OptimizerMixin",
     "SchedulerConfig",
+    "Watch",
     "build_optimizer",
     "configure_optimizers",
     *_algorithms,
@@ -32,7 +34,11 @@ __version__ = "0.2.0"
 
 
 def __getattr__(name: str) -> Any:
-    # The factory imports Lightning, which a plain PyTorch loop does not need and which takes seconds.
+    # The factory and the diagnostics import Lightning, which takes seconds and which optimizers do not need.
+    if name == "Watch":
+        from .callbacks import Watch
+
+        return Watch
     if name in __all__:
         from . import factory
 

@@ -282,6 +282,6 @@ def spectra(singular_values: Mapping[str, Sequence[float]], title: str = "") -> 
     axes.set_ylabel("singular value / mean", fontsize=11)
     axes.set_title(title, fontsize=13)
     axes.tick_params(labelsize=10)
-    if len(singular_values) <= 12:
+    if 0 < len(axes.lines) - 1 <= 12:  # the first is that of orthogonal matrices
         axes.legend(fontsize=8 if len(singular_values) <= 6 else 6)
     return figure

@@ -1,4 +1,4 @@
-"""What Lightning's strategies do with parameters and gradients."""
+"""What Lightning's strategies, and wrappers of torch without Lightning, do with parameters and gradients."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from .sharding import ShardSums, shard_groups
 
 if dist.is_available():
     from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+    from torch.nn.parallel import DistributedDataParallel
 
 
 class OptimizerGroups(NamedTuple):
@@ -59,7 +60,9 @@ def shard_sums(strategy: Any, params: Iterable[Tensor]) -> ShardSums:
 
 def averages_gradients(strategy: Any) -> bool:
     """Whether the gradients of several ranks, which hold equal parameters, are averaged (DDP)."""
-    return is_lightning(strategy, "DDPStrategy") and world() is not None
+    if world() is None:
+        return False
+    return is_lightning(strategy, "DDPStrategy") or isinstance(strategy, DistributedDataParallel)
 
 
 def flattens_parameters(strategy: Any) -> bool:

@@ -54,7 +54,7 @@ def test_a_run_shorter_than_the_interval_is_measured(tier, steps):
         assert scalars[tag][0][0] == 0, tag
     course = [record["course"] for record in recorded(diagnostics) if "course" in record]
     at = [step for part in course for step in part[0]]
-    assert at == list(range(steps)) if tier == "standard" else at[0] == 0
+    assert at == list(range(steps))
 
 
 def test_the_loss_is_that_of_the_module_whatever_the_accumulation():
@@ -243,3 +243,38 @@ def test_the_command_checks_and_prints_json(tmp_path, capsys):
         ("gaps", "AdamW", "wasteful"),
         ("well", "AdamW", "healthy"),
     ]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("spike_at", [13, 37, 61])
+def test_light_sees_a_spike_of_the_loss_between_measured_steps(spike_at, accumulate):
+    class Spiking(Net):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx)["loss"] * (300 if self.global_step == spike_at else 1)
+
+    diagnostics = Diagnostics("light", every_n_steps=30, quiet=True)
+    trainer(callbacks=[diagnostics], max_steps=70, max_epochs=-1, accumulate_grad_batches=accumulate).fit(Spiking())
+    course = [list(zip(*record["course"])) for record in recorded(diagnostics) if "course" in record]
+    rows = [row for part in course for row in part]
+    assert [row[0] for row in rows] == list(range(70))
+    losses = [row[1] for row in rows]
+    assert losses.index(max(losses)) == spike_at
+    assert diagnostics.run().scalars["update/rms"][0] == [0, 1, 29, 59]
+
+
+def test_light_does_not_wait_for_the_device_between_measured_steps(monkeypatch):
+    """Losses stay where they are, as on an accelerator: nothing is fetched but at measured steps and at the end."""
+    fetched = []
+    monkeypatch.setattr("lightning_optim.callbacks.run_record.device_of", lambda module: torch.device("meta"))
+    fetch = RunRecord._fetch
+
+    def counted(self):
+        fetched.append([step for step, _ in self._pending])
+        fetch(self)
+
+    monkeypatch.setattr(RunRecord, "_fetch", counted)
+    diagnostics = Diagnostics("light", every_n_steps=30, first_n_steps=1, quiet=True)
+    trainer(callbacks=[diagnostics], max_steps=64, max_epochs=-1).fit(Net())
+    # Steps 1, 2, 4, 8, 16, 30 and 60 are measured.
+    assert [part[-1] for part in fetched] == [0, 1, 3, 7, 15, 29, 59, 63]
+    assert [step for part in fetched for step in part] == list(range(64))
