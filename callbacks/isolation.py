@@ -14,7 +14,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers.logger import DummyLogger
-from torch import nn
+from torch import Tensor, nn
 
 #: Hooks of a module that run in a forward or backward pass.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -74,10 +74,16 @@ def _reaches_out(x: Any, hook: bool = True) -> bool:
 
 
 def _globals_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Globals that the methods of a module's class, its bases and its submodules use, libraries' classes left out."""
+    """Globals that the methods of a module's class, its bases and its submodules use, and what these classes hold.
+
+    Libraries' classes are left out.
+    """
     for cls in dict.fromkeys(cls for part in module.modules() for cls in type(part).__mro__):
         if _is_installed(cls):
             continue
+        for attribute, value in vars(cls).items():
+            if isinstance(value, (*_CONTAINERS, Tensor)) and not attribute.startswith("__"):
+                yield f"{cls.__name__}.{attribute}", value
         for method in vars(cls).values():
             function = getattr(method, "__func__", method)
             for code in _codes(getattr(function, "__code__", None)):
@@ -125,6 +131,6 @@ def kept_globals(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         for x, before in kept:
-            if x != before:
-                x.clear()
-                x.update(before) if isinstance(x, (dict, set)) else x.extend(before)
+            # Not only if they differ: tensors in them cannot be compared as one.
+            x.clear()
+            x.update(before) if isinstance(x, (dict, set)) else x.extend(before)

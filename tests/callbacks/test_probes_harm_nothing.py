@@ -1,0 +1,253 @@
+"""What user code keeps, hooks and logs is the same with probes as without."""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from typing import Any, ClassVar
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.loggers.logger import Logger
+from torch import Tensor, nn
+
+from lightning_optim.callbacks import SpikeResponse, UpdateVariance
+
+QUEUE: deque[Tensor] = deque(maxlen=3)
+
+
+class Remembers(Logger):
+    """A logger that keeps what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[Any] = []
+
+    name, version = "remembers", 0
+
+    @property
+    def experiment(self) -> Remembers:
+        return self
+
+    def add_scalar(self, *line: Any) -> None:
+        self.lines.append(line)
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        plain = {k: v for k, v in metrics.items() if not k.startswith(("update_variance", "spike", "diagnostics"))}
+        if plain:
+            self.lines.append((plain, step))
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None: ...
+
+
+class Base(BoringModel):
+    """Its loss depends on what it keeps, so that a probe that adds to it would show in the weights."""
+
+    def kept(self) -> list[Any]:
+        return []
+
+    def extra(self, out: Tensor) -> Any:
+        return 0.0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        out = self.layer(batch)
+        return out.square().mean() + self.extra(out)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.1, momentum=0.9)
+
+
+# --- memory banks -------------------------------------------------------------------------------------------------
+
+
+class BufferBank(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("bank", torch.zeros(4, 2))
+        self.at = 0
+
+    def extra(self, out: Tensor) -> Tensor:
+        loss = (out.mean(0) @ self.bank.clone().T).sum()
+        self.bank[self.at % 4] = out.detach().mean(0)
+        self.at += 1
+        return loss
+
+    def kept(self) -> list[Any]:
+        return [self.bank, self.at]
+
+
+class GlobalBank(Base):
+    def extra(self, out: Tensor) -> Tensor:
+        QUEUE.append(out.detach().mean(0))
+        return torch.stack(list(QUEUE)).mean(0) @ out.mean(0)
+
+    def kept(self) -> list[Any]:
+        return list(QUEUE)
+
+
+class ClassBank(Base):
+    bank: ClassVar[list[Tensor]] = []
+
+    def extra(self, out: Tensor) -> Tensor:
+        type(self).bank.append(out.detach().mean(0))
+        return torch.stack(type(self).bank).mean(0) @ out.mean(0)
+
+    def kept(self) -> list[Any]:
+        return list(type(self).bank)
+
+
+# --- hooks with closures ------------------------------------------------------------------------------------------
+
+
+class ListHook(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = seen = []
+        self.layer.register_forward_hook(lambda module, args, out: seen.append(out.detach().sum()))
+
+    def kept(self) -> list[Any]:
+        return self.seen
+
+
+class CountingHook(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        counts = {"calls": 0}
+        self.counts = lambda: counts["calls"]
+
+        def count(module: nn.Module, args: Any) -> None:
+            counts["calls"] += 1
+
+        self.layer.register_forward_pre_hook(count)
+
+    def kept(self) -> list[Any]:
+        return [self.counts()]
+
+
+class RunningMean(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        return x - self.mean
+
+
+class HookWithModule(Base):
+    """A hook that goes through a layer with running statistics, which is no part of the module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        norm = RunningMean()
+        self.statistics = lambda: [norm.mean.clone()]
+        self.layer.register_forward_hook(lambda module, args, out: norm(out))
+
+    def kept(self) -> list[Any]:
+        return self.statistics()
+
+
+# --- modules that keep their outputs ------------------------------------------------------------------------------
+
+
+class KeepsGraph(Base):
+    """A tensor with a graph, which cannot be copied."""
+
+    def extra(self, out: Tensor) -> Any:
+        self.last = out
+        return 0.0
+
+    def kept(self) -> list[Any]:
+        return [self.last.detach()]
+
+
+class KeepsList(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.outputs: list[Tensor] = []
+
+    def extra(self, out: Tensor) -> Any:
+        self.outputs.append(out)
+        return torch.stack([x.detach().mean() for x in self.outputs]).mean() * out.mean()
+
+    def kept(self) -> list[Any]:
+        return [x.detach() for x in self.outputs]
+
+
+class KeepsInLayer(Base):
+    def __init__(self) -> None:
+        super().__init__()
+
+        class Keeping(nn.Linear):
+            def forward(self, x: Tensor) -> Tensor:
+                self.cache = {"x": x, "y": super().forward(x)}
+                return self.cache["y"]
+
+        self.layer = Keeping(32, 2)
+
+    def kept(self) -> list[Any]:
+        return [x.detach() for x in self.layer.cache.values()]
+
+
+# --- steps that log -----------------------------------------------------------------------------------------------
+
+
+class LogsMetrics(Base):
+    def extra(self, out: Tensor) -> Any:
+        self.logger.log_metrics({"mine": float(out.mean())}, step=self.global_step)
+        return 0.0
+
+
+class LogsToExperiment(Base):
+    def extra(self, out: Tensor) -> Any:
+        for logger in self.loggers:
+            logger.experiment.add_scalar("mine", float(out.mean()), self.global_step)
+        return 0.0
+
+
+class LogsThroughTrainer(Base):
+    def extra(self, out: Tensor) -> Any:
+        self.log("mine", out.mean(), on_step=True, on_epoch=True, prog_bar=True)
+        self.trainer.logger.log_metrics({"direct": float(out.mean())}, step=self.global_step)
+        return 0.0
+
+
+MODULES = [
+    BufferBank, GlobalBank, ClassBank, ListHook, CountingHook, HookWithModule, KeepsGraph, KeepsList, KeepsInLayer,
+    LogsMetrics, LogsToExperiment, LogsThroughTrainer,
+]  # fmt: skip
+
+
+def trained(cls: type[Base], probes: bool) -> tuple[list[Tensor], list[Any], list[Any]]:
+    pl.seed_everything(0, verbose=False)
+    QUEUE.clear()
+    ClassBank.bank.clear()
+    module, logger, monitors = cls(), Remembers(), []
+    if probes:
+        monitors = [
+            UpdateVariance(every_n_steps=2, probe_every_n_steps=2, batches=2),
+            SpikeResponse(probe_every_n_steps=3, probe_scales=[10.0], probe_steps=2),
+        ]
+        for monitor in monitors:
+            monitor.probes_optional = True  # as `Diagnostics` sets it
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Where a module cannot be isolated, probes are left out, after a warning.
+        trainer = pl.Trainer(
+            max_steps=8, callbacks=monitors, accelerator="cpu", devices=1, logger=logger, limit_val_batches=0,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1,
+        )  # fmt: skip
+        trainer.fit(module)
+    assert trainer.global_step == 8
+    return [p.detach() for p in module.parameters()], module.kept(), logger.lines
+
+
+@pytest.mark.parametrize("cls", MODULES)
+def test_probes_harm_nothing(cls: type[Base]) -> None:
+    with_probes, without = trained(cls, True), trained(cls, False)
+    assert all(map(torch.equal, with_probes[0], without[0]))
+    assert len(with_probes[1]) == len(without[1])
+    for a, b in zip(with_probes[1], without[1]):
+        assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
+    assert with_probes[2] == without[2]
