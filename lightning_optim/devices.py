@@ -5,6 +5,7 @@ Apple's GPUs have no float64 and, depending on torch's version, no decomposition
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -33,6 +34,7 @@ def has(kind: str, dtype: torch.dtype, function: Callable[[Tensor], Any] = torch
 def forget() -> None:
     """Ask all devices anew."""
     has.cache_clear()
+    multiplies_float64_slowly.cache_clear()
     _has_events.cache_clear()
 
 
@@ -56,6 +58,31 @@ def able(x: Tensor, function: Callable[[Tensor], Any], dtype: torch.dtype | None
     """
     dtype = dtype or x.dtype
     return x.to(x.device if has(x.device.type, dtype, function) else _CPU).to(dtype)
+
+
+@cache
+def multiplies_float64_slowly(device: torch.device) -> bool:
+    """Whether an accelerator multiplies matrices in float64 more than eight times as slowly as in float32.
+
+    GPUs made for computing take twice as long, others 32 to 64 times. Asked once, by two products; the host waits.
+
+    >>> multiplies_float64_slowly(torch.device("cpu"))
+    False
+    """
+    if device.type == "cpu" or not has(device.type, torch.float64):
+        return False
+    return _seconds_of_product(device, torch.float64) > 8 * _seconds_of_product(device, torch.float32)
+
+
+def _seconds_of_product(device: torch.device, dtype: torch.dtype) -> float:
+    """Seconds that a product of two matrices takes, which is long beside a launch; the fastest of three."""
+    x = torch.ones(1024, 1024, dtype=dtype, device=device)
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        (x @ x)[0, 0].item()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
 
 
 @cache

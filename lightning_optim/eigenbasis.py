@@ -24,6 +24,7 @@ from .engine.rule import Internal, Observer, Shape, ignore
 from .polar import symmetric_product
 
 _KERNEL = 64  # Positions of a kernel up to which its axes are worked on as one, which saves moving them to the end.
+_LONG = 1024  # Lengths up to which float64 eigenvectors take a fraction of a second on any GPU.
 _RIDGE = 1e-9  # Far below float32's resolution of the average, far above float64's.
 
 
@@ -95,10 +96,13 @@ class Eigenbasis:
         """Set the bases to the eigenvectors of the averages, largest eigenvalue first.
 
         Eigenvectors of a repeated eigenvalue (zero, for a gradient of low rank) are any basis of their space and
-        differ between LAPACK builds. A tiny diagonal ramp makes them unique.
+        differ between LAPACK builds. A tiny diagonal ramp makes them unique. On devices where float64 is slow, those of
+        long axes are computed in float32, whose resolution the ramp is below.
         """
         for axis in self.axes:
-            gram = devices.able(self.state[f"gram{axis}"], torch.linalg.eigh, torch.float64)
+            gram = self.state[f"gram{axis}"]
+            slow = gram.shape[-1] > _LONG and devices.multiplies_float64_slowly(gram.device)
+            gram = devices.able(gram, torch.linalg.eigh, gram.dtype if slow else torch.float64)
             n = gram.shape[-1]
             trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
             ramp = torch.linspace(1, 0, n, dtype=gram.dtype, device=gram.device).diag()

@@ -185,9 +185,9 @@ def build_optimizer(
     Each trainable parameter goes to exactly one group. Groups have readable, unique names, which Lightning's
     ``LearningRateMonitor`` logs, and an order that depends on the module and the settings alone. Optimizers
     with a matrix rule get the groups that :func:`lightning_optim.routing.route` finds in the module. ``SGD``,
-    ``Adam`` and ``AdamW`` are torch's, with fused kernels where torch has them, but not at mixed precision, where
-    Lightning refuses to clip the gradients of fused optimizers. HVAdam takes its inner products over one group:
-    ``Grouping(no_decay=[])`` keeps all parameters in one when there is weight decay.
+    ``Adam`` and ``AdamW`` are torch's, with fused kernels where torch has them, but not at mixed precision with a loss
+    scaler or where gradients are clipped, since Lightning refuses to clip those of fused optimizers there. HVAdam takes
+    its inner products over one group: ``Grouping(no_decay=[])`` keeps all parameters in one when there is weight decay.
 
     The optimizer is told which ranks hold equal parameters under the Trainer's strategy: under DDP those of a node
     share the work of orthogonalisation.
@@ -251,7 +251,7 @@ def _build(
         # Otherwise None, with which torch chooses between the other two.
         # torch's fused SGD does not know sharded parameters.
         unknown = cls is SGD and any(placements(p) is not None for p in trained)
-        args["fused"] = True if fused and not unknown and not _is_mixed_precision(trainer) else None
+        args["fused"] = True if fused and not unknown and not _may_clip_fused(trainer) else None
 
     def construct(groups: list[dict[str, Any]]) -> Optimizer:
         return _construct(f"optimizer {config.name}", cls, groups, args)
@@ -383,8 +383,17 @@ def optimizer_class(name: str) -> type[Optimizer]:
     return _import("optimizer", name, Optimizer) if "." in name else registry.get(name).cls
 
 
-def _is_mixed_precision(trainer: Any | None) -> bool:
-    return trainer is not None and hasattr(trainer.precision_plugin, "scaler")
+def _may_clip_fused(trainer: Any | None) -> bool:
+    """Whether Lightning may refuse a fused optimizer: at mixed precision, where something clips its gradients.
+
+    With a loss scaler fused optimizers unscale gradients themselves, so that others would see scaled ones.
+    """
+    if trainer is None or not hasattr(trainer.precision_plugin, "scaler"):
+        return False
+    module = trainer.lightning_module
+    # The methods of a module that clips itself call clip_gradients.
+    own = not is_default_hook(module.configure_gradient_clipping) or not module.automatic_optimization
+    return trainer.precision_plugin.scaler is not None or bool(trainer.gradient_clip_val) or own
 
 
 # --- the schedule -------------------------------------------------------------------------------------------

@@ -215,6 +215,36 @@ def test_no_fused_kernel_at_mixed_precision_so_that_gradients_can_be_clipped():
     assert trainer.optimizers[0].param_groups[0]["fused"] is None
 
 
+class ClipsItself(Classifier):
+    def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+        self.clip_gradients(optimizer, gradient_clip_val=0.5)
+
+
+class StepsItself(Classifier):
+    def __init__(self, optimizer: Any) -> None:
+        super().__init__(optimizer)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        loss = super().training_step(batch, batch_idx)
+        self.manual_backward(loss)
+        self.clip_gradients(optimizer, gradient_clip_val=0.5)
+        optimizer.step()
+        return loss
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Adam"])
+@pytest.mark.parametrize(
+    ("cls", "clip", "fused"),
+    [(Classifier, None, True), (Classifier, 0.5, None), (ClipsItself, None, None), (StepsItself, None, None)],
+)
+def test_fused_at_bf16_mixed_where_nothing_clips(cls, clip, fused, name):
+    trainer = fit(cls(name), precision="bf16-mixed", gradient_clip_val=clip, max_steps=2)
+    assert trainer.optimizers[0].param_groups[0]["fused"] is fused
+
+
 @pytest.mark.parametrize(
     "optimizer",
     [

@@ -191,19 +191,25 @@ def _solve_shares(
     # For each rank and request, the indices of its matrices in the stack.
     shares = [[[i for i, key in enumerate(_keys(s)) if owner[key] == rank] for s, _ in requests] for rank in ranks]
     mine = shares[processes.rank(group)]
-    own = [Polar(x[indices], method) for indices, (_, (x, method, *_)) in zip(mine, requests) if indices]
+    # Slices: indices in a list would be copied to the device, for which the host waits.
+    own = [
+        Polar(torch.stack([x[i] for i in indices]), method)
+        for indices, (_, (x, method, *_)) in zip(mine, requests)
+        if indices
+    ]
     specs = [
         [((len(indices), *x.shape[1:]), x.dtype) for indices, (_, (x, *_)) in zip(share, requests) if indices]
         for share in shares
     ]
     receive = processes.all_gather(matrices.orthogonalized(own), specs, requests[0][1].matrices.device, group)
     yield
-    factors = [torch.empty_like(request.matrices) for _, request in requests]
+    found: list[dict[int, Tensor]] = [{} for _ in requests]
     for share, received in zip(shares, receive()):
         parts = iter(received)
-        for indices, factor in zip(share, factors):
+        for indices, by_index in zip(share, found):
             if indices:
-                factor[indices] = next(parts)
+                by_index.update(zip(indices, next(parts)))
+    factors = [torch.stack([by_index[i] for i in range(len(by_index))]) for by_index in found]
     matrices.report_factors(report, requests, factors)
     return [(factor, request.sums) for factor, (_, request) in zip(factors, requests)]
 

@@ -243,7 +243,7 @@ def _update_stack(stack: Stack, step: StackStep) -> Iterator[Polar]:
     update = rule.update(g, SimpleNamespace(**stacked, **read), SimpleNamespace(**tasks[0].scalars), observe)
     movement: Any = (yield from update) if isinstance(update, GeneratorType) else update
     for x, old in zip(stacked.values(), before):
-        x.copy_(torch.where(finite, x, old))  # type: ignore[arg-type]
+        torch.where(finite, x, old, out=x)  # type: ignore[arg-type]
     for name, x in stacked.items():
         _unstack(x, state[name], group if shapes[name] is LIKE_PARAMETER else None)
     for task, own in zip(tasks, values):

@@ -118,7 +118,10 @@ def store_(
 
 def _write(target: Tensor, value: Tensor, finite: Tensor | None) -> None:
     value = value.to(target.dtype)
-    target.copy_(value if finite is None else torch.where(finite, value, target))
+    if finite is not None and not torch.compiler.is_compiling():
+        torch.where(finite, value, target, out=target)  # One pass, which a compiler makes of the two below.
+    else:
+        target.copy_(value if finite is None else torch.where(finite, value, target))
 
 
 def rounded(value: Tensor, dtype: torch.dtype, addend: Tensor | int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
 from functools import cache
 from typing import Any
@@ -48,5 +49,28 @@ def new_cpu_group(timeout: timedelta) -> ProcessGroup | None:
 
 @cache
 def node_group(group: ProcessGroup, ranks_per_node: int) -> ProcessGroup:
-    """The ranks of a group that are on the same node as this one. All ranks call it."""
-    return group if ranks_per_node == size(group) else dist.new_subgroups(ranks_per_node)[0]
+    """The ranks that are on the same node as this one; nodes may have unequal numbers of them. All ranks call it.
+
+    Args:
+        group: The group of all ranks.
+        ranks_per_node: How many there are on this node.
+    """
+    if ranks_per_node == size(group):
+        return group
+    counts: list[Any] = [None] * size(group)
+    dist.all_gather_object(counts, ranks_per_node, group)
+    return dist.new_subgroups_by_enumeration(nodes_of(counts))[0]
+
+
+def nodes_of(counts: Sequence[int]) -> list[list[int]]:
+    """The ranks of each node, given, for each rank, how many there are on its node; launchers number node by node.
+
+    >>> nodes_of([2, 2, 1, 3, 3, 3])
+    [[0, 1], [2], [3, 4, 5]]
+    """
+    nodes: list[list[int]] = []
+    first = 0
+    while first < len(counts):
+        nodes.append(list(range(first, min(first + counts[first], len(counts)))))
+        first = nodes[-1][-1] + 1
+    return nodes

@@ -52,3 +52,7 @@ def test_offloaded_shards_go_through_groups_that_move_tensors_of_the_device_only
     assert found["direct"] == "refused"
     vector, number = ["cpu", [1.0, 2.0]], ["cpu", [3]]
     assert found["ours"] == [vector, vector, number, vector, number, vector, ["cpu", 3.0]]
+
+
+def test_sharing_orthogonalisation_waits_for_nothing() -> None:
+    assert {name: waits for name, waits in run("exchange").items() if waits} == {}

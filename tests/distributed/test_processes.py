@@ -269,3 +269,29 @@ def test_processes_that_were_joined_anew() -> None:
             assert processes.shard_groups(p) == (mesh.get_group(0),)
         finally:
             dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("counts", "rank", "expected"),
+    [
+        ([4, 4, 4, 4], 1, [0, 1, 2, 3]),
+        ([2, 2, 2, 2], 3, [2, 3]),
+        ([3, 3, 3, 1], 3, [3]),
+        ([2, 2, 1, 3, 3, 3], 4, [3, 4, 5]),
+        ([1, 4, 4, 4, 4], 2, [1, 2, 3, 4]),
+    ],
+)
+def test_ranks_of_a_node_where_nodes_have_unequal_numbers(
+    counts: list[int], rank: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gather(found: list[Any], own: int, group: Any) -> None:
+        assert own == counts[rank]
+        found[:] = counts
+
+    dist.init_process_group("fake", rank=rank, world_size=len(counts), store=FakeStore())
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    try:
+        group = processes.node_group(dist.group.WORLD, counts[rank])
+        assert dist.get_process_group_ranks(group) == expected
+    finally:
+        dist.destroy_process_group()
