@@ -14,7 +14,7 @@ from lightning_optim import devices, eigenbasis
 @pytest.fixture
 def _asked_anew() -> Iterator[None]:
     yield
-    devices.forget()
+    devices.multiplies_float64_slowly.cache_clear()
 
 
 @pytest.mark.usefixtures("_asked_anew")
