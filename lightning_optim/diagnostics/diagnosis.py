@@ -286,8 +286,9 @@ def _outliers(e: Evidence, factor: float) -> NDArray[np.intp]:
 
 @rule
 def _exploding_gradients(e: Evidence) -> Finding | None:
-    """Norms of 20 times the usual at 2 % of the steps, at usual losses; or of 50 times before the first update, of 8
-    times where a classifier begins at three times the loss of one that knows nothing."""
+    """Norms of 20 times the usual at 2 % of the steps, at usual losses; or, before the first update, of 50 times if the
+    loss was not a tenth of that above the usual, of 8 times where a classifier begins at three times the loss of one
+    that knows nothing."""
     far = _far(e)
     if not np.isfinite(e.norms).sum() > 30 or (far and float(np.median([r for r, _ in far])) > TOO_FAR):
         return None
@@ -295,7 +296,10 @@ def _exploding_gradients(e: Evidence) -> Finding | None:
     places = _outliers(e, 20.0)
     calm = [e.loss[i] < 10 * np.median(e.loss[max(0, i - 8) : i]) for i in places]
     places = places[np.array(calm, bool)]
-    from_the_start = bool(e.norms[0] > (8 if e.begins_far_above_chance else 50) * usual)
+    from_the_start = bool(e.norms[0] > 8 * usual)
+    if not e.begins_far_above_chance:  # Gradients of a loss that falls to almost nothing do the same.
+        fell = float(e.loss[0] / np.nanmedian(e.loss)) if e.has_loss else 1.0
+        from_the_start = bool(e.norms[0] > max(50.0, 10 * fell) * usual)
     if from_the_start:
         places = np.flatnonzero(e.norms > min(20 * usual, e.norms[0] / 2))
     elif len(places) < max(3, 0.02 * len(e.norms)):

@@ -102,6 +102,15 @@ def test_steps_that_the_optimizer_takes_back_are_no_spikes():
         assert "gradient_spikes" not in {finding.cause for finding in found.findings}
 
 
+@pytest.mark.parametrize("optimizer", ["AdamW", "LaProp"])
+def test_gradients_that_vanish_with_the_loss_did_not_explode_before(optimizer):
+    made = recipe(optimizer, 4, tuning=False)
+    easy = replace(made, steps=150, batch_size=8, labels=lambda y: y * 0, args=made.args | {"lr": 1e-2})
+    run = train(easy, optimizer)
+    assert Evidence(run).norms[0] > 50 * sorted(Evidence(run).norms)[75]
+    assert "exploding_gradients" not in {finding.cause for finding in diagnose(run).findings}
+
+
 @pytest.mark.slow
 def test_the_whole_table():
     """The promise: 90 % of the ill are named right in first place, and 2 % of the healthy get anything else."""
