@@ -192,6 +192,21 @@ def _state_dtypes() -> str:
     return "\n".join(lines)
 
 
+#: Rows of the table of LoRA.
+_FACTORS = {"neither": "neither: AdamW trains both", "B": "B", "A": "A", "both": "both, the default"}
+
+
+def _lora() -> str:
+    content = figures("lora")["lora"]
+    rates = sorted({row["lr"] for row in content["rows"]})
+    lines = [_line(["factors with Muon", *(f"lr {x:g}" for x in rates)]), _line(["---"] * (len(rates) + 1))]
+    for way, label in _FACTORS.items():
+        losses = [[row["loss"] for row in content["rows"] if (row["way"], row["lr"]) == (way, x)] for x in rates]
+        cells = [f"{statistics.mean(x):.3f} ({min(x):.3f}-{max(x):.3f})" if x else "" for x in losses]
+        lines.append(_line([label, *cells]))
+    return "\n".join(lines)
+
+
 def _growths() -> str:
     return "\n\n".join(_growth(name, content) for name, content in figures("growth").items())
 
@@ -350,6 +365,7 @@ def _qualities(rows: Sequence[Row]) -> str:
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "performance.md": {"step-time": _step_times, "growth": _growths},
     "optimizers.md": {"polar-quality": _polar_quality},
+    "routing.md": {"lora": _lora},
     "precision.md": {"rounding": _roundings, "rounding-time": _rounding_times, "state-dtype": _state_dtypes},
     "processes.md": {"scaling": _scaling},
     "devices.md": {"gpu": _gpu},

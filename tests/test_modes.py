@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_optim import OptimizerMixin, build_optimizer
 from lightning_optim.callbacks import OptimizerModes, OptimizerSwap
+from lightning_optim.cli import OptimCLI
 from lightning_optim.modes import has_modes
 
 
@@ -224,3 +225,46 @@ def test_schedule_free_optimizers_of_other_libraries(tmp_path: Path, path: str) 
     run = trainer(tmp_path, 3, callbacks=[again])
     run.fit(resumed, data(), data(), ckpt_path=tmp_path / "step=8.ckpt", weights_only=False)
     assert torch.equal(whole.net.weight, resumed.net.weight)
+
+
+class ByCommand(Model):
+    """Has no optimizer of its own, but its data."""
+
+    configure_optimizers = None  # type: ignore[assignment]
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def train_dataloader(self) -> DataLoader:
+        return data()
+
+    def val_dataloader(self) -> DataLoader:
+        return data()
+
+
+def test_optim_cli_validates_and_saves_the_weights_of_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By dotted path on the command line: the weights of evaluation are validated and saved, and a run goes on."""
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    monkeypatch.chdir(tmp_path)
+    settings = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "accelerator": "cpu"}
+
+    def fit(epochs: int, *args: str) -> tuple[Model, Any]:
+        cli = OptimCLI(
+            ByCommand,
+            args=["fit", f"--optimizer={__name__}.Averaging", "--optimizer.lr=0.1", *args],
+            trainer_defaults=settings | {"max_epochs": epochs, "num_sanity_val_steps": 0},
+            save_config_callback=None,
+        )
+        return cli.model, cli.trainer
+
+    model, run = fit(2)
+    assert torch.equal(model.validated[-1], by_hand(2)[0].weight)
+    path = run.checkpoint_callback.best_model_path
+    saved = torch.load(path, weights_only=True)
+    assert torch.equal(saved["state_dict"]["net.weight"], model.validated[-1])
+    whole, _ = fit(3)
+    resumed, _ = fit(3, f"--ckpt_path={path}")
+    assert torch.equal(resumed.validated[-1], whole.validated[-1])
+    assert not torch.equal(resumed.validated[-1], model.validated[-1])
