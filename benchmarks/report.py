@@ -177,18 +177,19 @@ def _state_dtypes() -> str:
     if content is None:
         return "That table is not made yet."
     kinds = list(dict.fromkeys(row["state_dtype"] for row in content["rows"]))
-    head = ["optimizer", "`state_dtype`", "state B/parameter", "loss", "difference", "between seeds"]
+    head = ["optimizer", "`state_dtype`", "state B/parameter", "seeds", "loss", "difference"]
     lines = [_line(head), _line(["---"] * len(head))]
     for name, rows in _by(sorted(content["rows"], key=lambda row: row["optimizer"]), "optimizer"):
         losses = {kind: {row["seed"]: row["loss"] for row in rows if row["state_dtype"] == kind} for kind in kinds}
         exact = losses["float32"]
         for kind in kinds:
             found = losses[kind]
-            gaps = [found[seed] - exact[seed] for seed in exact]
+            gaps = [found[seed] - exact[seed] for seed in found if seed in exact]
             gap = f"{statistics.mean(gaps):+.4f} ({min(gaps):+.4f} to {max(gaps):+.4f})"
             size = statistics.mean(row["bytes_per_parameter"] for row in rows if row["state_dtype"] == kind)
-            cells = [f"{size:.2f}", f"{statistics.mean(found.values()):.4f}", "" if kind == "float32" else gap]
-            lines.append(_line([name, f"`{kind}`", *cells, f"{statistics.stdev(found.values()):.4f}"]))
+            loss = f"{statistics.mean(found.values()):.4f} ({min(found.values()):.4f}-{max(found.values()):.4f})"
+            cells = [f"{size:.2f}", str(len(found)), loss, "" if kind == "float32" else gap]
+            lines.append(_line([name, f"`{kind}`", *cells]))
     return "\n".join(lines)
 
 
