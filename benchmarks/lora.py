@@ -119,7 +119,8 @@ def main() -> None:
         data = TextData("stdlib", folder, sequence_length=LENGTH)
         data.prepare_data()
         data.setup()
-        source = torch.tensor(data.train_set.tokens, dtype=torch.int64)
+        windows: Any = data.train_set
+        source = torch.tensor(windows.tokens, dtype=torch.int64)
     prose = torch.frombuffer(bytearray("\n".join(manual.topics.values()).encode()), dtype=torch.uint8).long()
     torch.manual_seed(0)
     model = new_model()
