@@ -235,7 +235,7 @@ def dead(model: nn.Sequential) -> nn.Sequential:
         ("nonfinite_loss", network, 1e-3, {"break_at": 80}),
         ("dead_units", lambda: dead(network()), 1e-3, {}),
     ],
-    ids=str,
+    ids=["healthy", "rate", "nan", "dead"],
 )
 def test_the_verdict_on_the_folder_names_the_cause(cause, make, lr, settings, tmp_path):
     model = make()
