@@ -156,6 +156,7 @@ def step_numbers(t: int, phase: int, h: Any, keep: float) -> dict[str, Any]:
     return {
         "step": keep * h.lr * correction if n else 0.0,
         "keep": keep if n else 1.0,
+        **({} if n else {"aligned": None}),
         "shampoo_beta": h.beta2 if h.shampoo_beta is None else h.shampoo_beta,
         "start": n == 0,
         "refresh": refreshes(n, phase, h),

@@ -52,7 +52,6 @@ class Wobble(
     momentum: float = 0.9
     pull: Annotated[float, number(0, 5)] = 0.5
     weight_decay: float = 0.0
-    decoupled: bool = True
 
     buffers = ("m",)
 
@@ -149,7 +148,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..references import Array, Reference, State, decay
+from ..references import Array, Reference, State
 from ..row import Row
 
 
@@ -159,15 +158,14 @@ class WobbleReference(Reference):
     momentum: float = 0.9
     pull: float = 0.5
     weight_decay: float = 0.0
-    decoupled: bool = True
 
     def update(self, p: Array, g: Array, s: State, lr: float) -> Array:
-        p, g = decay(p, g, lr, self.weight_decay, self.decoupled)
+        p = (1 - lr * self.weight_decay) * p
         s["m"] = self.momentum * s["m"] + (1 - self.momentum) * g
         return p - lr * (s["m"] + self.pull * g)
 
 
-ROWS = [Row("Wobble", WobbleReference, [{}, {"weight_decay": 0.1, "decoupled": False}], golden="a throw-away", lr=0.1)]
+ROWS = [Row("Wobble", WobbleReference, [{}, {"weight_decay": 0.1, "decay": "coupled"}], golden="a throw-away", lr=0.1)]
 ''',
     "choir": '''
 """Choir."""
@@ -334,7 +332,7 @@ def test_the_library_knows_them(copy: Path) -> None:
     assert {"Wobble", "Choir"} <= set(found["fallbacks"])
     assert "Turn" not in found["fallbacks"]
     assert found["table"] == list(KINDS)
-    assert found["signature"]["Wobble"][:6] == ["params", "lr", "momentum", "pull", "weight_decay", "decoupled"]
+    assert found["signature"]["Wobble"][:6] == ["params", "lr", "momentum", "pull", "weight_decay", "*"]
     assert {"maximize", "backend", "rounding"} <= set(found["signature"]["Wobble"])
     assert {"fallback", "fallback_lr"} <= set(found["signature"]["Turn"])
     assert "Weight decay coefficient" in found["documentation"]  # written once, for all

@@ -15,6 +15,7 @@ import torch
 import yaml
 from torch.optim import Optimizer
 
+from ..engine.decay import renamed
 from ..engine.optimizer import RuleOptimizer
 from ..engine.two_rules import MatrixOptimizer, fallback_hyperparameters
 from ..registry import get
@@ -28,8 +29,8 @@ BASELINE = "AdamW"
 #: Learning rates to start from, for optimizers whose declaration holds none that is used in practice.
 _STARTS: dict[type[Optimizer], float] = {torch.optim.SGD: 0.1}
 
-#: Arguments of torch's optimizers, and of ours, that make weight decay decoupled.
-_DECOUPLED = ("decoupled", "decoupled_weight_decay")
+#: Arguments of our optimizers, and of torch's, that say the form of weight decay, and the value for decoupled decay.
+_FORMS: dict[str, Any] = {"decay": "decoupled", "decoupled_weight_decay": True}
 
 Decay = Literal["decoupled", "own"]
 
@@ -131,9 +132,9 @@ class Contender:
         if "weight_decay" in known:
             if weight_decay is not None:
                 args.setdefault("weight_decay", weight_decay)
-            flag = next((flag for flag in _DECOUPLED if flag in known), None)
-            if flag and decay == "decoupled":
-                args.setdefault(flag, True)
+            flag = next((flag for flag in _FORMS if flag in known), None)
+            if flag and decay == "decoupled" and "decoupled" not in args:  # The older name says it, too.
+                args.setdefault(flag, _FORMS[flag])
             form = _form(optimizer, flag, args, known)
         start = args.pop("lr", None) or _STARTS.get(optimizer) or known.get("lr") or 1e-3
         ratio = None
@@ -184,9 +185,12 @@ def _form(cls: type[Optimizer], flag: str | None, args: Mapping[str, Any], known
     amount = args.get("weight_decay", known["weight_decay"])
     if not amount:
         return "none"
-    if flag:
+    if flag == "decay":
+        how = renamed(dict(args), known[flag], cls.__name__).get(flag, known[flag])
+        how = "coupled (L2)" if how == "coupled" else how
+    elif flag:
         how = "decoupled" if args.get(flag, known[flag]) else "coupled (L2)"
-    elif issubclass(cls, RuleOptimizer) or cls is torch.optim.AdamW:
+    elif cls is torch.optim.AdamW:
         how = "decoupled"
     elif cls.__module__.startswith("torch.optim"):
         how = "coupled (L2)"

@@ -26,7 +26,7 @@ def traits(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str, Any]:
         - ``scale_invariant``: whether gradients a thousand times as large lead to the same updates, to 1 %; ``None``
           where it could not be tried;
         - ``orthogonalizer``: how it orthogonalises, if it does;
-        - ``decay``: ``"decoupled"``, ``"coupled"`` or ``"none"``;
+        - ``decay``: the form of its weight decay, ``"decoupled"``, ``"coupled"`` and so on, or ``"none"``;
         - ``steps_back``: whether it goes too far on purpose and takes such steps back, as ELRA does;
         - the group's plain hyperparameters under their own names.
 
@@ -56,9 +56,9 @@ def traits(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str, Any]:
 def _decay(optimizer: Optimizer, group: Mapping[str, Any]) -> str:
     if not group.get("weight_decay"):
         return "none"
-    decoupled = group.get("decoupled", group.get("decoupled_weight_decay"))
-    if decoupled is None:
-        decoupled = isinstance(optimizer, (RuleOptimizer, torch.optim.AdamW))
+    if isinstance(optimizer, RuleOptimizer):
+        return group["decay"]
+    decoupled = group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW))
     return "decoupled" if decoupled else "coupled"
 
 

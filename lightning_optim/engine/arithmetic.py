@@ -24,6 +24,16 @@ def shrink_(p: Tensor, keep: Any) -> Tensor:
     return p if is_exactly(keep, 1.0) else p.mul_(keep)
 
 
+def shrink_aligned_(p: Tensor, direction: Tensor, step: Any, rate: Any) -> Tensor:
+    """``p *= 1 - rate``, where a step along ``-step * direction`` does not move an element away from zero."""
+    agreement = direction.sign().mul_(p.sign())  # Products of the values themselves could underflow.
+    if isinstance(step, Tensor):
+        agreement = agreement * step.sign()
+    elif step < 0:
+        agreement = -agreement
+    return p.mul_(1 - rate * (agreement >= 0).to(p.dtype))
+
+
 def regularize(g: Tensor, p: Tensor, l2: Any) -> Tensor:
     """``g + l2 * p``, clamped to the bound of gradients; ``g`` where ``l2`` is ``None``."""
     if l2 is None:

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from .. import private, processes
 from . import storage
+from .arithmetic import regularize
 from .layout import Part, is_split, parts_of, without_split
-from .rounding import RESIDUAL, is_narrow, prepare_residual, random_bits, stream_positions, stream_start
+from .rounding import RESIDUAL, is_narrow, load, prepare_residual, random_bits, stream_positions, stream_start
 from .rule import MatrixRule, Rule, Shape, hyperparameters_of, lasting_numbers
 from .state import (
     State,
@@ -322,6 +323,22 @@ class Batch:
             tasks[i].noise = stream_start(tasks[i].t, position) + offset
         for i, position, offset in self.noisy_state:
             tasks[i].low_noise = stream_start(tasks[i].t, position) + offset
+
+
+def regularized(batch: Batch) -> Batch:
+    """The same with coupled weight decay, if there is any, in the gradients; for matrix rules.
+
+    Other rules need no such copy of all gradients: :func:`.call.call` does it for each chunk.
+    """
+    if batch.tasks[0].scalars["l2"] is None:
+        return batch
+    tasks = []
+    for task in batch.tasks:
+        dtype = compute_dtype(task.p.dtype)
+        value = load(task.p, task.state.get(RESIDUAL), dtype)
+        g = regularize(task.g.to(dtype) * task.grad_scale, value, task.scalars["l2"])
+        tasks.append(replace(task, g=g, grad_scale=1.0))
+    return replace(batch, tasks=tasks, cache={})
 
 
 def in_parts(batch: Batch) -> Batch:

@@ -23,8 +23,13 @@ SHARED_ARGUMENTS = {
     "lr": r"Learning rate :math:`\eta`.",
     "betas": r":math:`(\beta_1, \beta_2)`.",
     "weight_decay": "Weight decay coefficient.",
-    "decoupled": "``True`` shrinks the parameters by ``1 - lr * weight_decay`` before the step; ``False`` adds "
-    "``weight_decay * p`` to the gradient, and so to every statistic.",
+    "decay": 'The form of weight decay, here as in every optimizer: ``"decoupled"`` shrinks parameters by '
+    '``1 - lr * weight_decay``; ``"coupled"`` adds ``weight_decay * p`` to the gradient, and so to every statistic; '
+    '``"independent"`` shrinks by ``1 - weight_decay`` at any learning rate but 0; ``"cautious"`` (arXiv 2510.12402) '
+    'is decoupled, only where the step does not move an element away from zero; ``"corrected"`` (AdamC, arXiv '
+    "2506.02285) shrinks by ``1 - lr * weight_decay * lr / lr_max``, with the schedule's highest rate. The default is "
+    "the paper's.",
+    "decoupled": 'Older name: ``True`` for ``decay="decoupled"``, ``False`` for ``decay="coupled"``.',
     "orthogonalizer": 'A name in :data:`lightning_optim.polar.METHODS`, or ``"exact"``.',
     "fallback": "Rule for everything that is not a hidden matrix: any element-wise or group optimizer by name, or "
     '``"AdamW"``.',
@@ -33,7 +38,9 @@ SHARED_ARGUMENTS = {
     "fallback_betas": "Its betas.",
     "fallback_eps": "Its eps.",
     "fallback_weight_decay": "Its weight decay. If ``None``, that of matrices, or the fallback's own default where its "
-    "weight decay is another thing, a part of the gradient (``decoupled=False``).",
+    "weight decay is another thing, a part of the gradient or independent of the learning rate.",
+    "fallback_decay": "The form of its weight decay. If ``None``, that of matrices where it is not their default, else "
+    "the fallback's own.",
     "maximize": "Ascend instead of descend.",
     "skip_nonfinite": "Skip and count steps whose gradients hold NaN or infinity.",
     "max_consecutive_skips": "Steps skipped in a row after which ``step`` raises an error, or ``None``.",

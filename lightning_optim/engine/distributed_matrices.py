@@ -30,12 +30,12 @@ from torch import Tensor
 from .. import processes
 from ..processes import ProcessGroup, Sharding, TensorSpec
 from . import matrices
-from .batch import Batch, Task
+from .batch import Batch, Task, regularized
 from .elementwise import split_by_size
 from .layout import from_blocks, is_split, parts_of, without_split
 from .matrices import Report, Requests, Stack, StackStep
 from .rounding import RESIDUAL
-from .rule import MatrixRule, Move, Polar
+from .rule import MatrixRule, Move, Polar, gives_keep
 from .state import compute_dtype, states_of_parts
 
 
@@ -58,7 +58,7 @@ def run_matrices(
     unsharded: list[Batch] = []
     on_rows: dict[ProcessGroup, list[_ShardedTask]] = defaultdict(list)
     on_owners: dict[ProcessGroup, list[_ShardedTask]] = defaultdict(list)
-    for batch in batches:
+    for batch in map(regularized, batches):
         if "sharded" not in batch.cache:
             batch.cache["sharded"] = any(processes.sharding_of(task.parameter) for task in batch.tasks)
         if not batch.cache["sharded"]:
@@ -515,12 +515,13 @@ def _pack_move(packed: dict[Tensor, list[Tensor]], stack: Stack, move: Move, fin
         raise RuntimeError(
             f"{rule.name}: other ranks take k.step for the step of a move, and this move has another; rename one."
         )
-    if (move.keep is not None) is not rule.own_decay:
-        raise RuntimeError(f"{rule.name}: a rule returns Move(keep=...) if, and only if, it says own_decay = True.")
+    own_decay = gives_keep(rule, stack.group.get("decay"))
+    if (move.keep is not None) is not own_decay:
+        raise RuntimeError(f"{rule.name}: a rule returns Move(keep=...) if, and only if, its own_decay says so.")
     direction = move.direction if move.over is None else move.direction / move.over
     split = stack.tasks[0].part is not None  # Other matrices of the parameter may have another step.
     parts = [direction if "step" in k and not split else move.step * direction]
-    if rule.own_decay:
+    if own_decay:
         parts.append(torch.as_tensor(move.keep).expand_as(direction))
     for i, task in enumerate(stack.tasks):
         blocks = slice(i * stack.group["blocks"], (i + 1) * stack.group["blocks"])
@@ -535,8 +536,8 @@ def _pack_move(packed: dict[Tensor, list[Tensor]], stack: Stack, move: Move, fin
 
 def _packed_specs(x: _ShardedTask) -> list[TensorSpec]:
     """Shapes and dtypes of this rank's shards of a packed move."""
-    p = x.task.p
-    return [(p.shape, compute_dtype(p.dtype))] * (2 if x.batch.rule.own_decay else 1)
+    p, batch = x.task.p, x.batch
+    return [(p.shape, compute_dtype(p.dtype))] * (2 if gives_keep(batch.rule, batch.group.get("decay")) else 1)
 
 
 def _move_shard(x: _ShardedTask, packed: Sequence[Tensor], finite: Tensor | None) -> None:
@@ -549,4 +550,4 @@ def _move_shard(x: _ShardedTask, packed: Sequence[Tensor], finite: Tensor | None
     if task.noise is not None:
         noise = x.sharding.flat_indices(x.sharding.rank, p.device).add_(task.noise - processes.flat_offset(x.parameter))
     finite = None if finite is None else finite.to(p.device)
-    matrices.move_tensor_(p, move, k["keep"], task.state.get(RESIDUAL), noise, finite)
+    matrices.move_tensor_(p, move, k, task.state.get(RESIDUAL), noise, finite)

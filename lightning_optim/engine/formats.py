@@ -1,6 +1,6 @@
 """The format of an optimizer's state dict: its number, and how older ones are brought up to date.
 
-The number stands behind the name of the rule in each parameter group, ``"rule": "NAMO (format 2)"``. A key of its own
+The number stands behind the name of the rule in each parameter group, ``"rule": "NAMO (format 3)"``. A key of its own
 would be easier to find, but there is no place where one survives:
 
 - at the top of the state dict, ``get_optimizer_state_dict``, FSDP and DeepSpeed drop it: they keep ``"state"`` and
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 #: The format that is written.
-FORMAT = 2
+FORMAT = 3
 
 _NAME = re.compile(r"(?P<rule>.*) \(format (?P<number>\d+)\)", re.DOTALL)
 
@@ -38,7 +38,7 @@ def stamped(state_dict: dict[str, Any]) -> dict[str, Any]:
     """A state dict with its format number.
 
     >>> stamped({"state": {}, "param_groups": [{"rule": "NAMO", "params": [0]}]})["param_groups"]
-    [{'rule': 'NAMO (format 2)', 'params': [0]}]
+    [{'rule': 'NAMO (format 3)', 'params': [0]}]
     """
     return _with_rules(state_dict, lambda rule: f"{_rule_and_format(rule)[0]} (format {FORMAT})")
 
@@ -105,5 +105,18 @@ def whole(count: Any) -> Any:
     return count.to(torch.int64) if fits else count
 
 
+def _decay_by_name(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The form of weight decay was a switch ``decoupled``, of some optimizers."""
+    groups = [
+        {**{key: x for key, x in group.items() if key != "decoupled"}, "decay": form}
+        if isinstance(group, Mapping) and (form := _FORMS.get(group.get("decoupled"))) and "decay" not in group
+        else group
+        for group in state_dict["param_groups"]
+    ]
+    return {**state_dict, "param_groups": groups}
+
+
+_FORMS = {True: "decoupled", False: "coupled"}
+
 #: From each format to the next one.
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _counts_to_integers}
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _counts_to_integers, 2: _decay_by_name}

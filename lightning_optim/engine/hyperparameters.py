@@ -107,6 +107,7 @@ GROUP_ENTRIES: dict[str, Constraint] = NUMBERS | {
 
 #: Constraints on fields by name, unless their annotation has another.
 _BY_NAME: dict[str, Constraint] = NUMBERS | {
+    "decoupled": switch(),
     "orthogonalizer": (lambda x: x == "exact" or bool(find(x)), f"one of {('exact', *METHODS)} or 'kjN' for N steps"),
 }
 

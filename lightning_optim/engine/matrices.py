@@ -96,7 +96,7 @@ def move_parameters_(stack: Stack, move: Move, finite: Tensor | None) -> None:
     residuals = [task.state[RESIDUAL] for task in tasks if RESIDUAL in task.state]
     p = stack.joined("parameter", params)
     residual = stack.joined(RESIDUAL, residuals) if residuals else None
-    move_tensor_(p, move, tasks[0].scalars["keep"], residual, _stack_noise(stack), finite)
+    move_tensor_(p, move, tasks[0].scalars, residual, _stack_noise(stack), finite)
     _unstack(p, params, stack.group)
     if residual is not None:
         _unstack(residual, residuals, stack.group)
@@ -110,7 +110,7 @@ def parameter_of(task: Task) -> Tensor:
 def move_tensor_(
     p: Tensor,
     move: Move,
-    keep: float | Tensor,
+    scalars: Mapping[str, Any],
     residual: Tensor | None,
     noise: Tensor | None,
     finite: Tensor | None,
@@ -119,7 +119,7 @@ def move_tensor_(
     value = load(p, residual, compute_dtype(p.dtype))
     if value is p and finite is not None:
         value = p.clone()
-    move.apply_(value, keep)
+    move.apply_(value, scalars["keep"], scalars["aligned"])
     if value is not p:
         store_(p, value, residual, noise, finite)
 

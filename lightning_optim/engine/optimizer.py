@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import processes
 from ..devices import read_later
 from ..processes import ProcessGroup
-from . import checkpoint, declare, formats, owned_state, storage
+from . import checkpoint, decay, declare, formats, owned_state, storage
 from .batch import Batch, SharedStep, prepare, usable_gradient, write_step_counts
 from .checkpoint import CheckpointError
 from .gradients import inspect_gradients
@@ -146,6 +146,8 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
             params: Its first argument.
             arguments: All others by name.
         """
+        if "decay" in self.fields:
+            arguments = decay.renamed(arguments, self.fields["decay"].default, type(self).__name__)
         for name in _OPTIONS:
             constraint = self.arguments[name].constraint
             if not satisfies(constraint, value := arguments[name]):
@@ -248,6 +250,9 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
                 return
             params = [(f"added.{len(self.param_groups)}.{i}", p) for i, p in enumerate(params)]
         param_group = param_group | {"params": params}
+        if "decoupled" in param_group:
+            form = self.group_defaults(param_group).get("decay", "decoupled")
+            param_group = decay.renamed(param_group, form, type(self).__name__)
         # The defaults of a group depend on its rule, and torch fills in `self.defaults`.
         defaults = self.defaults
         self.defaults = self.group_defaults(param_group)

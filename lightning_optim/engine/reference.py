@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..polar import orthogonalize
 from .arithmetic import regularize
-from .batch import Batch, Task, in_parts
+from .batch import Batch, Task, in_parts, regularized
 from .elementwise import combine, over_one_model
 from .layout import from_blocks, to_blocks
 from .rounding import RESIDUAL, load, store_
@@ -41,7 +41,7 @@ def run_reference(
         if issubclass(batch.rule, GroupRule):
             continue
         if issubclass(batch.rule, MatrixRule):
-            batch = in_parts(batch)
+            batch = in_parts(regularized(batch))
         for task in batch.tasks:
             if issubclass(batch.rule, MatrixRule):
                 _update_matrices(batch.rule, batch, task, observer)
@@ -56,7 +56,7 @@ def _update(batch: Batch, task: Task, scalars: dict[str, Any]) -> None:
     g = regularize(_gradient(task), value, scalars["l2"])
     state = task.read(state_shapes(rule, task.parameter, batch.group))
     move = rule.update(g, SimpleNamespace(**state, parameter=value), SimpleNamespace(**scalars))
-    _store(task, move.apply_(value, scalars["keep"]))
+    _store(task, move.apply_(value, scalars["keep"], scalars["aligned"]))
     if task.low:
         task.write(state, None)
 
@@ -113,7 +113,7 @@ def _update_matrices(
         _copy(stored[name], from_blocks(state[name], task.p.shape, batch.group))
     if task.low:
         task.write(stored, None)
-    stacked = move.apply_(stack(value), task.scalars["keep"])
+    stacked = move.apply_(stack(value), task.scalars["keep"], task.scalars["aligned"])
     _store(task, from_blocks(stacked, task.p.shape, batch.group))
 
 

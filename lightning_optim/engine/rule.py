@@ -38,7 +38,8 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias
 from torch import Tensor
 from typing_extensions import dataclass_transform
 
-from .arithmetic import add_, add_quotient_, shrink_
+from . import decay
+from .arithmetic import add_, add_quotient_, shrink_, shrink_aligned_
 from .hyperparameters import GROUP_ENTRIES, Constraint, Field
 
 Shape: TypeAlias = tuple[int, ...]
@@ -58,7 +59,7 @@ class Move(NamedTuple):
         step: A number, or a tensor that broadcasts to the parameters' shape.
         over: A positive tensor that divides the direction, in one operation with the step; ``None`` for 1.
         keep: The factor of weight decay, from a rule with a decay of its own (:attr:`Rule.own_decay`); ``None`` from
-            all others, whose decay is the engine's.
+            all others, whose decay is the engine's (see :mod:`.decay`).
 
     Example:
         >>> import torch
@@ -73,8 +74,10 @@ class Move(NamedTuple):
     over: Tensor | None = None
     keep: float | Tensor | None = None
 
-    def apply_(self, p: Tensor, keep: float | Tensor) -> Tensor:
-        """Move parameters in place."""
+    def apply_(self, p: Tensor, keep: float | Tensor, aligned: float | Tensor | None = None) -> Tensor:
+        """Move parameters in place; ``keep`` and ``aligned`` are numbers of the step (see :func:`.decay.numbers`)."""
+        if aligned is not None:
+            shrink_aligned_(p, self.direction, self.step, aligned)
         p = shrink_(p, keep if self.keep is None else self.keep)
         if self.over is not None:
             return add_quotient_(p, self.direction, self.over, -self.step)
@@ -179,6 +182,8 @@ def _own_fields(cls: type[Rule]) -> dict[str, Field]:
     return found
 
 
+#: Older names of arguments, which are no hyperparameters of their own.
+_OLDER_NAMES = ("decoupled",)
 #: Every rule that is offered by name, in the order of declaration.
 RULES: dict[str, type[Rule]] = {}
 
@@ -204,7 +209,8 @@ class Rule:
         host_state: Names of numbers that ``scalars`` keeps from step to step in its third argument, a dictionary.
         as_fallback: Defaults that differ where it is the fallback rule of an optimizer for matrices.
         fixed: Hyperparameters that cannot change after the first step, besides those that determine the state's shapes.
-        own_decay: Whether ``update`` returns ``keep`` itself. Otherwise weight decay is the engine's; see :meth:`keep`.
+        own_decay: Whether ``update`` returns ``keep`` itself: always (``True``), or where the argument ``decay`` has
+            this value. Otherwise weight decay is the engine's; see :mod:`.decay`.
         capturable: Whether a CUDA graph can record the update: it accepts its numbers as tensors, and decomposes no
             matrices.
         internals: dict[str, Any] that it offers to diagnostics, by name.
@@ -224,7 +230,7 @@ class Rule:
     host_state: ClassVar[tuple[str, ...]] = ()
     as_fallback: ClassVar[Mapping[str, Any]] = {}
     fixed: ClassVar[tuple[str, ...]] = ()
-    own_decay: ClassVar[bool] = False
+    own_decay: ClassVar[bool | str] = False
     capturable: ClassVar[bool] = True
     internals: ClassVar[Mapping[str, Internal]] = {}
     #: Whether the fields in the body of a class, not in those of its subclasses, are the engine's arguments.
@@ -235,8 +241,11 @@ class Rule:
     ) -> None:
         super().__init_subclass__(**kwargs)
         own = _own_fields(cls)
-        engine = own.keys() if cls.__dict__.get("_of_the_engine") else own.keys() & cls.arguments.keys()
+        engine = own.keys() if cls.__dict__.get("_of_the_engine") else own.keys() & {*cls.arguments, *_OLDER_NAMES}
         cls.fields = cls.fields | {name: field for name, field in own.items() if name not in engine}
+        if "weight_decay" in cls.fields:
+            form = cls.fields.get("decay", decay.FIELD)
+            cls.fields = cls.fields | {"decay": dataclasses.replace(form, kw_only=True)}
         cls.constraints = GROUP_ENTRIES | {name: field.constraint for name, field in cls.fields.items()}
         arguments = {name: field for name, field in own.items() if name in engine}
         cls.arguments = arguments | {name: field for name, field in cls.arguments.items() if name not in arguments}
@@ -253,11 +262,6 @@ class Rule:
         Matrix rules get the shape of a tensor as a third argument, rules with ``host_state`` that dictionary.
         """
         return {}
-
-    @staticmethod
-    def keep(h: Any) -> float:
-        """The factor of decoupled weight decay: ``1 - lr * weight_decay``, unless a rule has another."""
-        return 1 - h.lr * h.weight_decay
 
     @classmethod
     def hyperparameters(cls) -> dict[str, Any]:
@@ -364,6 +368,8 @@ class ModelRule(GroupRule):
 def hyperparameters_of(rule: type[Rule], group: Mapping[str, Any]) -> SimpleNamespace:
     """The hyperparameters of a parameter group as attributes, all of them plain numbers."""
     values = {name: group[name] for name in rule.fields}
+    if values.get("decay") == "corrected":
+        values["lr_max"] = decay.highest_rate(group)
     if "betas" in values and "momentum" in group:
         # A schedule that cycles Muon's momentum also sets it in the groups of the fallback rule.
         values["betas"] = (group["momentum"], values["betas"][1])
@@ -381,31 +387,31 @@ def as_attributes(values: Mapping[str, Any]) -> SimpleNamespace:
 
 
 def numbers_of(rule: type[Rule], t: int, h: SimpleNamespace, *details: Any) -> dict[str, Any]:
-    """The numbers of a step: hyperparameters, the two forms of weight decay, and the rule's scalars."""
+    """The numbers of a step: hyperparameters, those of weight decay, and the rule's scalars."""
     return lasting_numbers(rule, h) | rule.scalars(t, h, *details)
 
 
 def lasting_numbers(rule: type[Rule], h: SimpleNamespace) -> dict[str, Any]:
-    """The numbers that change with the hyperparameters only.
+    """The numbers that change with the hyperparameters only: those of :func:`.decay.numbers` among them.
 
-    ``keep`` is the factor of decoupled decay, ``1 - lr * weight_decay`` for most rules; ``l2`` the coefficient of
-    coupled decay, or ``None``: ``l2 * p`` is added to the gradient, and so enters every statistic of the rule.
+    ``weight_decay`` itself is one for rules with a decay of their own, and ``None`` where that is not in use.
     """
     numbers = {name: x for name, x in vars(h).items() if name not in _NOT_NUMBERS}
-    weight_decay = getattr(h, "weight_decay", 0.0)
+    numbers |= decay.numbers(h) if "weight_decay" in rule.fields else decay.NONE
     if rule.own_decay:
-        numbers |= {"weight_decay": weight_decay, "keep": 1.0, "l2": None}
-    elif "weight_decay" not in rule.fields:
-        numbers |= {"keep": 1.0, "l2": None}
-    elif getattr(h, "decoupled", True):
-        numbers |= {"keep": rule.keep(h), "l2": None}
-    else:
-        numbers |= {"keep": 1.0, "l2": float(weight_decay) or None}
+        own = gives_keep(rule, getattr(h, "decay", None))
+        numbers["weight_decay"] = getattr(h, "weight_decay", 0.0) if own else None
+        numbers["keep"] = 1.0 if own else numbers["keep"]
     return numbers
 
 
+def gives_keep(rule: type[Rule], form: str | None) -> bool:
+    """Whether the moves of a rule say ``keep`` with that form of weight decay."""
+    return rule.own_decay is True or (rule.own_decay is not False and rule.own_decay == form)
+
+
 #: Hyperparameters that the numbers of a step hold in another form.
-_NOT_NUMBERS = ("betas", "weight_decay", "decoupled")
+_NOT_NUMBERS = ("betas", "weight_decay", "decay", "lr_max")
 
 
 def buffers_of(rule: type[Rule], shape: Shape, h: Any) -> dict[str, Shape | None]:

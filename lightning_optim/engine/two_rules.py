@@ -8,13 +8,14 @@ from dataclasses import field
 from typing import Annotated, Any
 
 from .. import processes
-from .hyperparameters import anything
+from .decay import BY_LR, Decay
+from .hyperparameters import anything, satisfies
 from .layout import misfit
 from .optimizer import RuleOptimizer, listed
 from .rule import RULES, MatrixRule, ModelRule, Rule
 
 #: Arguments that set hyperparameters of the fallback rule; ``None`` stands for the rule's own default.
-_FALLBACK_ARGUMENTS = ("lr", "betas", "eps", "weight_decay")
+_FALLBACK_ARGUMENTS = ("lr", "betas", "eps", "weight_decay", "decay")
 
 
 def fallbacks() -> dict[str, type[Rule]]:
@@ -25,26 +26,32 @@ def fallbacks() -> dict[str, type[Rule]]:
 def fallback_hyperparameters(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """All hyperparameters of a fallback rule.
 
-    Decoupled weight decay means the same in both rules, so a value that is given for matrices also holds for the
-    fallback. Learning rates are not shared.
+    Weight decay that is multiplied by the learning rate means the same in both rules, so a value that is given for
+    matrices also holds for the fallback, and so does another form than the default. Learning rates are not shared.
 
     Args:
         name: The rule.
-        arguments: Those of the optimizer: ``weight_decay``, ``fallback_lr`` and so on.
+        arguments: Those of the optimizer: ``weight_decay``, ``fallback_lr`` and so on; ``decay`` if it is not the
+            default.
 
     Raises:
         ValueError: There is no such fallback rule, or it has no such hyperparameter.
 
     >>> import lightning_optim
     >>> fallback_hyperparameters("AdamW", {"lr": 0.02, "weight_decay": 0.1, "fallback_lr": 3e-4})
-    {'lr': 0.0003, 'betas': (0.9, 0.999), 'eps': 1e-08, 'weight_decay': 0.1}
+    {'lr': 0.0003, 'betas': (0.9, 0.999), 'eps': 1e-08, 'weight_decay': 0.1, 'decay': 'decoupled'}
     """
     if name not in fallbacks():
         raise ValueError(f"fallback={name!r} is not one of {', '.join(sorted(fallbacks()))}.")
     rule = fallbacks()[name]
     values = rule.hyperparameters() | dict(rule.as_fallback)
-    if "weight_decay" in values and values.get("decoupled", True):
-        values["weight_decay"] = arguments.get("weight_decay", values["weight_decay"])
+    if "decay" in values:
+        form = arguments.get("decay")
+        if form is not None and satisfies(rule.fields["decay"].constraint, form):
+            values["decay"] = form
+        own = arguments.get("fallback_decay") or values["decay"]
+        if own == form or {own, form or "decoupled"} <= BY_LR:
+            values["weight_decay"] = arguments.get("weight_decay", values["weight_decay"])
     for key in _FALLBACK_ARGUMENTS:
         value = arguments.get(f"fallback_{key}")
         if value is None:
@@ -74,10 +81,14 @@ class MatrixOptimizer(RuleOptimizer):
     fallback_betas: Annotated[tuple[float, float] | None, anything()] = field(default=None, kw_only=True)
     fallback_eps: Annotated[float | None, anything()] = field(default=None, kw_only=True)
     fallback_weight_decay: Annotated[float | None, anything()] = field(default=None, kw_only=True)
+    fallback_decay: Annotated[Decay | None, anything()] = field(default=None, kw_only=True)
 
     def _construct(self, params: Any, arguments: dict[str, Any]) -> None:
         name = arguments["fallback"]
-        self._fallback = {**fallback_hyperparameters(name, arguments), "rule": name}
+        given = dict(arguments)
+        if "decay" in self.fields and given["decay"] == self.fields["decay"].default:
+            del given["decay"]
+        self._fallback = {**fallback_hyperparameters(name, given), "rule": name}
         self._warned = False
         super()._construct(params, arguments)
 

@@ -5,6 +5,7 @@ from math import sqrt
 import torch
 
 from ..engine.arithmetic import ema_, ema_product_
+from ..engine.decay import Decay
 from ..engine.kinds import Elementwise, Move
 from ..engine.rule import gradient_to_variance
 
@@ -31,8 +32,6 @@ class AdaBelief(
     Args:
         eps: :math:`\epsilon`, in squared units of the gradient inside the recursion and in units of the gradient
             outside of it. 1e-16 as released; the paper's CIFAR and LSTM runs have 1e-8 and 1e-12.
-        decoupled: ``True`` shrinks the parameters by ``1 - lr * weight_decay`` before the step; ``False`` adds
-            ``weight_decay * p`` to the gradient.
         rectify: Use RAdam's rectification (default as released; the paper's results are without). Its first five steps
             or so are proportional to the gradients, so a fallback rule has none.
         amsgrad: Divide by the running maximum of ``s``.
@@ -51,7 +50,8 @@ class AdaBelief(
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-16
     weight_decay: float = 0.0
-    decoupled: bool = True
+    decay: Decay = "decoupled"
+    decoupled: bool | None = None
     rectify: bool = True
     amsgrad: bool = False
 

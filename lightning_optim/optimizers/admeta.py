@@ -4,6 +4,7 @@ from math import sqrt
 from typing import Annotated
 
 from ..engine.arithmetic import add_, ema_, ema_product_
+from ..engine.decay import UniformDecay
 from ..engine.hyperparameters import count, number
 from ..engine.kinds import Elementwise, Move
 
@@ -75,6 +76,8 @@ class AdmetaR(Elementwise, paper="arXiv 2307.00631", about="RAdam of double expo
         lam: :math:`\lambda`, the decay of the inner average, from 0.01 to 0.99. As released; 0.1 for CIFAR-10.
         lookahead_steps: Steps k between lookaheads. As released.
         weight_decay: Weight decay coefficient. As released.
+        decay: The form of weight decay, as in every optimizer but for ``"cautious"``, which the lookahead would undo:
+            ``"decoupled"``, ``"coupled"``, ``"independent"`` or ``"corrected"``.
 
     Example:
         >>> import torch, lightning_optim
@@ -92,7 +95,8 @@ class AdmetaR(Elementwise, paper="arXiv 2307.00631", about="RAdam of double expo
     lam: Annotated[float, number(0.01, 0.99)] = 0.2
     lookahead_steps: Annotated[int, count()] = 6
     weight_decay: float = 0.0
-    decoupled: bool = True
+    decay: UniformDecay = "decoupled"
+    decoupled: bool | None = None
 
     buffers = ("inner", "m", "v", "slow")
     averages = ("inner", "m")
@@ -137,8 +141,7 @@ class AdmetaS(Elementwise, paper="arXiv 2307.00631", about="SGD of double expone
         lam: :math:`\lambda`, the decay of the inner average, from 0.01 to 0.99. As released.
         lookahead_steps: Steps k between lookaheads. As released.
         weight_decay: Weight decay coefficient. As released; 1e-4 for CIFAR.
-        decoupled: ``True`` shrinks the parameters by ``1 - lr * weight_decay`` before the step; ``False`` (as
-            released) adds ``weight_decay * p`` to the gradient.
+        decay: The form of weight decay, ``"coupled"`` as released; see :class:`AdmetaR`.
 
     Example:
         >>> import torch, lightning_optim
@@ -155,7 +158,8 @@ class AdmetaS(Elementwise, paper="arXiv 2307.00631", about="SGD of double expone
     lam: Annotated[float, number(0.01, 0.99)] = 0.9
     lookahead_steps: Annotated[int, count()] = 6
     weight_decay: float = 0.0
-    decoupled: bool = False
+    decay: UniformDecay = "coupled"
+    decoupled: bool | None = None
 
     buffers = ("inner", "m", "slow")
     averages = ("inner", "m")

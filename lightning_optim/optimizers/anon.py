@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 import torch
 
 from ..engine.arithmetic import ema_, ema_product_
+from ..engine.decay import Decay
 from ..engine.hyperparameters import fraction, number
 from ..engine.kinds import Elementwise, Move
 from ..engine.rule import Internal
@@ -44,8 +45,6 @@ class Anon(Elementwise, paper="arXiv 2605.02317", about="tunable adaptivity with
         gamma: Adaptivity :math:`\gamma`. The released default is 0; its examples use 1.1, 1, 0 and -0.1.
         beta3: Weight :math:`\beta_3` of the old scale at a refresh.
         refresh: ``"powers_of_two"`` or ``"every_step"``.
-        decoupled: ``True`` shrinks the parameters by ``1 - lr * weight_decay`` before the step; ``False`` (as
-            released) adds ``weight_decay * p`` to the gradient.
 
     Example:
         >>> import torch, lightning_optim
@@ -64,7 +63,8 @@ class Anon(Elementwise, paper="arXiv 2605.02317", about="tunable adaptivity with
     beta3: Annotated[float, fraction()] = 0.5
     refresh: Literal["powers_of_two", "every_step"] = "powers_of_two"
     weight_decay: float = 0.0
-    decoupled: bool = False
+    decay: Decay = "coupled"
+    decoupled: bool | None = None
 
     buffers = ("m", "s", "w")
     averages = ("m",)

@@ -8,6 +8,7 @@ import torch
 
 from ..eigenbasis import BASIS_ERROR, Eigenbasis, axis_buffers, permute_, phases, step_numbers
 from ..engine.arithmetic import ema_, mix, squared_norm
+from ..engine.decay import keep
 from ..engine.hyperparameters import count, fraction
 from ..engine.kinds import Matrix, Move
 from ..engine.rule import LIKE_PARAMETER, Internal, Polar, mean_of
@@ -116,7 +117,7 @@ class DeVA(Matrix, paper="arXiv 2602.06880", about="decoupled variance adaptatio
 
     @staticmethod
     def scalars(t, h, shape, phase):
-        numbers = step_numbers(t, phase, h, DeVA.keep(h))
+        numbers = step_numbers(t, phase, h, keep(h))
         return {**numbers, "step": numbers["step"] * 0.2 * sqrt(max(_matrix(shape))), "axes": _axes(shape, h)}
 
     @staticmethod

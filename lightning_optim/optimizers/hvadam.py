@@ -7,6 +7,7 @@ import torch
 
 from ..devices import widest
 from ..engine.arithmetic import add_, add_quotient_, ema, ema_, squared_difference
+from ..engine.decay import Decay
 from ..engine.hyperparameters import number
 from ..engine.kinds import Group, Move
 from ..engine.rule import Internal
@@ -57,8 +58,6 @@ class HVAdam(Group, paper="arXiv 2511.20277", about="Adam with a hidden vector")
         betas: :math:`(\beta_1, \beta_2)`; the second also smooths the cosine.
         eps: :math:`\epsilon`.
         gamma: :math:`\gamma`, bounds the influence of the hidden vector on the variance.
-        decoupled: ``True`` shrinks the parameters by ``1 - lr * weight_decay`` before the step; ``False`` (as
-            released) adds ``weight_decay * p`` to the gradient.
 
     Example:
         >>> import torch, lightning_optim
@@ -75,7 +74,8 @@ class HVAdam(Group, paper="arXiv 2511.20277", about="Adam with a hidden vector")
     eps: float = 1e-16
     gamma: Annotated[float, number()] = 0.0
     weight_decay: float = 0.0
-    decoupled: bool = False
+    decay: Decay = "coupled"
+    decoupled: bool | None = None
 
     buffers = ("m", "s", "v")
     averages = ("m", "v")

@@ -3,6 +3,7 @@
 from math import sqrt
 
 from ..engine.arithmetic import add_quotient_, ema_, ema_product_
+from ..engine.decay import Decay, keep
 from ..engine.kinds import Elementwise, Move
 from ..engine.rule import gradient_to_variance
 
@@ -26,7 +27,8 @@ class LaProp(Elementwise, paper="arXiv 2002.04839", about="momentum of normalise
     Args:
         lr: Learning rate :math:`\eta` (default as released).
         eps: Added to the root of the second moment, in units of the gradient.
-        weight_decay: The fraction :math:`\lambda` of every parameter that is lost per step.
+        weight_decay: The fraction :math:`\lambda` of every parameter that is lost per step, where decay is
+            ``"independent"``, as released.
         centered: From step 11 on subtract the squared running mean of the gradient (decay :math:`\beta_2`) from
             its second moment, which leaves its variance.
 
@@ -44,6 +46,7 @@ class LaProp(Elementwise, paper="arXiv 2002.04839", about="momentum of normalise
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-15
     weight_decay: float = 0.0
+    decay: Decay = "independent"
     centered: bool = False
 
     host_state = ("lr_average", "weight_sum")
@@ -59,17 +62,13 @@ class LaProp(Elementwise, paper="arXiv 2002.04839", about="momentum of normalise
         return ("m", "v", "mean") if h.centered else ("m", "v")
 
     @staticmethod
-    def keep(h):
-        return 1 - h.weight_decay if h.lr else 1.0
-
-    @staticmethod
     def scalars(t, h, host):
         # Running averages of lr and of 1, so that the corrections stay right when lr or the betas change.
         host["lr_average"] = h.beta1 * host["lr_average"] + (1 - h.beta1) * h.lr
         host["weight_sum"] = h.beta2 * host["weight_sum"] + (1 - h.beta2)
         correction = h.lr / host["lr_average"] if host["lr_average"] else 0.0
         return {
-            "step": LaProp.keep(h) * correction,  # Decay comes after the step.
+            "step": keep(h) * correction,  # Decay comes after the step.
             "root_bc2": sqrt(host["weight_sum"]),
             "center": h.centered and t > _STEPS_BEFORE_CENTERING,
         }

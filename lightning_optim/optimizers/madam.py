@@ -5,6 +5,7 @@ from typing import Annotated
 import torch
 
 from ..engine.arithmetic import add_quotient_, ema_
+from ..engine.decay import Decay
 from ..engine.hyperparameters import fraction
 from ..engine.kinds import Elementwise, Move
 from ..engine.rule import Internal
@@ -66,8 +67,6 @@ class MAdam(Elementwise, paper="arXiv 2006.11918", about="Adam with a second mom
         betas: :math:`(\beta_1, \beta_2)`; the second is the upper end of the range of the decay.
         beta_min: Lower end of the range. Where it is above ``betas[1]``, the decay is ``betas[1]``.
         eps: Added to the root of the second moment, in units of the gradient.
-        decoupled: ``True`` (as released) shrinks the parameters by ``1 - lr * weight_decay`` before the step;
-            ``False`` adds ``weight_decay * p`` to the gradient.
         amsgrad: Divide by the running maximum of the denominator, ``eps`` included (as released).
 
     Example:
@@ -85,7 +84,8 @@ class MAdam(Elementwise, paper="arXiv 2006.11918", about="Adam with a second mom
     beta_min: Annotated[float, fraction()] = 0.5
     eps: float = 1e-8
     weight_decay: float = 0.0
-    decoupled: bool = True
+    decay: Decay = "decoupled"
+    decoupled: bool | None = None
     amsgrad: bool = False
 
     internals = _INTERNALS
@@ -131,8 +131,6 @@ class LaMAdam(Elementwise, paper="arXiv 2006.11918", about="LaProp with a second
             the range of the decay.
         beta_min: Lower end of the range. Where it is above ``betas[1]``, the decay is ``betas[1]``.
         eps: Added to the root of the second moment, in units of the gradient.
-        decoupled: ``True`` shrinks the parameters by ``1 - lr * weight_decay`` before the step; ``False`` (as
-            released) adds ``weight_decay * p`` to the gradient.
 
     Example:
         >>> import torch, lightning_optim
@@ -149,7 +147,8 @@ class LaMAdam(Elementwise, paper="arXiv 2006.11918", about="LaProp with a second
     beta_min: Annotated[float, fraction()] = 0.5
     eps: float = 1e-15
     weight_decay: float = 0.0
-    decoupled: bool = False
+    decay: Decay = "coupled"
+    decoupled: bool | None = None
 
     buffers = ("m", "mean", "variance", "total")
     averages = ("m", "mean")

@@ -6,6 +6,7 @@ from typing import Annotated
 import torch
 
 from ..engine.arithmetic import ema_, ema_product_, mix
+from ..engine.decay import UniformDecay, rate
 from ..engine.hyperparameters import fraction
 from ..engine.kinds import Matrix, Move
 from ..engine.rule import LIKE_PARAMETER, Polar, mean_of
@@ -61,7 +62,9 @@ class Muown(Matrix, paper="arXiv 2605.10797", about="orthogonalised momentum of 
         beta2: :math:`\beta_2`, of the norms. As released.
         eps: :math:`\epsilon`, in units of the gradient of a norm. As released.
         nesterov: ``False`` orthogonalises :math:`M_t` itself.
-        weight_decay: Decoupled weight decay :math:`\lambda`. As released.
+        weight_decay: Weight decay :math:`\lambda`. As released.
+        decay: The form of weight decay, as in every optimizer but for ``"cautious"``, with which rows would get
+            another direction: ``"decoupled"``, ``"coupled"``, ``"independent"`` or ``"corrected"``.
 
     Example:
         >>> import torch, lightning_optim
@@ -82,6 +85,7 @@ class Muown(Matrix, paper="arXiv 2605.10797", about="orthogonalised momentum of 
     eps: float = 1e-8
     nesterov: bool = True
     weight_decay: float = 0.0
+    decay: UniformDecay = "decoupled"
     orthogonalizer: str = "kj5"
 
     reads_parameter = True
@@ -103,7 +107,7 @@ class Muown(Matrix, paper="arXiv 2605.10797", about="orthogonalised momentum of 
             "turn": h.lr * 0.2 * sqrt(max(shape[:2])),
             "rate": h.lr * root_bc2 / (1 - h.beta1**t),
             "floor": h.eps * root_bc2,
-            "decay": h.lr * h.weight_decay,
+            "decay": rate(h),
         }
 
     @staticmethod

@@ -4,6 +4,7 @@ from math import sqrt
 from typing import Annotated
 
 from ..engine.arithmetic import add_quotient_, ema_, ema_product_
+from ..engine.decay import Decay
 from ..engine.hyperparameters import number
 from ..engine.kinds import Elementwise, Move
 from ..engine.rule import gradient_to_variance
@@ -34,8 +35,6 @@ class MVNGrad(Elementwise, paper="arXiv 2602.10204", about="momentum on variance
         eps_s: :math:`\epsilon_s`, floor added to the variance *every step* (so about ``eps_s / (1 - betas[1])`` in
             the long run), in squared units of the gradient. The analysis sets it to 0, but with gradients that
             stop varying the variance then vanishes and steps grow up to ``lr * g / eps``.
-        decoupled: ``True`` shrinks the parameters by ``1 - lr * weight_decay`` before the step; ``False`` adds
-            ``weight_decay * p`` to the gradient, and so to all three buffers.
 
     Example:
         >>> import torch, lightning_optim
@@ -52,7 +51,8 @@ class MVNGrad(Elementwise, paper="arXiv 2602.10204", about="momentum on variance
     eps: float = 1e-8
     eps_s: Annotated[float, number()] = 1e-12
     weight_decay: float = 0.0
-    decoupled: bool = True
+    decay: Decay = "decoupled"
+    decoupled: bool | None = None
 
     buffers = ("m", "v", "u")
     averages = ("m", "u")

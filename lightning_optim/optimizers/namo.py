@@ -6,6 +6,7 @@ from typing import Annotated
 import torch
 
 from ..engine.arithmetic import ema_, is_exactly, mix, squared_norm
+from ..engine.decay import AdaptiveDecay
 from ..engine.hyperparameters import SMALLEST, number
 from ..engine.kinds import Matrix, Move
 from ..engine.rule import LIKE_PARAMETER, Polar, mean_of
@@ -40,6 +41,9 @@ class NAMO(Matrix, paper="arXiv 2602.17080", about="orthogonalised momentum with
         betas: :math:`(\mu_1, \mu_2)`.
         eps: :math:`\epsilon`, in units of the gradient's Frobenius norm.
         weight_decay: :math:`\lambda`; 0.1 in the released code, 0.01 in the paper.
+        decay: The form of weight decay. ``"adaptive"``, the paper's, multiplies it by the adaptive scale, too;
+            ``"decoupled"`` is AdamW's plain decay, which users of the released code report to be better. The others are
+            those of every optimizer: ``"coupled"``, ``"independent"``, ``"cautious"`` and ``"corrected"``.
         nesterov: Use the look-ahead momentum.
         scale: Coefficient of :math:`\sqrt{\max(m, n)}` (the weight's first two axes), or ``None`` for the factor 1.
         max_step: Upper bound of the scaled step and of the decay's, or ``None``.
@@ -60,13 +64,14 @@ class NAMO(Matrix, paper="arXiv 2602.17080", about="orthogonalised momentum with
     betas: tuple[float, float] = (0.95, 0.99)
     eps: float = 1e-8
     weight_decay: float = 0.1
+    decay: AdaptiveDecay = "adaptive"
     nesterov: bool = True
     scale: Annotated[float | None, number(SMALLEST)] = 0.2
     max_step: Annotated[float | None, number(SMALLEST)] = 1.0
     orthogonalizer: str = "kj5"
 
     by_rows = True
-    own_decay = True
+    own_decay = "adaptive"
     scalars = staticmethod(_scalars)
     internals = {"adaptive_scale": mean_of("adaptive_scale", "mean over matrices of the adaptive scale a")}
     averages = ("m",)
@@ -83,7 +88,7 @@ class NAMO(Matrix, paper="arXiv 2602.17080", about="orthogonalised momentum with
         ema_(s.v, gg, k.beta2)
         a = k.bias * nn.sqrt_() / s.v.sqrt().add_(k.eps)
         observe("adaptive_scale", a)
-        keep = 1 - k.weight_decay * (k.lr * a).clamp_(max=k.max_step)
+        keep = None if k.weight_decay is None else 1 - k.weight_decay * (k.lr * a).clamp_(max=k.max_step)
         return Move(o, (k.lr * k.factor * a).clamp_(max=k.max_step), keep=keep)
 
 
@@ -109,6 +114,9 @@ class NAMOD(Matrix, paper="arXiv 2602.17080", about="orthogonalised momentum wit
         betas: :math:`(\mu_1, \mu_2)`.
         eps: :math:`\epsilon`, in units of the norm of a gradient's column.
         weight_decay: :math:`\lambda`; 0.1 in the released code, 0.01 in the paper.
+        decay: The form of weight decay. ``"adaptive"``, the paper's, multiplies it by the adaptive scale, too;
+            ``"decoupled"`` is AdamW's plain decay, which users of the released code report to be better. The others are
+            those of every optimizer: ``"coupled"``, ``"independent"``, ``"cautious"`` and ``"corrected"``.
         clamp: :math:`c` in (0, 1], or ``None`` for no clamp. 0.75 is the released class's default; its GPT-2
             configuration has 0.01, the paper 0.1 (124M) and 0.9 (355M).
         nesterov: Use the look-ahead momentum.
@@ -131,6 +139,7 @@ class NAMOD(Matrix, paper="arXiv 2602.17080", about="orthogonalised momentum wit
     betas: tuple[float, float] = (0.95, 0.99)
     eps: float = 1e-8
     weight_decay: float = 0.1
+    decay: AdaptiveDecay = "adaptive"
     clamp: Annotated[float | None, number(SMALLEST, 1)] = 0.75
     nesterov: bool = True
     scale: Annotated[float | None, number(SMALLEST)] = 0.2
@@ -138,7 +147,7 @@ class NAMOD(Matrix, paper="arXiv 2602.17080", about="orthogonalised momentum wit
     orthogonalizer: str = "kj5"
 
     by_rows = True
-    own_decay = True
+    own_decay = "adaptive"
     scalars = staticmethod(_scalars)
     internals = {
         "adaptive_scale": mean_of("adaptive_scale", "mean over columns of the adaptive scale d, after the clamp"),
@@ -164,6 +173,8 @@ class NAMOD(Matrix, paper="arXiv 2602.17080", about="orthogonalised momentum wit
             d = torch.minimum(torch.maximum(d, k.clamp * mean), mean / k.clamp)
             observe("clamp_rate", (d != free).to(d.dtype).mean(-1))
         observe("adaptive_scale", d)
-        keep = 1 - k.weight_decay * (k.lr * d).clamp_(max=k.max_step)
-        keep = keep if is_exactly(k.max_step, inf) else keep.clamp_(min=0)
+        keep = None
+        if k.weight_decay is not None:
+            keep = 1 - k.weight_decay * (k.lr * d).clamp_(max=k.max_step)
+            keep = keep if is_exactly(k.max_step, inf) else keep.clamp_(min=0)
         return Move(o, (k.lr * k.factor * d).clamp_(max=k.max_step), keep=keep)

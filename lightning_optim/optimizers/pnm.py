@@ -6,6 +6,7 @@ from typing import Annotated
 import torch
 
 from ..engine.arithmetic import ema_, ema_product_, plus
+from ..engine.decay import Decay
 from ..engine.hyperparameters import number
 from ..engine.kinds import Elementwise, Move
 from ..engine.rule import gradient_to_variance
@@ -50,8 +51,6 @@ class PNM(Elementwise, paper="arXiv 2103.17182", about="gradient descent with po
             CIFAR-10 example, beside 0.1 for SGD with momentum 0.9, whose steps add up to ten times the gradient.
         momentum: :math:`\beta_1`, the decay per step; a momentum decays by its square every second step.
         beta0: :math:`\beta_0`, how much of the other momentum is subtracted. 0 subtracts nothing.
-        decoupled: ``True`` (as released) shrinks the parameters by ``1 - lr * weight_decay`` before the step;
-            ``False`` adds ``weight_decay * p`` to the gradient.
 
     Example:
         >>> import torch, lightning_optim
@@ -67,7 +66,8 @@ class PNM(Elementwise, paper="arXiv 2103.17182", about="gradient descent with po
     momentum: float = 0.9
     beta0: Annotated[float, number()] = 1.0
     weight_decay: float = 0.0
-    decoupled: bool = True
+    decay: Decay = "decoupled"
+    decoupled: bool | None = None
 
     buffers = ("odd", "even")
     averages = ("odd", "even")
@@ -102,8 +102,6 @@ class AdaPNM(Elementwise, paper="arXiv 2103.17182", about="Adam with positive-ne
         betas: :math:`(\beta_1, \beta_2)`; a momentum decays by the square of the first every second step.
         beta0: :math:`\beta_0`, how much of the other momentum is subtracted. 0 subtracts nothing.
         eps: Added to the root of the second moment, in units of the gradient.
-        decoupled: ``True`` (as released) shrinks the parameters by ``1 - lr * weight_decay`` before the step;
-            ``False`` adds ``weight_decay * p`` to the gradient.
         amsgrad: Divide by the running maximum of ``v`` (default as released).
 
     Example:
@@ -121,7 +119,8 @@ class AdaPNM(Elementwise, paper="arXiv 2103.17182", about="Adam with positive-ne
     beta0: Annotated[float, number()] = 1.0
     eps: float = 1e-8
     weight_decay: float = 0.0
-    decoupled: bool = True
+    decay: Decay = "decoupled"
+    decoupled: bool | None = None
     amsgrad: bool = True
 
     internals = {"gradient_to_variance": gradient_to_variance()}

@@ -6,6 +6,7 @@ import torch
 
 from ..eigenbasis import BASIS_ERROR, Eigenbasis, axis_buffers, permute_, phases, step_numbers
 from ..engine.arithmetic import ema_, ema_product_
+from ..engine.decay import keep
 from ..engine.hyperparameters import count, fraction
 from ..engine.kinds import Matrix, Move
 from ..engine.rule import LIKE_PARAMETER
@@ -108,7 +109,7 @@ class SOAP(Matrix, paper="arXiv 2409.11321", about="Adam in the eigenbasis of Sh
     @staticmethod
     def scalars(t, h, shape, phase):
         layout, axes = _layout(shape, h)
-        return {**step_numbers(t, phase, h, SOAP.keep(h)), "layout": layout, "axes": axes}
+        return {**step_numbers(t, phase, h, keep(h)), "layout": layout, "axes": axes}
 
     @staticmethod
     def update(g, s, k, observe):

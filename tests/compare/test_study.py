@@ -114,11 +114,14 @@ def test_the_baseline_is_always_there_and_first() -> None:
 @pytest.mark.parametrize(
     ("name", "amount", "decay", "expected", "form"),
     [
-        ("HVAdam", 0.1, "decoupled", {"weight_decay": 0.1, "decoupled": True}, "0.1 decoupled"),
+        ("HVAdam", 0.1, "decoupled", {"weight_decay": 0.1, "decay": "decoupled"}, "0.1 decoupled"),
         ("HVAdam", 0.1, "own", {"weight_decay": 0.1}, "0.1 coupled (L2)"),
-        ("Anon", 0.1, "decoupled", {"weight_decay": 0.1, "decoupled": True}, "0.1 decoupled"),
+        ("Anon", 0.1, "decoupled", {"weight_decay": 0.1, "decay": "decoupled"}, "0.1 decoupled"),
         ("LaMAdam:decoupled=false", 0.1, "decoupled", {"weight_decay": 0.1, "decoupled": False}, "0.1 coupled (L2)"),
-        ("NAMO", None, "decoupled", {}, "0.1 decoupled"),
+        ("LaMAdam:decay=cautious", 0.1, "decoupled", {"weight_decay": 0.1, "decay": "cautious"}, "0.1 cautious"),
+        ("NAMO", None, "decoupled", {"decay": "decoupled"}, "0.1 decoupled"),
+        ("NAMO", None, "own", {}, "0.1 adaptive"),
+        ("LaProp", 0.1, "own", {"weight_decay": 0.1}, "0.1 independent"),
         ("AdamW", 0.1, "decoupled", {"weight_decay": 0.1}, "0.1 decoupled"),
         ("torch.optim.NAdam", 0.1, "decoupled", {"weight_decay": 0.1, "decoupled_weight_decay": True}, "0.1 decoupled"),
         ("torch.optim.RMSprop", 0.1, "decoupled", {"weight_decay": 0.1}, "0.1 coupled (L2)"),

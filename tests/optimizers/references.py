@@ -13,8 +13,8 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,10 +89,19 @@ def rotate_back(x: Array, bases: Sequence[Array | None]) -> Array:
 
 @dataclass
 class Reference:
-    """Counts steps and calls `update` for every tensor."""
+    """Counts steps and calls `update` for every tensor.
+
+    `update` has the form of weight decay that is its optimizer's default, with the coefficient `weight_decay`. All
+    other forms are here, from one step without weight decay.
+    """
 
     params: list[np.ndarray]
     lr: float
+    decay: str = field(default="decoupled", kw_only=True)
+    lr_max: float | None = field(default=None, kw_only=True)  #: The highest rate of a schedule.
+
+    decays_afterwards: ClassVar[bool] = False  #: Whether weight decay comes after the step.
+    own_decay: ClassVar[bool] = False  #: Whether `update` has all forms but the coupled one, by `rate`.
 
     def __post_init__(self) -> None:
         self.params = [np.array(p, dtype=np.float64) for p in self.params]
@@ -103,8 +112,40 @@ class Reference:
         """One step; `lr` is the schedule's value for this step, the constructor's otherwise."""
         self.t += 1
         lr = self.lr if lr is None else lr
+        grads = [np.asarray(g, np.float64) for g in grads]
+        weight_decay = getattr(self, "weight_decay", 0.0)
+        if not weight_decay or (self.decay != "coupled" and (self.own_decay or self.decay == type(self).decay)):
+            self.move(grads, lr)
+            return
+        before, rate = self.params, self.rate(lr)
+        self.weight_decay = 0.0
+        if self.decay == "coupled":
+            self.move([g + weight_decay * p for g, p in zip(grads, before)], lr)
+        else:
+            self.params = [np.zeros_like(p) for p in before]
+            self.move(grads, lr)
+            self.params = [self.decayed(p, moved, rate) for p, moved in zip(before, self.params)]
+        self.weight_decay = weight_decay
+
+    def move(self, grads: Sequence[Array], lr: float) -> None:
+        """One step of all tensors."""
         for i, g in enumerate(grads):
-            self.params[i] = self.update(self.params[i], np.asarray(g, np.float64), self.states[i], lr)
+            self.params[i] = self.update(self.params[i], g, self.states[i], lr)
+
+    def rate(self, lr: float) -> float:
+        """What weight decay takes of every element."""
+        weight_decay = vars(self)["weight_decay"]
+        if self.decay == "independent":
+            return weight_decay if lr else 0.0
+        if self.decay == "corrected" and self.lr_max:
+            return lr * weight_decay * lr / self.lr_max
+        return lr * weight_decay
+
+    def decayed(self, p: Array, step: Array, rate: float) -> Array:
+        """A tensor after a step, with weight decay."""
+        if self.decay == "cautious":
+            return p - rate * np.where(p * step <= 0, p, 0) + step  # The update is the negative step.
+        return (1 - rate) * (p + step) if self.decays_afterwards else (1 - rate) * p + step
 
     def update(self, p: Array, g: Array, s: State, lr: float) -> Array:
         """The new parameter, from the parameter, its gradient and its state."""
@@ -113,11 +154,6 @@ class Reference:
     def orthogonalize(self, x: Array) -> Array:
         """The polar factor of a matrix, by the method of the argument `orthogonalizer`."""
         return orthogonalize(x, vars(self)["orthogonalizer"])
-
-
-def decay(p: Array, g: Array, lr: float, weight_decay: float, decoupled: bool) -> tuple[Array, Array]:
-    """Weight decay before the step, of the parameter (decoupled) or in the gradient (coupled)."""
-    return ((1 - lr * weight_decay) * p, g) if decoupled else (p, g + weight_decay * p)
 
 
 @dataclass
@@ -158,6 +194,10 @@ class EigenbasisReference(Reference):
     stagger: bool = True  # Released: False, every basis is refreshed in the same step.
     max_precondition_dim: int = 10000
     correct_bias: bool = True
+    decays_afterwards: ClassVar[bool] = True
+
+    def decayed(self, p: Array, step: Array, rate: float) -> Array:
+        return super().decayed(p, step, rate if self.t > 1 else 0.0)  # The first call moves nothing.
 
     def __post_init__(self) -> None:
         super().__post_init__()

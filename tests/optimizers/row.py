@@ -63,6 +63,11 @@ def take(hp: Hyper, *names: str, **renamed: str) -> Hyper:
     return {ours: hp.pop(theirs) for ours, theirs in pairs.items() if theirs in hp}
 
 
+def decay_form(hp: Hyper, switch: str) -> Hyper:
+    """The form of weight decay that a switch of released code chooses."""
+    return {"decay": "decoupled" if hp.pop(switch) else "coupled"} if switch in hp else {}
+
+
 def leave_out(hp: Hyper, reason: str, **implemented: Any) -> None:
     """Take out switches of released code of which one value is implemented; cases with another are skipped."""
     for name, value in implemented.items():

@@ -50,6 +50,8 @@ def compare(name: str, arguments: dict[str, Any], ours: list[nn.Parameter], opti
         grads = [m + rng.normal(size=m.shape) for m in mean]
         for group in optimizer.param_groups:
             group["lr"] = lr
+            if arguments.get("decay") == "corrected":
+                group["initial_lr"] = reference.lr_max = 0.016  # As a schedule leaves it there.
         for p, g in zip(ours, grads):
             p.grad = torch.from_numpy(g)
         optimizer.step()

@@ -295,7 +295,7 @@ class Oracle:
                 scale = self.noise / math.sqrt(group["eps"])
                 if any(np.abs(g).max(initial=0) * scale > 1e-4 for g in grad):
                     self.unknown.add(key)
-            decay = 0.0 if group.get("decoupled", True) else group["weight_decay"]
+            decay = group["weight_decay"] if group.get("decay") == "coupled" else 0.0
             if decay and any(np.abs(g).max() + decay * np.abs(x).max() > 2.5e15 for g, x in zip(grad, old)):
                 self.unknown.add(key)  # The sum is bounded as gradients are.
             if amplifies(group["rule"], "hidden vector") and _is_collinear(hidden, self._flat(key, "m")):

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..references import Array, Reference, State, decay
-from ..row import Hyper, Row, leave_out, take
+from ..references import Array, Reference, State
+from ..row import Hyper, Row, decay_form, leave_out, take
 
 
 @dataclass
@@ -19,13 +19,12 @@ class AdaBeliefReference(Reference):
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-16
     weight_decay: float = 0.0
-    decoupled: bool = True
     rectify: bool = True
     amsgrad: bool = False
 
     def update(self, p: Array, g: Array, s: State, lr: float) -> Array:
         (b1, b2), t = self.betas, self.t
-        p, g = decay(p, g, lr, self.weight_decay, self.decoupled)
+        p = (1 - lr * self.weight_decay) * p
         s["m"] = b1 * s["m"] + (1 - b1) * g
         s["s"] = b2 * s["s"] + (1 - b2) * (g - s["m"]) ** 2 + self.eps
         s["max"] = np.maximum(s["max"], s["s"])
@@ -47,14 +46,14 @@ def golden(hp: Hyper, variant: str) -> Hyper:
         hp.pop("degenerated_to_sgd", None)  # Read by the rectified branch only.
     leave_out(hp, "used by no experiment", fixed_decay=False)
     leave_out(hp, "False makes no step at all while the variance is intractable", degenerated_to_sgd=True)
-    return take(hp, "lr", "betas", "eps", "weight_decay", "rectify", "amsgrad", decoupled="weight_decouple")
+    return take(hp, "lr", "betas", "eps", "weight_decay", "rectify", "amsgrad") | decay_form(hp, "weight_decouple")
 
 
 ROWS = [
     Row(
         "AdaBelief",
         AdaBeliefReference,
-        [{}, {"rectify": False, "weight_decay": 0.1}, {"rectify": False, "amsgrad": True, "decoupled": False}],
+        [{}, {"rectify": False, "weight_decay": 0.1}, {"rectify": False, "amsgrad": True, "decay": "coupled"}],
         golden={"adabelief": golden},
         lr=0.05,
     )

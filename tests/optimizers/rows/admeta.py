@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
-from ..references import Array, Reference, State, decay
+from ..references import Array, Reference, State
 from ..row import Hyper, Row, leave_out, take
 
 
@@ -17,7 +18,7 @@ class AdmetaReference(Reference):
     lam: float
     lookahead_steps: int
     weight_decay: float
-    decoupled: bool
+    own_decay: ClassVar[bool] = True
 
     def step_from(self, p: Array, h: Array, s: State, lr: float) -> Array:
         """The parameter after the step, before the lookahead; h is the double average."""
@@ -27,7 +28,7 @@ class AdmetaReference(Reference):
         lam, t = self.lam, self.t
         if t == 1:
             s["phi"] = p
-        p, g = decay(p, g, lr, self.weight_decay, self.decoupled)
+        p = (1 - self.rate(lr)) * p
         s["I"] = lam * s["I"] + g
         p = self.step_from(p, (10 / lam - 9) * g + (25 - 10 * (lam + 1 / lam)) * s["I"], s, lr)
         if t % self.lookahead_steps:
@@ -47,7 +48,6 @@ class AdmetaRReference(AdmetaReference):
     lam: float = 0.2
     lookahead_steps: int = 6
     weight_decay: float = 0.0
-    decoupled: bool = True
 
     def step_from(self, p: Array, h: Array, s: State, lr: float) -> Array:
         (b1, b2), t = self.betas, self.t
@@ -71,7 +71,7 @@ class AdmetaSReference(AdmetaReference):
     lam: float = 0.9
     lookahead_steps: int = 6
     weight_decay: float = 0.0
-    decoupled: bool = False
+    decay: str = "coupled"
 
     def step_from(self, p: Array, h: Array, s: State, lr: float) -> Array:
         s["m"] = self.momentum * s["m"] + (1 - self.momentum) * h
@@ -89,14 +89,14 @@ ROWS = [
     Row(
         "AdmetaR",
         AdmetaRReference,
-        [{}, {"lam": 0.5, "lookahead_steps": 2, "weight_decay": 0.1}, {"weight_decay": 0.1, "decoupled": False}],
+        [{}, {"lam": 0.5, "lookahead_steps": 2, "weight_decay": 0.1}, {"weight_decay": 0.1, "decay": "coupled"}],
         golden={"admeta_r": golden},
         lr=0.01,
     ),
     Row(
         "AdmetaS",
         AdmetaSReference,
-        [{}, {"lookahead_steps": 2, "weight_decay": 0.1}, {"weight_decay": 0.1, "decoupled": True}],
+        [{}, {"lookahead_steps": 2, "weight_decay": 0.1}, {"weight_decay": 0.1, "decay": "decoupled"}],
         golden={"admeta_s": golden},
         lr=1e-3,
     ),

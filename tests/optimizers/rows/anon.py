@@ -8,8 +8,8 @@ from typing import Literal
 
 from hypothesis import strategies as st
 
-from ..references import Array, Reference, State, decay
-from ..row import Hyper, Row, leave_out, take
+from ..references import Array, Reference, State
+from ..row import Hyper, Row, decay_form, leave_out, take
 
 
 @dataclass
@@ -23,11 +23,10 @@ class AnonReference(Reference):
     beta3: float = 0.5
     refresh: Literal["powers_of_two", "every_step"] = "powers_of_two"
     weight_decay: float = 0.0
-    decoupled: bool = False
+    decay: str = "coupled"
 
     def update(self, p: Array, g: Array, s: State, lr: float) -> Array:
         (b1, b2), t = self.betas, self.t
-        p, g = decay(p, g, lr, self.weight_decay, self.decoupled)
         s["m"] = b1 * s["m"] + (1 - b1) * g
         s["s"] = b2 * s["s"] + (1 - b2) * g**2
         if self.refresh == "every_step" or math.log2(t).is_integer():
@@ -44,7 +43,7 @@ class AnonReference(Reference):
 def golden(hp: Hyper, variant: str) -> Hyper:
     leave_out(hp, "inherited from AdaBelief's file, used by no experiment", fixed_decay=False)
     schedule = {"steps 1,2,4,8,...": "powers_of_two", "every step": "every_step"}[hp.pop("refresh")]
-    known = take(hp, "lr", "betas", "eps", "gamma", "beta3", "weight_decay", decoupled="weight_decouple")
+    known = take(hp, "lr", "betas", "eps", "gamma", "beta3", "weight_decay") | decay_form(hp, "weight_decouple")
     return known | {"refresh": schedule}
 
 
@@ -52,7 +51,7 @@ ROWS = [
     Row(
         "Anon",
         AnonReference,
-        [{}, {"gamma": 1.0, "weight_decay": 0.1}, {"gamma": -0.1, "refresh": "every_step", "decoupled": True}],
+        [{}, {"gamma": 1.0, "weight_decay": 0.1}, {"gamma": -0.1, "refresh": "every_step", "decay": "decoupled"}],
         golden={"anon": golden},
         lr=0.1,
         trajectory={"gamma": st.floats(-1, 1.5), "beta3": st.floats(0, 0.9)},

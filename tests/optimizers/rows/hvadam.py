@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..references import Array, Reference, State, decay
-from ..row import Hyper, Row, leave_out, take
+from ..references import Array, Reference, State
+from ..row import Hyper, Row, decay_form, leave_out, take
 
 
 @dataclass
@@ -21,7 +21,7 @@ class HVAdamReference(Reference):
     eps: float = 1e-16
     gamma: float = 0.0
     weight_decay: float = 0.0
-    decoupled: bool = False
+    decay: str = "coupled"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -29,14 +29,12 @@ class HVAdamReference(Reference):
         self.exp_delta = 0.0  # smoothed cosine between v and the momentum
         self.count = 0
 
-    def step(self, grads: Sequence[Array], lr: float | None = None) -> None:
-        lr = self.lr if lr is None else lr
-        super().step(grads, lr)
+    def move(self, grads: Sequence[Array], lr: float) -> None:
+        super().move(grads, lr)
         self.hidden_step(lr)
 
     def update(self, p: Array, g: Array, s: State, lr: float) -> Array:
         (b1, b2), t = self.betas, self.t
-        p, g = decay(p, g, lr, self.weight_decay, self.decoupled)
         s["m"] = b1 * s["m"] + (1 - b1) * g
         t1 = (g - s["v"]) ** 2
         t2 = (g - s["m"]) ** 2
@@ -81,14 +79,14 @@ def golden(hp: Hyper, variant: str) -> Hyper:
     inherited = "inherited from AdaBelief's file, used by no experiment"
     leave_out(hp, inherited, amsgrad=False, rectify=False, fixed_decay=False)
     hp.pop("degenerated_to_sgd", None)  # Only read by the rectified branch, which is left out.
-    return take(hp, "lr", "betas", "eps", "gamma", "weight_decay", decoupled="weight_decouple")
+    return take(hp, "lr", "betas", "eps", "gamma", "weight_decay") | decay_form(hp, "weight_decouple")
 
 
 ROWS = [
     Row(
         "HVAdam",
         HVAdamReference,
-        [{}, {"gamma": 0.5, "weight_decay": 0.1}, {"betas": (0.5, 0.5), "decoupled": True}],
+        [{}, {"gamma": 0.5, "weight_decay": 0.1}, {"betas": (0.5, 0.5), "decay": "decoupled"}],
         golden={"hvadam": golden},
         amplifies={"hidden vector"},
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -19,6 +20,8 @@ class LaPropReference(Reference):
     eps: float = 1e-15
     weight_decay: float = 0.0
     centered: bool = False
+    decay: str = "independent"
+    decays_afterwards: ClassVar[bool] = True
 
     def update(self, p: Array, g: Array, s: State, lr: float) -> Array:
         (b1, b2), t = self.betas, self.t

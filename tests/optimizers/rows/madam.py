@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from hypothesis import strategies as st
 
-from ..references import Array, Reference, State, decay
-from ..row import Hyper, Row, leave_out, take
+from ..references import Array, Reference, State
+from ..row import Hyper, Row, decay_form, leave_out, take
 
 
 def maximum_variance_second_moment(g: Array, s: State, t: int, beta_min: float, beta_max: float) -> Array:
@@ -39,12 +39,11 @@ class MAdamReference(Reference):
     beta_min: float = 0.5
     eps: float = 1e-8
     weight_decay: float = 0.0
-    decoupled: bool = True
     amsgrad: bool = False
 
     def update(self, p: Array, g: Array, s: State, lr: float) -> Array:
         (b1, b2), t = self.betas, self.t
-        p, g = decay(p, g, lr, self.weight_decay, self.decoupled)
+        p = (1 - lr * self.weight_decay) * p
         s["m"] = b1 * s["m"] + (1 - b1) * g
         denominator = np.sqrt(maximum_variance_second_moment(g, s, t, self.beta_min, b2)) + self.eps
         s["max"] = np.maximum(s["max"], denominator)
@@ -60,11 +59,10 @@ class LaMAdamReference(Reference):
     beta_min: float = 0.5
     eps: float = 1e-15
     weight_decay: float = 0.0
-    decoupled: bool = False
+    decay: str = "coupled"
 
     def update(self, p: Array, g: Array, s: State, lr: float) -> Array:
         b1, b2 = self.betas
-        p, g = decay(p, g, lr, self.weight_decay, self.decoupled)
         normalised = g / (np.sqrt(maximum_variance_second_moment(g, s, self.t, self.beta_min, b2)) + self.eps)
         s["m"] = b1 * s["m"] + (1 - b1) * lr * normalised
         s["lr"] = b1 * s["lr"] + (1 - b1) * lr
@@ -74,13 +72,13 @@ class LaMAdamReference(Reference):
 def madam(hp: Hyper, variant: str) -> Hyper:
     leave_out(hp, "used by no experiment", nesterov=False)
     beta_min, beta_max = hp.pop("beta2_range")
-    names = take(hp, "lr", "eps", "weight_decay", "amsgrad", decoupled="adamw")
+    names = take(hp, "lr", "eps", "weight_decay", "amsgrad") | decay_form(hp, "adamw")
     return names | {"betas": (hp.pop("beta1"), beta_max), "beta_min": beta_min}
 
 
 def lamadam(hp: Hyper, variant: str) -> Hyper:
     hp.pop("amsgrad", None)  # Never takes effect.
-    names = take(hp, "lr", "beta_min", "eps", "weight_decay", decoupled="use_adamw")
+    names = take(hp, "lr", "beta_min", "eps", "weight_decay") | decay_form(hp, "use_adamw")
     return names | {"betas": (hp.pop("momentum"), hp.pop("beta"))}
 
 
@@ -89,14 +87,14 @@ ROWS = [
     Row(
         "MAdam",
         MAdamReference,
-        [{}, {"amsgrad": True, "weight_decay": 0.1}, {"betas": (0.9, 0.9), "beta_min": 0.2, "decoupled": False}],
+        [{}, {"amsgrad": True, "weight_decay": 0.1}, {"betas": (0.9, 0.9), "beta_min": 0.2, "decay": "coupled"}],
         golden={"madam": madam},
         trajectory=trajectory,
     ),
     Row(
         "LaMAdam",
         LaMAdamReference,
-        [{}, {"weight_decay": 0.1}, {"weight_decay": 0.1, "decoupled": True}],
+        [{}, {"weight_decay": 0.1}, {"weight_decay": 0.1, "decay": "decoupled"}],
         golden={"lamadam": lamadam},
         trajectory=trajectory,
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -23,6 +24,7 @@ class MuownReference(Reference):
     nesterov: bool = True
     weight_decay: float = 0.0
     orthogonalizer: str = "kj5"
+    own_decay: ClassVar[bool] = True
 
     def update(self, p: Array, g: Array, s: State, lr: float) -> Array:
         b1, b2, mu, t = self.beta1, self.beta2, self.momentum, self.t
@@ -49,7 +51,7 @@ class MuownReference(Reference):
         before, s["norm"] = s["norm"], np.where(zero, s["length"], s["norm"] - lr * adam)  # Of zeros: a step of Muon.
         new = s["norm"] * v / np.maximum(s["length"], 1e-30)
         still = (s["norm"] == before) & (turn * o == 0).all(1, keepdims=True)
-        new = np.where(still, w, new) - lr * self.weight_decay * w
+        new = np.where(still, w, new) - self.rate(lr) * w
         if self.weight_decay and lr:
             s["norm"] = self.rows(new)
         return new.reshape(p.shape)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from hypothesis import strategies as st
 
-from ..references import Array, Reference, State, decay
-from ..row import Hyper, Row, take
+from ..references import Array, Reference, State
+from ..row import Hyper, Row, decay_form, take
 
 
 @dataclass
@@ -20,11 +20,10 @@ class MVNGradReference(Reference):
     eps: float = 1e-8
     eps_s: float = 1e-12
     weight_decay: float = 0.0
-    decoupled: bool = True
 
     def update(self, p: Array, g: Array, s: State, lr: float) -> Array:
         (b1, b2), t = self.betas, self.t
-        p, g = decay(p, g, lr, self.weight_decay, self.decoupled)
+        p = (1 - lr * self.weight_decay) * p
         s["m"] = b1 * s["m"] + (1 - b1) * g
         s["v"] = b2 * s["v"] + (1 - b2) * (g - s["m"]) ** 2 + self.eps_s
         z = g / (np.sqrt(s["v"] / (1 - b2**t)) + self.eps)
@@ -33,14 +32,14 @@ class MVNGradReference(Reference):
 
 
 def golden(hp: Hyper, variant: str) -> Hyper:
-    return take(hp, "lr", "betas", "eps", "eps_s", "weight_decay", "decoupled")
+    return take(hp, "lr", "betas", "eps", "eps_s", "weight_decay") | decay_form(hp, "decoupled")
 
 
 ROWS = [
     Row(
         "MVNGrad",
         MVNGradReference,
-        [{}, {"weight_decay": 0.1}, {"weight_decay": 0.1, "decoupled": False}],
+        [{}, {"weight_decay": 0.1}, {"weight_decay": 0.1, "decay": "coupled"}],
         golden={"mvn_grad": golden},
         trajectory={"eps_s": st.sampled_from([0.0, 1e-6])},
     )

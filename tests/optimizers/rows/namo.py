@@ -23,6 +23,7 @@ class NAMOReference(Reference):
     scale: float | None = 0.2
     max_step: float | None = 1.0
     orthogonalizer: str = "kj5"
+    decay: str = "adaptive"
 
     def norm(self, x: Array) -> Array:
         return np.sqrt(np.sum(x**2, keepdims=True))

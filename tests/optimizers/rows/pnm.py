@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from hypothesis import strategies as st
 
-from ..references import Array, Reference, State, decay
-from ..row import Hyper, Row, take
+from ..references import Array, Reference, State
+from ..row import Hyper, Row, decay_form, take
 
 
 def positive_negative_momentum(g: Array, s: State, t: int, beta1: float, beta0: float) -> Array:
@@ -27,10 +27,9 @@ class PNMReference(Reference):
     momentum: float = 0.9
     beta0: float = 1.0
     weight_decay: float = 0.0
-    decoupled: bool = True
 
     def update(self, p: Array, g: Array, s: State, lr: float) -> Array:
-        p, g = decay(p, g, lr, self.weight_decay, self.decoupled)
+        p = (1 - lr * self.weight_decay) * p
         return p - lr * positive_negative_momentum(g, s, self.t, self.momentum, self.beta0)
 
 
@@ -43,12 +42,11 @@ class AdaPNMReference(Reference):
     beta0: float = 1.0
     eps: float = 1e-8
     weight_decay: float = 0.0
-    decoupled: bool = True
     amsgrad: bool = True
 
     def update(self, p: Array, g: Array, s: State, lr: float) -> Array:
         (b1, b2), t = self.betas, self.t
-        p, g = decay(p, g, lr, self.weight_decay, self.decoupled)
+        p = (1 - lr * self.weight_decay) * p
         m = positive_negative_momentum(g, s, t, b1, self.beta0)
         s["v"] = b2 * s["v"] + (1 - b2) * g**2
         s["max"] = np.maximum(s["max"], s["v"])
@@ -58,12 +56,16 @@ class AdaPNMReference(Reference):
 
 def pnm(hp: Hyper, variant: str) -> Hyper:
     momentum, beta0 = hp.pop("betas")
-    return {"momentum": momentum, "beta0": beta0} | take(hp, "lr", "weight_decay", "decoupled")
+    return {"momentum": momentum, "beta0": beta0} | take(hp, "lr", "weight_decay") | decay_form(hp, "decoupled")
 
 
 def adapnm(hp: Hyper, variant: str) -> Hyper:
     *betas, beta0 = hp.pop("betas")
-    return {"betas": betas, "beta0": beta0} | take(hp, "lr", "eps", "weight_decay", "decoupled", "amsgrad")
+    return (
+        {"betas": betas, "beta0": beta0}
+        | take(hp, "lr", "eps", "weight_decay", "amsgrad")
+        | decay_form(hp, "decoupled")
+    )
 
 
 trajectory = {"beta0": st.floats(0, 2)}
@@ -71,7 +73,7 @@ ROWS = [
     Row(
         "PNM",
         PNMReference,
-        [{}, {"beta0": 0.5, "weight_decay": 0.1, "decoupled": False}],
+        [{}, {"beta0": 0.5, "weight_decay": 0.1, "decay": "coupled"}],
         golden={"pnm": pnm},
         lr=0.2,
         trajectory=trajectory,
@@ -79,7 +81,7 @@ ROWS = [
     Row(
         "AdaPNM",
         AdaPNMReference,
-        [{}, {"amsgrad": False, "beta0": 2.0, "weight_decay": 0.1, "decoupled": False}],
+        [{}, {"amsgrad": False, "beta0": 2.0, "weight_decay": 0.1, "decay": "coupled"}],
         golden={"adapnm": adapnm},
         lr=0.05,
         trajectory=trajectory,
