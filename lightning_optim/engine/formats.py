@@ -116,7 +116,7 @@ def _decay_by_name(state_dict: dict[str, Any]) -> dict[str, Any]:
     return {**state_dict, "param_groups": groups}
 
 
-_FORMS = {True: "decoupled", False: "coupled"}
+_FORMS: dict[Any, str] = {True: "decoupled", False: "coupled"}
 
 #: From each format to the next one.
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _counts_to_integers, 2: _decay_by_name}

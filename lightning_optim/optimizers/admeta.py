@@ -10,12 +10,14 @@ from ..engine.kinds import Elementwise, Move
 
 
 def _scalars(t, h):
+    forward = 0.8 * (1 + 1 / (0.1 * sqrt(t) + 3.8))
     return {
         "of_gradient": 10 / h.lam - 9,
         "of_average": 25 - 10 * (h.lam + 1 / h.lam),
         "start": t == 1,
         "look": t % h.lookahead_steps == 0,
-        "forward": 0.8 * (1 + 1 / (0.1 * sqrt(t) + 3.8)),
+        "forward": forward,
+        "behind": 1 - forward,  # Near 0, where float32 would not resolve it beside 1.
     }
 
 
@@ -31,7 +33,7 @@ def _lookahead(move, s, k):
         s.slow.copy_(s.parameter)
     if not k.look:
         return move
-    ema_(s.slow, move.apply_(s.parameter.clone(), k.keep), 1 - k.forward)
+    add_(s.slow.mul_(k.behind), move.apply_(s.parameter.clone(), k.keep), k.forward)
     return Move(s.parameter * k.keep - s.slow, 1.0)  # Weight decay is the engine's, here too.
 
 

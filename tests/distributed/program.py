@@ -246,6 +246,15 @@ def low_state() -> dict[str, Any]:
     return found
 
 
+def decay() -> dict[str, Any]:
+    """The forms of weight decay that need the parameter, or the direction of its step."""
+    return {
+        f"{name} {form}": run(name, CONFIGURATIONS[name][0] | {"weight_decay": 0.5, "decay": form}, mesh=line())
+        for form in ("coupled", "cautious")
+        for name in ("NAMO", "SOAP", "HVAdam", "MVNGrad")
+    }
+
+
 def unused() -> dict[str, Any]:
     """One parameter gets a gradient only later, one only in the beginning."""
     return few(mesh=line(), without=lambda name, t: name == ("up" if t < 3 else "qkv"))
@@ -474,6 +483,7 @@ CASES: dict[int, dict[str, Callable[[], Any]]] = {
         "fsdp2 split": lambda: few(mesh=line(), dtype=torch.bfloat16, extra={"rounding": "split"}),
         "ddp": lambda: each(group=dist.group.WORLD),
         "ddp float32": lambda: each(group=dist.group.WORLD, dtype=torch.float32),
+        "decay": decay,
         "on accelerators": on_accelerators,
         "unused": unused,
         "checkpoint": checkpoint,

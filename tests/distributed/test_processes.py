@@ -145,6 +145,13 @@ def test_the_verdict_is_common_where_the_host_does_not_wait_for_it(results: Resu
             assert found["skipped"] == 1
 
 
+def test_weight_decay_on_shards(results: Results) -> None:
+    for result in results(2, "decay"):
+        assert len(result) == 8
+        for name, found in result.items():
+            assert found["difference"] <= 1e-13, name  # Float64: sums in another order.
+
+
 def test_parameters_without_a_gradient_for_a_while(results: Results) -> None:
     for result in results(2, "unused"):
         for name, found in result.items():
