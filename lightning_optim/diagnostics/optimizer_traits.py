@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..engine.optimizer import RuleOptimizer
+from ..engine.rule import decay_of
 from ..engine.rule import ModelRule
 from ..engine.two_rules import MatrixOptimizer
 from .what_if import fork_rng
@@ -57,7 +58,7 @@ def _decay(optimizer: Optimizer, group: Mapping[str, Any]) -> str:
     if not group.get("weight_decay"):
         return "none"
     if isinstance(optimizer, RuleOptimizer):
-        return group["decay"]
+        return str(decay_of(optimizer.rule(group), group))
     decoupled = group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW))
     return "decoupled" if decoupled else "coupled"
 

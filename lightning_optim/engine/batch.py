@@ -291,7 +291,7 @@ class Batch:
             h = hyperparameters_of(self.rule, self.group)
             self._hyperparameters = h, lasting_numbers(self.rule, h)
             # What is edited in place has to be read anew in every step.
-            lasting = not any(isinstance(self.group[name], (Tensor, list)) for name in self.rule.fields)
+            lasting = not any(isinstance(self.group.get(name), (Tensor, list)) for name in self.rule.fields)
             self._entries = entries if lasting else []
         return self._hyperparameters
 

@@ -35,7 +35,7 @@ from .elementwise import split_by_size
 from .layout import from_blocks, is_split, parts_of, without_split
 from .matrices import Report, Requests, Stack, StackStep
 from .rounding import RESIDUAL
-from .rule import MatrixRule, Move, Polar, gives_keep
+from .rule import MatrixRule, Move, Polar, decay_of, gives_keep
 from .state import compute_dtype, states_of_parts
 
 
@@ -515,7 +515,7 @@ def _pack_move(packed: dict[Tensor, list[Tensor]], stack: Stack, move: Move, fin
         raise RuntimeError(
             f"{rule.name}: other ranks take k.step for the step of a move, and this move has another; rename one."
         )
-    own_decay = gives_keep(rule, stack.group.get("decay"))
+    own_decay = gives_keep(rule, decay_of(rule, stack.group))
     if (move.keep is not None) is not own_decay:
         raise RuntimeError(f"{rule.name}: a rule returns Move(keep=...) if, and only if, its own_decay says so.")
     direction = move.direction if move.over is None else move.direction / move.over
@@ -537,7 +537,7 @@ def _pack_move(packed: dict[Tensor, list[Tensor]], stack: Stack, move: Move, fin
 def _packed_specs(x: _ShardedTask) -> list[TensorSpec]:
     """Shapes and dtypes of this rank's shards of a packed move."""
     p, batch = x.task.p, x.batch
-    return [(p.shape, compute_dtype(p.dtype))] * (2 if gives_keep(batch.rule, batch.group.get("decay")) else 1)
+    return [(p.shape, compute_dtype(p.dtype))] * (2 if gives_keep(batch.rule, decay_of(batch.rule, batch.group)) else 1)
 
 
 def _move_shard(x: _ShardedTask, packed: Sequence[Tensor], finite: Tensor | None) -> None:

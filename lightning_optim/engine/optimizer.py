@@ -28,7 +28,7 @@ from .hyperparameters import NUMBERS, count, satisfies
 from .losses import RunningStatistics, loss_of, mean_loss
 from .plain_values import plain_hyperparameters
 from .rounding import RESIDUAL, Rounding, load, residual_dtype
-from .rule import MatrixRule, ModelRule, Rule, as_attributes, averages_of
+from .rule import MatrixRule, ModelRule, Rule, as_attributes, averages_of, decay_of
 from .state import expected_state, has_begun, has_owner, load_state, state_shapes
 from .step import Backend, run_rules
 from .storage import StateDtype
@@ -260,8 +260,11 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
             super().add_param_group(param_group)
         finally:
             self.defaults = defaults
+        group = self.param_groups[-1]
         try:
-            self._check(self.param_groups[-1])
+            if decay_of(self.rule(group), {}) == group.get("decay", ""):
+                del group["decay"]
+            self._check(group)
         except ValueError:
             self.param_groups.pop()
             raise

@@ -367,7 +367,9 @@ class ModelRule(GroupRule):
 
 def hyperparameters_of(rule: type[Rule], group: Mapping[str, Any]) -> SimpleNamespace:
     """The hyperparameters of a parameter group as attributes, all of them plain numbers."""
-    values = {name: group[name] for name in rule.fields}
+    values = {name: group[name] for name in rule.fields if name != "decay"}
+    if "decay" in rule.fields:
+        values["decay"] = decay_of(rule, group)
     if values.get("decay") == "corrected":
         values["lr_max"] = decay.highest_rate(group)
     if "betas" in values and "momentum" in group:
@@ -403,6 +405,15 @@ def lasting_numbers(rule: type[Rule], h: SimpleNamespace) -> dict[str, Any]:
         numbers["weight_decay"] = getattr(h, "weight_decay", 0.0) if own else None
         numbers["keep"] = 1.0 if own else numbers["keep"]
     return numbers
+
+
+def decay_of(rule: type[Rule], group: Mapping[str, Any]) -> str | None:
+    """The form of weight decay of a parameter group; ``None`` if the rule has no weight decay.
+
+    A group with the rule's default form has no such entry: :mod:`torch.distributed.checkpoint` could not read folders
+    of shards from before there was one.
+    """
+    return group.get("decay", rule.fields["decay"].default) if "decay" in rule.fields else None
 
 
 def gives_keep(rule: type[Rule], form: str | None) -> bool:

@@ -17,7 +17,7 @@ Strategies: TypeAlias = Mapping[str, st.SearchStrategy[Any]]
 #: whatever is left over is a failure.
 Adapter: TypeAlias = Callable[[Hyper, str], Hyper]
 Amplifier: TypeAlias = Literal[
-    "bases", "signs", "factor", "hidden vector", "powers", "cancellation", "cosine", "weights"
+    "bases", "signs", "factor", "hidden vector", "powers", "cancellation", "cosine", "weights", "mixing"
 ]
 
 
@@ -41,7 +41,8 @@ class Row:
             and has a variance of fourth powers. ``"powers"``: powers, whose vectorised form is not the scalar one.
             ``"cancellation"``: what is left of a large gradient in units of the root of eps is a small difference.
             ``"cosine"``: its step depends on one minus the ratio of nearly equal inner products. ``"weights"``: it
-            multiplies weights by several rounded factors near one.
+            multiplies weights by several rounded factors near one. ``"mixing"``: it adds multiples of large entries of
+            a gradient to small ones.
     """
 
     name: str

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from lightning_optim.engine.hyperparameters import Field
 from lightning_optim.engine.rounding import ROUNDINGS
-from lightning_optim.engine.rule import RULES, ModelRule
+from lightning_optim.engine.rule import RULES, ModelRule, decay_of
 from lightning_optim.registry import OPTIMIZERS
 
 from . import references
@@ -295,7 +295,7 @@ class Oracle:
                 scale = self.noise / math.sqrt(group["eps"])
                 if any(np.abs(g).max(initial=0) * scale > 1e-4 for g in grad):
                     self.unknown.add(key)
-            decay = group["weight_decay"] if group.get("decay") == "coupled" else 0.0
+            decay = group["weight_decay"] if decay_of(RULES[group["rule"]], group) == "coupled" else 0.0
             if decay and any(np.abs(g).max() + decay * np.abs(x).max() > 2.5e15 for g, x in zip(grad, old)):
                 self.unknown.add(key)  # The sum is bounded as gradients are.
             if amplifies(group["rule"], "hidden vector") and _is_collinear(hidden, self._flat(key, "m")):
@@ -309,7 +309,8 @@ class Oracle:
         """By relative noise, and where that is not what rounding does: small numbers of which float32 has few bits, and
         small entries that a rotation adds to large ones."""
         largest = np.abs(g).max(initial=0)
-        added = 0.1 * noise * largest if amplifies(group["rule"], "bases") else 0.0
+        mixes = amplifies(group["rule"], "bases") or amplifies(group["rule"], "mixing")
+        added = 0.1 * noise * largest if mixes else 0.0
         if noise >= 1e-6 and 0 < largest < 1e-30:
             momentum = group["momentum"] if "momentum" in group else group.get("betas", (0.0,))[0]
             added = max(added, 1e-42, 2e-45 / (1 - momentum))  # What is left of it may be no number at all.

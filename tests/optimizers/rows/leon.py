@@ -40,6 +40,7 @@ ROWS = [
         [{}, {"momentum": 0.0, "weight_decay": 0.1}, {"gamma": 1.0}],
         golden="no code was released, and the paper's discounting and constants are not known",
         lr=0.02,
+        amplifies={"mixing"},
         trajectory={"gamma": st.sampled_from([1e-8, 0.1, 1.0])},
     )
 ]
