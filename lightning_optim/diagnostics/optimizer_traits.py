@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..engine.optimizer import RuleOptimizer
-from ..engine.rule import decay_of
-from ..engine.rule import ModelRule
+from ..engine.rule import ModelRule, decay_of
 from ..engine.two_rules import MatrixOptimizer
 from .what_if import fork_rng
 
