@@ -188,9 +188,9 @@ class ChoirReference(Reference):
     eps: float = 1e-8
     weight_decay: float = 0.0
 
-    def step(self, grads: Sequence[Array], lr: float | None = None) -> None:
-        self.norm = np.sqrt(sum(np.sum(np.asarray(g, np.float64) ** 2) for g in grads))
-        super().step(grads, lr)
+    def move(self, grads: Sequence[Array], lr: float) -> None:
+        self.norm = np.sqrt(sum(np.sum(g**2) for g in grads))
+        super().move(grads, lr)
 
     def update(self, p: Array, g: Array, s: State, lr: float) -> Array:
         s["m"] = self.momentum * s["m"] + (1 - self.momentum) * g
@@ -332,7 +332,7 @@ def test_the_library_knows_them(copy: Path) -> None:
     assert {"Wobble", "Choir"} <= set(found["fallbacks"])
     assert "Turn" not in found["fallbacks"]
     assert found["table"] == list(KINDS)
-    assert found["signature"]["Wobble"][:6] == ["params", "lr", "momentum", "pull", "weight_decay", "*"]
+    assert found["signature"]["Wobble"][:6] == ["params", "lr", "momentum", "pull", "weight_decay", "decay"]
     assert {"maximize", "backend", "rounding"} <= set(found["signature"]["Wobble"])
     assert {"fallback", "fallback_lr"} <= set(found["signature"]["Turn"])
     assert "Weight decay coefficient" in found["documentation"]  # written once, for all
