@@ -391,6 +391,8 @@ def _may_clip_fused(trainer: Any | None) -> bool:
     if trainer is None or not hasattr(trainer.precision_plugin, "scaler"):
         return False
     module = trainer.lightning_module
+    if module is None:  # A Trainer that has not been given a module yet.
+        return True
     # The methods of a module that clips itself call clip_gradients.
     own = not is_default_hook(module.configure_gradient_clipping) or not module.automatic_optimization
     return trainer.precision_plugin.scaler is not None or bool(trainer.gradient_clip_val) or own

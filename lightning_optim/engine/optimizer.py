@@ -214,7 +214,7 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
 
         >>> from lightning_optim import DeVAVector
         >>> DeVAVector.default_hyperparameters()
-        {'lr': 0.02, 'betas': (0.9, 0.999), 'weight_decay': 0.0, 'nesterov': False}
+        {'lr': 0.02, 'betas': (0.9, 0.999), 'weight_decay': 0.0, 'nesterov': False, 'decay': 'decoupled'}
         """
         own = {name: field for name, field in cls.arguments.items() if name not in RuleOptimizer.arguments}
         return {name: field.default for name, field in (cls.fields | own).items()}

@@ -250,7 +250,7 @@ def test_the_command_checks_and_prints_json(tmp_path, capsys):
 def test_light_sees_a_spike_of_the_loss_between_measured_steps(spike_at, accumulate):
     class Spiking(Net):
         def training_step(self, batch, batch_idx):
-            return super().training_step(batch, batch_idx)["loss"] * (300 if self.global_step == spike_at else 1)
+            return super().training_step(batch, batch_idx)["loss"] + (300 if self.global_step == spike_at else 0)
 
     diagnostics = Diagnostics("light", every_n_steps=30, quiet=True)
     trainer(callbacks=[diagnostics], max_steps=70, max_epochs=-1, accumulate_grad_batches=accumulate).fit(Spiking())

@@ -110,6 +110,7 @@ def test_a_changed_optimizer_keeps_nothing_of_the_one_before(capsys: pytest.Capt
         "max_consecutive_skips": 100,
         "backend": "auto",
         "rounding": "nearest",
+        "state_dtype": "float32",
     }
 
 

@@ -178,7 +178,6 @@ DAMAGE: dict[str, Callable[[dict[str, Any]], Any]] = {
     "missing": lambda state: state.popitem(),
     "unknown": lambda state: state.update(exp_avg=state.popitem()[1]),
     "2.5 instead of a whole number": lambda state: state.update(step=torch.tensor(2.5)),
-    "bfloat16 instead of": lambda state: state.update({k: x.bfloat16() for k, x in state.items()}),
     "float instead of a tensor": lambda state: state.update(step=3.0),
     "(7,) instead of": lambda state: state.update(step=torch.zeros(7)),
 }
