@@ -51,7 +51,7 @@ def call(
     result = function(g, SimpleNamespace(**state, parameter=work), SimpleNamespace(**scalars))
     if not moves:
         return result
-    result.apply_(work, scalars["keep"], scalars.get("aligned"))
+    result.apply_(work, scalars["keep"], scalars["aligned"])
     for x, old in zip(written, before):
         x.copy_(torch.where(finite, x, old))  # type: ignore[arg-type]
     if p.dtype != dtype:

@@ -119,7 +119,7 @@ def move_tensor_(
     value = load(p, residual, compute_dtype(p.dtype))
     if value is p and finite is not None:
         value = p.clone()
-    move.apply_(value, scalars["keep"], scalars.get("aligned"))
+    move.apply_(value, scalars["keep"], scalars["aligned"])
     if value is not p:
         store_(p, value, residual, noise, finite)
 

@@ -47,10 +47,11 @@ def fallback_hyperparameters(name: str, arguments: Mapping[str, Any]) -> dict[st
     values = rule.hyperparameters() | dict(rule.as_fallback)
     if "decay" in values:
         form = arguments.get("decay")
-        if form is not None and satisfies(rule.fields["decay"].constraint, form):
+        if isinstance(form, str) and satisfies(rule.fields["decay"].constraint, form):
             values["decay"] = form
         own = arguments.get("fallback_decay") or values["decay"]
-        if own == form or {own, form or "decoupled"} <= BY_LR:
+        named = all(isinstance(x, (str, type(None))) for x in (own, form))  # Others are refused where they are set.
+        if named and (own == form or {own, form or "decoupled"} <= BY_LR):
             values["weight_decay"] = arguments.get("weight_decay", values["weight_decay"])
     for key in _FALLBACK_ARGUMENTS:
         value = arguments.get(f"fallback_{key}")

@@ -313,7 +313,7 @@ def added(
     states: list[Any] = [{} for _ in params]
     for p, state in zip(params, states):
         prepare_residual(state, p, rounding)
-    scalars = {"step": -1.0, "keep": 1.0, "l2": None}
+    scalars = {"step": -1.0, "keep": 1.0, "l2": None, "aligned": None}
     for t in (1, 2):
         for group in ({"blocks": 1, "transposed": False}, {"blocks": 2, "transposed": True}):
             tasks = []
