@@ -56,7 +56,7 @@ def cached(folder: Path, build: Callable[[Path], None]) -> Path:
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir()
             build(scratch)
-            manifest = {path.name: _describe(path) for path in scratch.iterdir()}
+            manifest = {path.name: describe(path) for path in scratch.iterdir()}
             (scratch / _MANIFEST).write_text(json.dumps(manifest, indent=1))
             shutil.rmtree(folder, ignore_errors=True)
             scratch.rename(folder)
@@ -100,7 +100,7 @@ def download(url: str, path: Path, sha256: str) -> None:
     os.replace(partial, path)
 
 
-def _describe(path: Path) -> list[int | str]:
+def describe(path: Path) -> list[int | str]:
     """Size and, unless the file is very large, SHA-256 digest."""
     size = path.stat().st_size
     if size > _HASHED_SIZE:
@@ -115,6 +115,6 @@ def _describe(path: Path) -> list[int | str]:
 def _is_intact(folder: Path) -> bool:
     try:
         manifest = json.loads((folder / _MANIFEST).read_text())
-        return all(_describe(folder / name) == described for name, described in manifest.items())
+        return all(describe(folder / name) == described for name, described in manifest.items())
     except (OSError, ValueError):
         return False

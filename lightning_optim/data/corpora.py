@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_optim.data.cache import DataError, download, locked
+from lightning_optim.data.cache import DataError, describe, download, locked
 
 Pieces = Iterator[tuple[str, str]]  # (split, text); the splits are "train", "validation" and perhaps "test"
 
@@ -148,7 +148,7 @@ def _split_by_position(
         yield from (("train", text) for text in _read(paths, 0, cut, errors))
         yield from (("validation", text) for text in _read(paths, cut, total, errors))
 
-    return Corpus([_stamp(paths), cut, total, errors], pieces)
+    return Corpus([_contents(paths), cut, total, errors], pieces)
 
 
 def _from_splits(splits: dict[str, list[Path]], max_bytes: int | None) -> Corpus:
@@ -160,12 +160,18 @@ def _from_splits(splits: dict[str, list[Path]], max_bytes: int | None) -> Corpus
             stop = min(total, max_bytes or total) if split == "train" else total
             yield from ((split, text) for text in _read(paths, 0, stop))
 
-    return Corpus([{split: _stamp(paths) for split, paths in splits.items()}, max_bytes], pieces)
+    return Corpus([{split: _contents(paths) for split, paths in splits.items()}, max_bytes], pieces)
 
 
-def _stamp(paths: list[Path]) -> list[list[str | int]]:
-    """What changes when the content of a file changes."""
-    return [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+def _contents(paths: list[Path]) -> list[list[int | str]]:
+    """What changes with the content of files, and only then: copying may keep a file's time, or change it."""
+    described = []
+    for path in paths:
+        content = describe(path)
+        if len(content) == 1:  # Too large to be read at every start, so that its place and time have to do.
+            content += [str(path.resolve()), path.stat().st_mtime_ns]
+        described.append(content)
+    return described
 
 
 def _read(paths: list[Path], start: int, stop: int, errors: str = "strict") -> Iterator[str]:

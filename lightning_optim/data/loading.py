@@ -61,9 +61,12 @@ class ResumableLoader(DataLoader[Any]):
         state, self._resumed = self._resumed, None
         self._fetched = state["fetched"] if state and state["epoch"] == self._epoch else 0
         numbers = torch.get_rng_state()
-        if self._fetched:
-            self.sampler.start = self._fetched * self.batch_size  # type: ignore[attr-defined, operator]
-        batches = super().__iter__()
+        skipped = 0
+        if self._fetched and isinstance(self.sampler, EpochSampler):
+            self.sampler.start = self._fetched * self.batch_size  # type: ignore[operator]
+        else:  # With `overfit_batches`, Lightning replaces our sampler by a sequential one.
+            skipped = self._fetched
+        batches = islice(super().__iter__(), skipped, None)
         if self._fetched:
             # Without a generator of its own, a loader draws a seed for its workers from torch's. That was done when the
             # epoch began.
@@ -84,7 +87,6 @@ class ResumableLoader(DataLoader[Any]):
 
     @property
     def _epoch(self) -> int:
-        # With `overfit_batches`, Lightning replaces our sampler by a sequential one.
         return getattr(self.sampler, "epoch", 0)
 
 

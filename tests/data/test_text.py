@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import shutil
 import sys
 import sysconfig
 import urllib.request
@@ -340,11 +341,32 @@ def test_a_changed_source_or_argument_is_prepared_anew(tmp_path: Path, book: str
         return data._prepared.folder.name
 
     names = [prepare(), prepare(tokenizer="word"), prepare(validation_fraction=0.2), prepare(max_bytes=5000)]
+    times = os.stat(book)
     Path(book).write_text(Path(book).read_text().replace("fox", "cat"))
-    os.utime(book, (1, 1))
+    os.utime(book, ns=(times.st_atime_ns, times.st_mtime_ns))  # as an archive or rsync sets it
     names.append(prepare())
     assert len(set(names)) == 5
     assert prepare(sequence_length=16, batch_size=3) == prepare(), "the tokens are the same"
+
+
+@pytest.mark.parametrize("change", ["time", "copy", "moved folder", "renamed"])
+def test_a_copy_of_the_source_is_the_same_source(
+    tmp_path: Path, book: str, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    options: dict[str, Any] = {"root": str(tmp_path), "tokenizer": "byte"}
+    first = ready("files", files=[book], **options)
+    other = Path(book)
+    if change == "time":
+        os.utime(book, (1, 1))
+    elif change == "copy":
+        other = Path(shutil.copy(book, other.with_name("copy.txt")))
+    else:
+        folder = tmp_path / "elsewhere"
+        folder.mkdir()
+        other = Path(shutil.move(book, folder / ("renamed.txt" if change == "renamed" else other.name)))
+    monkeypatch.setattr("lightning_optim.data.text.tokenize", None)
+    second = ready("files", files=[str(other)], **options)
+    assert text_of(second, "train") == text_of(first, "train")
 
 
 def test_two_processes_that_start_together(tmp_path: Path) -> None:
