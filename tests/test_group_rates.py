@@ -1,19 +1,30 @@
-"""One learning rate for groups that have several: scaled where we build, told where it comes from outside."""
+"""One value for groups that have several: scaled where we build, told where it comes from outside."""
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
+from itertools import count
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import LearningRateFinder, StochasticWeightAveraging
 from lightning.pytorch.tuner import Tuner
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR
+from torch.optim.lr_scheduler import (
+    ConstantLR,
+    CosineAnnealingLR,
+    CosineAnnealingWarmRestarts,
+    LambdaLR,
+    LinearLR,
+    OneCycleLR,
+    SequentialLR,
+)
 from torch.optim.swa_utils import SWALR
 from torch.utils.data import DataLoader
 
@@ -86,6 +97,23 @@ def written_by_hand(optimizer: Optimizer) -> Callable[[], None]:
     return step
 
 
+def loop_of(rate: Callable[[int], float]) -> Callable[[Optimizer], Callable[[], None]]:
+    """A training loop that computes the learning rate itself, as nanoGPT's."""
+
+    def prepare(optimizer: Optimizer) -> Callable[[], None]:
+        steps = count()
+
+        def step() -> None:
+            lr = rate(next(steps))
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+
+        return step
+
+    return prepare
+
+
 def scheduled(make: Callable[[Optimizer], Any]) -> Callable[[Optimizer], Callable[[], None]]:
     def prepare(optimizer: Optimizer) -> Callable[[], None]:
         scheduler = make(optimizer)
@@ -100,6 +128,10 @@ def scheduled(make: Callable[[Optimizer], Any]) -> Callable[[Optimizer], Callabl
         written_by_hand,
         scheduled(lambda o: OneCycleLR(o, max_lr=0.05, total_steps=30)),
         scheduled(lambda o: SWALR(o, swa_lr=0.05)),
+        loop_of(lambda step: 1e-5 * (step + 1)),  # low for all, and no schedule's beginning or end
+        loop_of(lambda step: np.float32(0.015)),
+        scheduled(lambda o: CosineAnnealingLR(o, 20, eta_min=0.009)),
+        scheduled(lambda o: CosineAnnealingWarmRestarts(o, 20, eta_min=0.009)),
     ],
 )
 @pytest.mark.parametrize("optimizer", ["NAMO", "AdamW"])
@@ -121,6 +153,10 @@ def test_one_rate_from_outside_is_told_once_with_names_and_rates(prepare: Any, o
         lambda o: CosineAnnealingLR(o, 5),  # ends at zero for all
         lambda o: CosineAnnealingLR(o, 5, eta_min=1e-5),
         lambda o: LambdaLR(o, lambda step: 1 / (step + 1)),
+        lambda o: LinearLR(o, 0.1, total_iters=3),
+        lambda o: OneCycleLR(o, [0.1 * group["lr"] for group in o.param_groups], total_steps=8),
+        lambda o: OneCycleLR(o, [30 * group["lr"] for group in o.param_groups], total_steps=8),
+        lambda o: SequentialLR(o, [ConstantLR(o, 0.0, 2), CosineAnnealingLR(o, 3, 1e-6)], [2]),
     ],
 )
 def test_what_keeps_ratios_or_ends_low_is_not_told(make: Any) -> None:
@@ -138,6 +174,60 @@ def test_what_keeps_ratios_or_ends_low_is_not_told(make: Any) -> None:
 def test_a_floor_above_a_groups_rate_is_told() -> None:
     with pytest.warns(UserWarning, match=r"CosineAnnealingLR\(eta_min=0\.005\).*fallback"):
         configure_optimizers(make_net(), "NAMO", {"name": "CosineAnnealingLR", "args": {"T_max": 9, "eta_min": 5e-3}})
+
+
+# --- weight decay -----------------------------------------------------------------------------------------------------
+
+
+def all_groups(value: float) -> Callable[[Optimizer, int], None]:
+    def write(optimizer: Optimizer, step: int) -> None:
+        for group in optimizer.param_groups:
+            group["weight_decay"] = value
+
+    return write
+
+
+def cosine(optimizer: Optimizer, step: int) -> None:
+    """DINO's schedule of weight decay, without its condition."""
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.4 - 0.3 * math.cos(math.pi * step / 4)
+
+
+def of_the_first(optimizer: Optimizer, step: int) -> None:
+    for group in optimizer.param_groups[1:]:
+        group["weight_decay"] = optimizer.param_groups[0]["weight_decay"]
+
+
+def in_proportion(optimizer: Optimizer, step: int) -> None:
+    for group in optimizer.param_groups:
+        group["weight_decay"] *= 0.9
+
+
+@pytest.mark.parametrize("write", [all_groups(0.1), all_groups(0.3), cosine, of_the_first])
+@pytest.mark.parametrize("optimizer", ["NAMO", "MVNGrad", "AdamW"])
+def test_one_weight_decay_from_outside_is_told_once(write: Any, optimizer: str) -> None:
+    built = build_optimizer(make_net(), optimizer, weight_decay=0.1)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for step in range(4):
+            write(built, step)
+            built.step()
+    (told,) = [str(w.message) for w in said if "one weight decay for all" in str(w.message)]
+    assert "no_decay 0," in told or "no_decay 0." in told
+    assert " 0.1" in told
+
+
+@pytest.mark.parametrize("write", [in_proportion, all_groups(0.0), lambda optimizer, step: None])
+def test_weight_decays_in_proportion_or_switched_off_are_not_told(write: Any) -> None:
+    built = build_optimizer(make_net(), "NAMO", weight_decay=0.1)
+    alike = build_optimizer(make_net(), "MVNGrad", Grouping(no_decay=[]), weight_decay=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(4):
+            write(built, step)
+            built.step()
+            cosine(alike, step)
+            alike.step()
 
 
 # --- Lightning's learning-rate finder ---------------------------------------------------------------------------------
