@@ -127,6 +127,7 @@ class ExactResume(pl.Callback):
         checkpoint["rng"] = {"states": all_gather_object(now.state(), world())}
         checkpoint["position"] = asdict(position) | {
             "gradients": gradients,
+            "accumulate_grad_batches": trainer.accumulate_grad_batches,
             "generators": {
                 "training": [generator.get_state() for generator in _generators(self._loaders)],
                 "validation": [generator.get_state() for generator in _generators(validation)],
@@ -250,6 +251,9 @@ class ExactResume(pl.Callback):
         else:
             self._generators = generators.get("training", [])
         self._steps_logged = run_position.steps_logged(trainer)
+        if resumed.position.batches and "accumulate_grad_batches" in resumed.saved:
+            # GradientAccumulationScheduler sets it at the start of an epoch, which is over.
+            trainer.accumulate_grad_batches = resumed.saved["accumulate_grad_batches"]
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         if "frozen" in resumed.saved and any(is_lightning(callback, "BaseFinetuning") for callback in callbacks):
             # It freezes again when a run is resumed, and does not thaw what it had thawed.

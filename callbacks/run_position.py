@@ -81,8 +81,8 @@ def rewrite(loops: dict[str, Any], position: Position) -> None:
     for counts in (progress["current"], progress["total"]):
         counts.update(dict.fromkeys(("ready", "started", "completed"), counts["processed"]))
     progress["is_last_batch"] = position.last
-    if not begun:
-        # A loader that was saved at its end would give nothing in the next epoch.
+    if not begun or position.last:
+        # A loader that was saved at its end would give nothing in the next epoch, or the rest of all that it has.
         loops["state_dict"].pop("combined_loader", None)
 
 
