@@ -64,6 +64,11 @@ class OptimizerSwap(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
             own = pl_module.configure_optimizers
+            if isinstance(own, partial) and own.func is replace_optimizers:
+                raise ValueError(
+                    f"OptimizerSwap: {own.args[2].name} is swapped in already by another OptimizerSwap of this Trainer, "
+                    f"and {self.optimizer.name} cannot be, too: keep one of the two."
+                )
             # An attribute of the instance hides the method of its class; LightningCLI, too, sets one.
             self._own = vars(pl_module).get("configure_optimizers")
             self._swapped = True

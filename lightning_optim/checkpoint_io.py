@@ -53,6 +53,12 @@ class SafeCheckpointIO(TorchCheckpointIO):
         >>> trainer = pl.Trainer(plugins=[SafeCheckpointIO()], accelerator="cpu", logger=False)
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        # The Trainer of `pytorch_lightning` asks for another class of that name.
+        if (other := sys.modules.get("lightning_fabric.plugins")) is not None:
+            other.CheckpointIO.register(type(self))
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Write a checkpoint. Other places than local files are left to Lightning.
 

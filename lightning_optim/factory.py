@@ -33,7 +33,7 @@ from .engine.optimizer import RuleOptimizer
 from .engine.plain_values import plain
 from .engine.rule import GroupRule, ModelRule
 from .engine.two_rules import MatrixOptimizer
-from .group_rates import rates_by_group, scale_rates, watch_rates
+from .group_rates import rates_by_group, scale_rates, watch_groups
 from .grouping import Grouping, ParameterSettings, parameter_groups, suggestion
 from .modes import attach_modes
 from .own_optimizers import FollowingSchedule, OwnOptimizer, own_optimizers
@@ -77,6 +77,9 @@ class OptimizerConfig:
     args: dict[str, Any] = field(default_factory=dict)
     """Arguments of the optimizer, without `params`."""
 
+    def __post_init__(self) -> None:
+        self.args = plain(self.args)
+
 
 @safe_in_checkpoints()
 @dataclass
@@ -109,6 +112,7 @@ class SchedulerConfig:
     """Whether the schedule is given the monitored metric. Default: only ReduceLROnPlateau is."""
 
     def __post_init__(self) -> None:
+        self.args, self.frequency = plain(self.args), plain(self.frequency)
         if self.interval not in (None, "step", "epoch"):
             raise ValueError(f"lr_scheduler.interval must be 'step' or 'epoch', got {self.interval!r}")
         if self.frequency is not None and not (isinstance(self.frequency, int) and self.frequency >= 1):
@@ -131,9 +135,9 @@ def config_of(cls: type[_Config], flag: str, value: Any, args: Mapping[str, Any]
         value: What was given.
         args: Further arguments of the optimizer or the schedule.
     """
-    config = cls(name=value) if isinstance(value, str) else value
+    given = value if isinstance(value, cls) else plain(value)
+    config = cls(name=given) if isinstance(given, str) else given
     if not isinstance(config, cls):
-        given = plain(value)
         if not isinstance(given, dict):
             raise ValueError(
                 f"{flag} must be a name such as {'NAMO' if cls is OptimizerConfig else 'WarmupCosine'!r}, a dictionary "
@@ -141,12 +145,12 @@ def config_of(cls: type[_Config], flag: str, value: Any, args: Mapping[str, Any]
             )
         given = _given(cls, flag, given, {"class_path": "name", "init_args": "args"})
         if "name" not in given:
-            raise ValueError(f"{flag}={dict(value)} names no class: add 'name' or 'class_path'.")
+            raise ValueError(f"{flag}={given} names no class: add 'name' or 'class_path'.")
         config = cls(**given)
     more = plain(args or {})
     for name in more.keys() & config.args.keys():
         raise ValueError(f"{flag} {config.name}: {name} is given twice, as {config.args[name]!r} and {more[name]!r}.")
-    return replace(config, args=plain(config.args) | more)
+    return replace(config, args=config.args | more)
 
 
 def _grouping(value: GroupingLike | None) -> Grouping:
@@ -154,7 +158,7 @@ def _grouping(value: GroupingLike | None) -> Grouping:
     if value is None:
         return Grouping()
     settings = vars(value) if isinstance(value, Grouping) else _given(Grouping, "grouping", plain(value), {})
-    return Grouping(**plain(settings))
+    return Grouping(**settings)
 
 
 def _given(cls: type[Any], flag: str, value: Mapping[str, Any], synonyms: Mapping[str, str]) -> dict[str, Any]:
@@ -192,8 +196,8 @@ def build_optimizer(
     The optimizer is told which ranks hold equal parameters under the Trainer's strategy: under DDP those of a node
     share the work of orthogonalisation.
 
-    Where groups have several learning rates and something outside sets one for all of them, such as a loop that writes
-    ``group["lr"]``, a warning says so once. During the search of Lightning's learning-rate finder and after it, groups
+    Where groups have several learning rates or weight decays and something outside sets one for all of them, such as a
+    loop that writes ``group["lr"]``, a warning says so once. During the search of Lightning's learning-rate finder and after it, groups
     keep their ratios.
 
     Args:
@@ -292,7 +296,7 @@ def _build(
                 )
     attach_modes(built, trainer)
     attach_check(built, trainer)
-    watch_rates(built, trainer)
+    watch_groups(built, trainer)
     return built
 
 
@@ -469,7 +473,7 @@ def _schedule(
 ) -> dict[str, Any]:
     """A schedule as Lightning's dictionary."""
     cls = scheduler_class(config.name)
-    args = dict(config.args)
+    args, total_steps = dict(config.args), plain(total_steps)
     entry: dict[str, Any] = {"strict": config.strict, "name": config.log_name}
     entry = {key: value for key, value in entry.items() if value is not None}
     on_plateau = issubclass(cls, ReduceLROnPlateau) if config.reduce_on_plateau is None else config.reduce_on_plateau
@@ -630,7 +634,7 @@ def _replace(
         scale_rates(built, lr)
 
     rates = [f"{group['name']} {group['lr']:g}" for group in built.param_groups]
-    trained, trainable = len(settings), sum(p.requires_grad for p in module.parameters())
+    trained, trainable = (sum(p.requires_grad for p in params) for params in (settings, module.parameters()))
     kept = [type(entry["scheduler"]).__name__ for entry in own.schedules] if scheduler is None else []
     rank_zero_info(
         f"{said_by}: {type(built).__name__} replaces {type(own.optimizer).__name__} for {trained} of {trainable} "

@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from torch import Tensor, nn
 
+from .engine.plain_values import plain
+from .names import spellings
 from .routing import Route, clean_name, route
 from .safe_classes import safe_in_checkpoints
 
@@ -65,6 +67,11 @@ class Grouping:
     """Patterns of weights, or of their modules, that are stored (in, out), where their modules do not say so."""
 
     def __post_init__(self) -> None:
+        for f in fields(self):
+            setattr(self, f.name, plain(getattr(self, f.name)))
+        for name in ("matrix", "fallback", "heads", "transposed"):  # A name may be a number.
+            if isinstance(patterns := getattr(self, name), (list, tuple)):
+                setattr(self, name, [str(pattern) for pattern in patterns])
         if isinstance(self.heads, Mapping):
             raise ValueError(
                 f"grouping.heads={self.heads!r} must be a list of patterns; to give the rows of a head, use "
@@ -229,8 +236,7 @@ def _first_match(flag: str, patterns: Iterable[str], names: Iterable[str]) -> di
     """The first pattern that matches each name, where one does."""
     matches = {}
     for name in names:
-        spellings = (name, clean_name(name))
-        pattern = next((p for p in patterns if any(fnmatchcase(s, p) for s in spellings)), None)
+        pattern = next((p for p in patterns if any(fnmatchcase(s, p) for s in spellings(name))), None)
         if pattern is not None:
             matches[name] = pattern
     for pattern in patterns:

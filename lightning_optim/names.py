@@ -10,6 +10,9 @@ _WRAPPERS = re.compile(
 )
 
 
+_PARAMETRISED = re.compile(r"\.?parametrizations\.(\w+)\.original\d*$")
+
+
 def clean_name(name: str) -> str:
     """The name of a parameter without what wrappers put into it, in any order and however deep.
 
@@ -22,3 +25,14 @@ def clean_name(name: str) -> str:
     ('0.weight', 'net.module.weight')
     """
     return _WRAPPERS.sub("", name).removeprefix("module.")
+
+
+def spellings(name: str) -> set[str]:
+    """The names by which a pattern may find a parameter: as its module has it, without wrappers, and, of a parametrised
+    weight (``torch.nn.utils.parametrize``), that of the weight.
+
+    >>> sorted(spellings("_orig_mod.fc.parametrizations.weight.original0"))[-2:]
+    ['fc.parametrizations.weight.original0', 'fc.weight']
+    """
+    clean = clean_name(name)
+    return {name, clean, _PARAMETRISED.sub(r".\1", clean).removeprefix(".")}

@@ -671,7 +671,8 @@ def _is_layer(module: nn.Module) -> bool:
 
 def _is_linear_like(module: nn.Module) -> bool:
     """Whether this looks like another library's Linear or convolution."""
-    weight = next((w for name in _WEIGHTS if (w := module._parameters.get(name)) is not None), None)
+    own = module._parameters  # which has no `get` in a TorchScript module
+    weight = next((w for name in _WEIGHTS if name in own and (w := own[name]) is not None), None)
     known = (nn.Linear, _ConvNd, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.RNNBase, nn.RNNCellBase)
     if weight is None or isinstance(module, known) or _widths(module) is None or _is_called(module, "Norm"):
         return False

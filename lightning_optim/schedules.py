@@ -12,6 +12,7 @@ differ in the same way.
 from __future__ import annotations
 
 import math
+from numbers import Integral
 from typing import Any, Literal
 
 from torch import Tensor
@@ -36,6 +37,8 @@ class _WarmupDecay(LRScheduler):
         tail: Literal["linear", "cosine"],
         min_lr_ratio: float,
     ) -> None:
+        if isinstance(total_steps, Integral):
+            total_steps = int(total_steps)  # and not one of NumPy's, which no checkpoint should hold
         if tail not in ("linear", "cosine"):
             raise ValueError(f"tail must be 'linear' or 'cosine', got {tail!r}")
         if not 0.0 <= min_lr_ratio <= 1.0:
@@ -63,10 +66,10 @@ class _WarmupDecay(LRScheduler):
 
     def _steps(self, argument: str, length: int | float) -> int:
         """A length in steps, from steps (int) or a fraction of the run (float)."""
-        if isinstance(length, int):
+        if isinstance(length, Integral):
             if length < 0:
                 raise ValueError(f"{argument} must not be negative, got {length}")
-            return length
+            return int(length)
         if not 0.0 <= length <= 1.0:
             raise ValueError(
                 f"{argument} as a float is a fraction of the run, in [0, 1], got {length}; "

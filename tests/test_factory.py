@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
+import collections
+import dataclasses
+import decimal
+import enum
 import functools
+import io
 import sys
 import types
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import jsonargparse
 import lightning.pytorch as pl
 import numpy as np
 import pytest
@@ -316,6 +323,106 @@ def test_values_of_configuration_libraries_become_plain(name, settings_):
     assert (type(group["lr"]), group["lr"]) == (float, pytest.approx(2e-3))
     assert [(type(beta), beta) for beta in group["betas"]] == [(float, 0.5), (float, 0.75)]
     assert (special["lr"], tuple(special["betas"])) == (0.1, (0.25, 0.5))
+
+
+@dataclasses.dataclass
+class Settings:
+    lr: Any = 2e-3
+    betas: Any = (0.5, 0.75)
+
+
+@dataclasses.dataclass(slots=True)
+class Choice:
+    name: str = "NAMO"
+    args: Settings = dataclasses.field(default_factory=Settings)
+
+
+class Names(enum.Enum):
+    NAMO = "NAMO"
+
+
+def of_attrs():
+    attrs = pytest.importorskip("attrs")
+    return attrs.make_class("Choice", {"name": attrs.field(default="NAMO"), "args": attrs.field(factory=Settings)})()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Choice(),
+        lambda: {"name": "NAMO", "args": Settings(betas=collections.UserList([0.5, 0.75]))},
+        lambda: argparse.Namespace(name="NAMO", args=argparse.Namespace(lr="2e-3", betas=[0.5, 0.75])),
+        lambda: vars(argparse.Namespace(name="NAMO", args=types.SimpleNamespace(lr=2e-3, betas=[0.5, 0.75]))),
+        lambda: jsonargparse.Namespace(
+            class_path="lightning_optim.NAMO", init_args=jsonargparse.Namespace(lr=2e-3, betas=[0.5, 0.75])
+        ),
+        lambda: collections.ChainMap(
+            {"args": {"lr": decimal.Decimal("0.002"), "betas": (0.5, 0.75)}}, {"name": "NAMO"}
+        ),
+        lambda: OptimizerConfig("NAMO", collections.UserDict(lr=np.float64(2e-3), betas=np.array([0.5, 0.75]))),
+        lambda: {"name": Names.NAMO, "args": {"lr": 2e-3, "betas": [0.5, 0.75]}},
+        of_attrs,
+    ],
+)
+def test_objects_that_hold_settings(make):
+    group = build_optimizer(make_net(), make()).param_groups[0]
+    assert (type(group["lr"]), group["lr"], group["betas"]) == (float, 2e-3, (0.5, 0.75))
+
+
+def test_a_name_of_an_enumeration():
+    assert build_optimizer(make_net(), Names.NAMO, lr=2e-3).param_groups[0]["lr"] == 2e-3
+
+
+@pytest.mark.parametrize("name", ["NAMO", "MVNGrad"])
+def test_values_that_are_written_into_groups_become_plain(name):
+    module = make_net()
+    optimizer = build_optimizer(module, name)
+    for i, group in enumerate(optimizer.param_groups):
+        group["lr"], group["weight_decay"] = np.float32(2.0**-i), np.float64(2.0 ** -(1 + i))
+        group["betas"] = collections.UserList([np.float64(0.5), 0.75])
+    for p in module.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    for i, group in enumerate(optimizer.param_groups):
+        assert [type(group[key]) for key in ("lr", "weight_decay", "betas")] == [float, float, tuple]
+        assert (group["lr"], group["weight_decay"], group["betas"]) == (2.0**-i, 2.0 ** -(1 + i), (0.5, 0.75))
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    optimizer.load_state_dict(torch.load(file, weights_only=True))
+
+
+def test_configurations_hold_plain_values_and_so_do_checkpoints():
+    values = [
+        OptimizerConfig("NAMO", collections.UserDict(betas=collections.UserList([0.5, 0.75]))),
+        SchedulerConfig("MultiStepLR", {"milestones": collections.UserList([np.int64(3), 5])}, frequency=np.int64(2)),
+        Grouping(no_decay=collections.UserList(["bias"]), split={"*.qkv": collections.UserList([np.int64(8)] * 3)}),
+    ]
+    file = io.BytesIO()
+    torch.save(values, file)
+    file.seek(0)
+    assert torch.load(file, weights_only=True) == values
+    assert values[2].split == {"*.qkv": [8, 8, 8]}
+
+
+def test_parameters_whose_names_are_numbers_can_be_named():
+    module = nn.ParameterList([nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(4, 4))])
+    optimizer = build_optimizer(module, "NAMO", Grouping(matrix=["0"], fallback=["1"], lr_multipliers={"1": 0.5}))
+    assert {group["role"]: group["param_names"] for group in optimizer.param_groups} == {
+        "matrix": ["0"],
+        "fallback": ["1"],
+    }
+
+
+@pytest.mark.parametrize("schedule", ["WarmupCosine", "WarmupLinear", "WarmupStableDecay", "OneCycleLR"])
+def test_lengths_may_be_numpys(schedule):
+    args = {"max_lr": 0.1} if schedule == "OneCycleLR" else {"warmup": np.int64(3)}
+    made = configure_optimizers(make_net(), "SGD", {"name": schedule, "args": args}, total_steps=np.int64(10), lr=0.1)
+    scheduler = made["lr_scheduler"]["scheduler"]
+    assert type(scheduler.total_steps) is int
+    if schedule != "OneCycleLR":
+        by_hand = type(scheduler)(made["optimizer"], total_steps=np.int64(10), warmup=np.int32(3))
+        assert (by_hand.warmup, type(by_hand.warmup), type(by_hand.total_steps)) == (3, int, int)
 
 
 # --- groups -----------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.utils import parametrizations
 from torch.optim import Optimizer
 
 from lightning_optim import Grouping, MVNGrad, build_optimizer
@@ -91,6 +92,24 @@ def test_state_goes_from_any_wrapper_to_any(wrapper: str, how: str) -> None:
     step(wrapped, one)
     step(plain, two)
     assert all(torch.equal(p, q) for p, q in zip(wrapped.parameters(), plain.parameters()))
+
+
+PARAMETRISATIONS: dict[str, Callable[[nn.Module], Any]] = {
+    "weight norm": parametrizations.weight_norm,
+    "spectral norm": parametrizations.spectral_norm,
+    "orthogonal": parametrizations.orthogonal,
+}
+
+
+@pytest.mark.parametrize("name", PARAMETRISATIONS)
+@pytest.mark.parametrize("wrapper", ["nothing", "Fabric of module of compiled"])
+def test_patterns_find_parametrised_weights_by_the_weights_name(name: str, wrapper: str) -> None:
+    module = net()
+    PARAMETRISATIONS[name](module[0])
+    expected = {key for key, _ in module.named_parameters() if key.startswith("0.parametrizations.weight.")}
+    grouping = Grouping(lr_multipliers={"0.weight": 0.5})
+    built = build_optimizer(WRAPPERS[wrapper](module), "MVNGrad", grouping, lr=1.0)
+    assert {key for group in built.param_groups if group["lr"] == 0.5 for key in group["param_names"]} == expected
 
 
 def test_fabric_saves_and_loads(tmp_path: Path) -> None:

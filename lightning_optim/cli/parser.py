@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from .. import schedules
 from ..registry import OPTIMIZERS
-from .errors import exit_with, explain, import_class
+from .errors import UsageError, exit_with, explain, import_class
 from .presets import find_config
 from .tracebacks import fault_in_module
 
@@ -47,6 +47,16 @@ class OptimArgumentParser(LightningArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **({"allow_abbrev": False} | kwargs))
+
+    def add_lightning_class_args(self, lightning_class: Any, *args: Any, **kwargs: Any) -> list[str]:
+        bases = lightning_class.__mro__ if isinstance(lightning_class, type) else ()
+        if any(base.__module__.startswith("pytorch_lightning.") for base in bases):
+            raise UsageError(
+                f"{lightning_class.__name__} is a class of pytorch_lightning, and OptimCLI is for lightning.pytorch, the "
+                "same code under its other name. Import lightning.pytorch in its place, or use pytorch_lightning's own "
+                'LightningCLI with trainer_defaults={"callbacks": [OptimizerSwap("NAMO")]}.'
+            )
+        return super().add_lightning_class_args(lightning_class, *args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error or "JSONARGPARSE_DEBUG" in os.environ:

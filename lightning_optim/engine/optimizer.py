@@ -26,7 +26,7 @@ from .checkpoint import CheckpointError
 from .gradients import inspect_gradients
 from .hyperparameters import NUMBERS, count, satisfies
 from .losses import RunningStatistics, loss_of, mean_loss
-from .plain_values import plain_hyperparameters
+from .plain_values import is_plain, plain_hyperparameters
 from .rounding import RESIDUAL, Rounding, load, residual_dtype
 from .rule import MatrixRule, ModelRule, Rule, as_attributes, averages_of, decay_of
 from .state import expected_state, has_begun, has_owner, load_state, state_shapes
@@ -352,6 +352,9 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
             changed = [
                 name for name in bounds if name in group and not (name in seen and _same(group[name], seen[name]))
             ]
+            for name in changed:
+                if not is_plain(group[name]):  # A checkpoint must hold no NumPy number, say.
+                    group |= plain_hyperparameters({name: group[name]})
             if changed or not seen:
                 self._check_hyperparameters(group, changed)
                 if not NUMBERS.keys() >= set(changed):

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import re
-from collections.abc import Mapping, Sequence
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from decimal import Decimal
 from enum import Enum
 from numbers import Integral, Real
 from typing import Any
 
 from torch import Tensor
 
+_SCALARS = (float, int, bool, str, type(None))
 _INTEGER = re.compile(r"[+-]?\d+")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
@@ -29,8 +34,9 @@ def plain(x: Any) -> Any:
 
     Configuration libraries pass lists, mappings and numbers of types of their own (OmegaConf and Hydra,
     ml_collections, NumPy, ruamel.yaml, ...), which a checkpoint must not hold. YAML 1.1 reads ``1e-3`` as a string, so
-    a string that is written as a number becomes one. Sequences that are no lists become tuples. Tensors and all other
-    objects stay as they are.
+    a string that is written as a number becomes one. Objects that only hold settings (dataclasses, attrs, pydantic,
+    namespaces) become dictionaries of them. Sequences that are no lists become tuples. Tensors and all other objects
+    stay as they are.
 
     >>> import numpy
     >>> plain({"lr": "1e-3", "betas": numpy.array([0.5, 0.75]), "nesterov": numpy.True_, "fallback": "AdamW"})
@@ -46,11 +52,13 @@ def plain(x: Any) -> Any:
         return float(x) if _NUMBER.fullmatch(x) else str(x)  # a str and none of its subclasses
     if isinstance(x, Integral):
         return int(x)
-    if isinstance(x, Real):
+    if isinstance(x, (Real, Decimal)):
         return float(x)
     if hasattr(x, "dtype") and hasattr(x, "tolist"):  # NumPy's scalars and arrays
         values = x.tolist()
         return tuple(map(plain, values)) if isinstance(values, list) else plain(values)
+    if (names := _settings(x)) is not None:
+        return {name: plain(getattr(x, name)) for name in names}
     if isinstance(x, Mapping) or (hasattr(x, "keys") and hasattr(x, "__getitem__")):
         return {key: plain(x[key]) for key in x.keys()}  # noqa: SIM118 (ml_collections' have keys only)
     if isinstance(x, list):
@@ -58,3 +66,26 @@ def plain(x: Any) -> Any:
     if isinstance(x, Sequence) and not isinstance(x, (bytes, bytearray, range)):
         return tuple(map(plain, x))
     return x
+
+
+def is_plain(x: Any) -> bool:
+    """Whether a hyperparameter is what :func:`plain` makes of it, or a list of such values.
+
+    >>> import numpy
+    >>> is_plain(0.1), is_plain([0.9, 0.99]), is_plain(numpy.float64(0.1)), is_plain((0.9, numpy.float32(0.5)))
+    (True, True, False, False)
+    """
+    if type(x) in (list, tuple):
+        return all(type(value) in _SCALARS for value in x)
+    return type(x) in _SCALARS or isinstance(x, Tensor)
+
+
+def _settings(x: Any) -> Iterable[str] | None:
+    """The names of the settings of an object that holds nothing else."""
+    if isinstance(x, (argparse.Namespace, types.SimpleNamespace)):  # jsonargparse's, too, whose keys are all leaves
+        return vars(x)
+    if is_dataclass(x):
+        return [f.name for f in fields(x)]
+    if hasattr(x, "__attrs_attrs__"):
+        return [attribute.name for attribute in x.__attrs_attrs__]
+    return getattr(type(x), "model_fields", None)  # pydantic

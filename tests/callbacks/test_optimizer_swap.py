@@ -289,6 +289,24 @@ def test_a_frozen_parameter_of_the_own_optimizer_can_be_trained_later() -> None:
     assert {"body.weight", "body.bias"} < names
 
 
+def test_the_line_counts_what_is_trained(caplog: pytest.LogCaptureFixture) -> None:
+    def configure(module: Any) -> Any:
+        module.body.requires_grad_(False)
+        return torch.optim.AdamW(module.parameters())
+
+    with caplog.at_level("INFO", "lightning.pytorch"):
+        make_trainer(OptimizerSwap("NAMO"), fast_dev_run=True).fit(Own(configure))
+    assert "NAMO replaces AdamW for 2 of 2 parameter tensors" in caplog.text
+
+
+def test_two_swaps_of_one_module_are_refused_and_undone() -> None:
+    model = Own(adamw)
+    with pytest.raises(ValueError, match="NAMO is swapped in already by another OptimizerSwap.*MVNGrad cannot be"):
+        make_trainer(OptimizerSwap("NAMO"), OptimizerSwap("MVNGrad")).fit(model)
+    assert "configure_optimizers" not in vars(model)
+    assert type(model.configure_optimizers()) is torch.optim.AdamW
+
+
 def test_every_optimizer_of_a_module_is_replaced() -> None:
     def configure(module: Any) -> Any:
         first, second = torch.optim.Adam(module.body.parameters()), torch.optim.Adam(module.layer.parameters(), 1e-2)

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from lightning_optim import NonFiniteGradientsError, OptimizerMixin, configure_optimizers
 from lightning_optim.callbacks import Diagnostics, OptimizerSwap, RescueCheckpoint, Resume, RNGState
+from lightning_optim.checkpoint_io import SafeCheckpointIO
 
 NAME = sys.argv[1]
 pl: Any = importlib.import_module(NAME)
@@ -100,12 +101,16 @@ assert added == {"matrix", "fallback"}, run.optimizers
 # A checkpoint when the optimizer gives up.
 broken = Model(lambda m: configure_optimizers(m, "MVNGrad", max_consecutive_skips=2))
 broken.scale = float("nan")
-run = trainer(RescueCheckpoint(), enable_checkpointing=True, default_root_dir="rescue")
+run = trainer(RescueCheckpoint(), enable_checkpointing=True, default_root_dir="rescue", plugins=[SafeCheckpointIO()])
 try:
     run.fit(broken, DATA, DATA)
 except NonFiniteGradientsError:
     saved = list(Path("rescue").rglob("rescue-*.ckpt"))
     assert len(saved) == 1, saved
+    assert isinstance(run.strategy.checkpoint_io, SafeCheckpointIO)
+    resumed = trainer(Resume(), plugins=[SafeCheckpointIO()])
+    resumed.fit(Model(broken.configure), DATA, DATA, ckpt_path=saved[0])
+    assert resumed.global_step == 16
 else:
     raise AssertionError("the optimizer did not give up")
 print("all done")
