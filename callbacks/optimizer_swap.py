@@ -66,8 +66,8 @@ class OptimizerSwap(pl.Callback):
             own = pl_module.configure_optimizers
             if isinstance(own, partial) and own.func is replace_optimizers:
                 raise ValueError(
-                    f"OptimizerSwap: {own.args[2].name} is swapped in already by another OptimizerSwap of this Trainer, "
-                    f"and {self.optimizer.name} cannot be, too: keep one of the two."
+                    f"OptimizerSwap: {own.args[2].name} is swapped in already by another OptimizerSwap of this "
+                    f"Trainer, and {self.optimizer.name} cannot be, too: keep one of the two."
                 )
             # An attribute of the instance hides the method of its class; LightningCLI, too, sets one.
             self._own = vars(pl_module).get("configure_optimizers")

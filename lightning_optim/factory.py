@@ -197,8 +197,8 @@ def build_optimizer(
     share the work of orthogonalisation.
 
     Where groups have several learning rates or weight decays and something outside sets one for all of them, such as a
-    loop that writes ``group["lr"]``, a warning says so once. During the search of Lightning's learning-rate finder and after it, groups
-    keep their ratios.
+    loop that writes ``group["lr"]``, a warning says so once. During the search of Lightning's learning-rate finder and
+    after it, groups keep their ratios.
 
     Args:
         module: The module to train, usually a LightningModule.

@@ -52,9 +52,9 @@ class OptimArgumentParser(LightningArgumentParser):
         bases = lightning_class.__mro__ if isinstance(lightning_class, type) else ()
         if any(base.__module__.startswith("pytorch_lightning.") for base in bases):
             raise UsageError(
-                f"{lightning_class.__name__} is a class of pytorch_lightning, and OptimCLI is for lightning.pytorch, the "
-                "same code under its other name. Import lightning.pytorch in its place, or use pytorch_lightning's own "
-                'LightningCLI with trainer_defaults={"callbacks": [OptimizerSwap("NAMO")]}.'
+                f"{lightning_class.__name__} is a class of pytorch_lightning, and OptimCLI is for lightning.pytorch, "
+                "the same code under its other name. Import lightning.pytorch in its place, or use pytorch_lightning's "
+                'own LightningCLI with trainer_defaults={"callbacks": [OptimizerSwap("NAMO")]}.'
             )
         return super().add_lightning_class_args(lightning_class, *args, **kwargs)
 

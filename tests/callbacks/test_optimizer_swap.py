@@ -301,7 +301,7 @@ def test_the_line_counts_what_is_trained(caplog: pytest.LogCaptureFixture) -> No
 
 def test_two_swaps_of_one_module_are_refused_and_undone() -> None:
     model = Own(adamw)
-    with pytest.raises(ValueError, match="NAMO is swapped in already by another OptimizerSwap.*MVNGrad cannot be"):
+    with pytest.raises(ValueError, match=r"NAMO is swapped in already by another OptimizerSwap.*MVNGrad cannot be"):
         make_trainer(OptimizerSwap("NAMO"), OptimizerSwap("MVNGrad")).fit(model)
     assert "configure_optimizers" not in vars(model)
     assert type(model.configure_optimizers()) is torch.optim.AdamW
