@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
+from lightning_optim.engine.carry_over import carried
 from lightning_optim.engine.checkpoint import LABELS, SCHEDULED, STRUCTURE
 
 from .exact_resume import ExactResume
@@ -36,11 +37,16 @@ class Resume(ExactResume):
     checkpoint, too, as far as it keeps them; the same warning names them, and ``override`` takes them: those of
     OneCycleLR and CyclicLR all together. (:mod:`lightning_optim.schedules` always have the new ones.)
 
+    A checkpoint of another optimizer, or of other parameter groups, is refused unless ``change_optimizer`` is set. Then
+    state of the same meaning is kept and the rest begins anew, as :func:`~lightning_optim.carry_over` does, and a
+    message says which. Hyperparameters are those of the new optimizer, and the schedule goes on at its position.
+
     Works with any torch optimizer. Without a checkpoint it does nothing.
 
     Args:
         override: A hyperparameter or several by name, as in the optimizer's parameter groups: ``lr``, ``betas``,
             ``weight_decay``, ...; or arguments of the schedule.
+        change_optimizer: Whether the run may go on with another optimizer than that of its checkpoint.
 
     Raises:
         MisconfigurationException: When training starts, if no optimizer has such a hyperparameter, and no schedule such
@@ -50,9 +56,10 @@ class Resume(ExactResume):
         >>> trainer = pl.Trainer(callbacks=[Resume(override=["lr", "weight_decay"])], accelerator="cpu", logger=False)
     """
 
-    def __init__(self, override: list[str] | str | None = None) -> None:
+    def __init__(self, override: list[str] | str | None = None, change_optimizer: bool = False) -> None:
         super().__init__()
         self.override = [override] if isinstance(override, str) else override or []
+        self.change_optimizer = change_optimizer
         #: Hyperparameters whose new values were not taken at the last resumption.
         self.kept: list[str] = []
         self._built: list[_Built] = []
@@ -69,12 +76,15 @@ class Resume(ExactResume):
                     f"resume.override: no parameter group has {name!r}, nor has a schedule. "
                     f"Known: {', '.join(sorted(known))}."
                 )
+        if self.change_optimizer:
+            for built in self._built:
+                built.take_over(pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         differences = [difference for built in self._built for difference in built.differences()]
         for built in self._built:
-            built.take(self.override)
+            built.take([*self.override, "lr"] if built.changed else self.override)
         self._built = []
         new = [text for name, text in differences if name in self.override]
         if new:
@@ -95,11 +105,27 @@ class _Built:
 
     def __init__(self, optimizer: Optimizer, schedulers: Iterable[Any]) -> None:
         self.optimizer = optimizer
+        #: Whether it has taken over the state of another optimizer.
+        self.changed = False
         self.schedulers = [scheduler for scheduler in schedulers if scheduler.optimizer is optimizer]
         self.groups = [dict(group) for group in optimizer.param_groups]
         self.schedules = [
             (schedule, _state(schedule)) for scheduler in self.schedulers for schedule in _with_parts(scheduler)
         ]
+
+    def take_over(self, module: pl.LightningModule) -> None:
+        """Have the optimizer take over what it can when it loads the state of another one."""
+
+        def convert(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            hook.remove()  # It holds for one resumption.
+            state, said = carried(optimizer, state_dict, module)
+            if said:
+                self.changed = True
+                rank_zero_info(said)
+            return state
+
+        # Before what checks the checkpoint.
+        hook = self.optimizer.register_load_state_dict_pre_hook(convert, prepend=True)
 
     @property
     def names(self) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .engine.carry_over import carry_over
 from .optimizers import *  # noqa: F403
 from .optimizers import __all__ as _algorithms
 from .registry import OPTIMIZERS
@@ -27,6 +28,7 @@ __all__ = [
     "SchedulerConfig",
     "Watch",
     "build_optimizer",
+    "carry_over",
     "configure_optimizers",
     *_algorithms,
 ]

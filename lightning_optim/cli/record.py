@@ -33,6 +33,7 @@ class RecordSettings(SaveConfigCallback):
         # What is said about one resumption does not hold for the next.
         self.config = self.config.clone()
         self.config.resume.override = None
+        self.config.resume.change_optimizer = False
         if "ckpt_path" in self.config:  # Without a subcommand there is none.
             self.config.ckpt_path = None
         # Written under another name and renamed, so that a killed run leaves no half of it.

@@ -23,8 +23,9 @@ LABELS = ("params", "param_names", "name")
 SCHEDULED = ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum")
 
 _REMEDY = (
-    "Build model and optimizer as in the run that wrote the checkpoint, or load only the model's weights and begin "
-    "with a new optimizer."
+    "Build model and optimizer as in the run that wrote the checkpoint, let this optimizer take over what it can "
+    "(--resume.change_optimizer true, lightning_optim.carry_over), or load only the model's weights and begin with a "
+    "new optimizer."
 )
 
 
@@ -58,10 +59,10 @@ def matched(optimizer: Optimizer, state_dict: Any) -> dict[str, Any]:
         Not in the checkpoint: c.
         <BLANKLINE>
     """
-    _check_form(state_dict)
+    check_form(state_dict)
     state_dict = formats.current(state_dict)
     name = type(optimizer).__name__
-    here, saved = _with_clean_names(optimizer.param_groups), _with_clean_names(state_dict["param_groups"])
+    here, saved = with_clean_names(optimizer.param_groups), with_clean_names(state_dict["param_groups"])
     _check_author(name, here, saved)
     named = all("param_names" in group for group in (*here, *saved))
     origins = (_by_name if named else _by_position)(name, here, saved)
@@ -76,7 +77,7 @@ def matched(optimizer: Optimizer, state_dict: Any) -> dict[str, Any]:
     return {**state_dict, "param_groups": groups}
 
 
-def _with_clean_names(groups: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+def with_clean_names(groups: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
     """The groups with names that no wrapper has changed, unless two parameters would then have the same."""
     if not all("param_names" in group for group in groups):
         return groups
@@ -98,7 +99,7 @@ def check_state(saved: Mapping[str, Mapping[str, Any]], expected: Mapping[str, M
     """
     problems = {name: _state_problems(state, expected[name]) for name, state in saved.items()}
     if found := [f"{name} ({problem})" for name, problem in problems.items() if problem]:
-        raise CheckpointError(f"The checkpoint's state does not fit the parameters: {_several(found)}. {_REMEDY}")
+        raise CheckpointError(f"The checkpoint's state does not fit the parameters: {several(found)}. {_REMEDY}")
 
 
 def _state_problems(saved: Mapping[str, Any], expected: Mapping[str, Tensor]) -> str:
@@ -133,7 +134,7 @@ def label(group: Mapping[str, Any], i: int, j: int) -> str:
     return f"parameter {j} of group {i}, of shape {tuple(group['params'][j].shape)}"
 
 
-def _check_form(state_dict: Any) -> None:
+def check_form(state_dict: Any) -> None:
     if not _has_form(state_dict):
         raise CheckpointError(f"This is not an optimizer's checkpoint. {_REMEDY}")
 
@@ -196,7 +197,7 @@ def _by_name(optimizer: str, here: Sequence[Mapping[str, Any]], saved: Sequence[
             f"{n} ({_group_name(saved, then[n])} in the checkpoint, {_group_name(here, now[n])})" for n in moved
         ],
     }
-    lines = [f"{what}: {_several(names)}." for what, names in differences.items() if names]
+    lines = [f"{what}: {several(names)}." for what, names in differences.items() if names]
     if lines:
         raise CheckpointError("\n".join([f"The checkpoint does not fit this {optimizer}.", *lines, _REMEDY]))
     return [origin[i] for i in range(len(here))]
@@ -232,7 +233,7 @@ def _sum_of(values: Sequence[int]) -> str:
     return " + ".join(map(str, values)) or "no"
 
 
-def _several(names: Sequence[str], most: int = 10) -> str:
+def several(names: Sequence[str], most: int = 10) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 

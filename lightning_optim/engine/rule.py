@@ -206,6 +206,9 @@ class Rule:
             (``state_dtype``): running averages, and whatever else forgets a rounding error. Not what must be exact,
             such as copies of parameters, or what is compared with a nearly equal value. Or a function ``averages(h)``.
         squares: The same of state tensors that are never negative: second moments, variances.
+        moments: What state tensors mean to other rules, which take them over when a run goes on with another optimizer
+            (:mod:`.carry_over`): by name, what is averaged from zero, and the hyperparameter of its decay, as in
+            ``{"m": ("g", "beta1")}``. Of a tensor with one entry along an axis, the sums along it are averaged.
         host_state: Names of numbers that ``scalars`` keeps from step to step in its third argument, a dictionary.
         as_fallback: Defaults that differ where it is the fallback rule of an optimizer for matrices.
         fixed: Hyperparameters that cannot change after the first step, besides those that determine the state's shapes.
@@ -227,6 +230,7 @@ class Rule:
     buffers: ClassVar[Any] = ()
     averages: ClassVar[Any] = ()
     squares: ClassVar[Any] = ()
+    moments: ClassVar[Mapping[str, tuple[str, str]]] = {}
     host_state: ClassVar[tuple[str, ...]] = ()
     as_fallback: ClassVar[Mapping[str, Any]] = {}
     fixed: ClassVar[tuple[str, ...]] = ()

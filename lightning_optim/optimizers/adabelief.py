@@ -59,6 +59,7 @@ class AdaBelief(
     internals = {"gradient_to_variance": gradient_to_variance("s", "variance around the momentum")}
     averages = ("m",)
     squares = ("s", "s_max")
+    moments = {"m": ("g", "beta1"), "s": ("(g - m)^2", "beta2")}
 
     @staticmethod
     def buffers(shape, h):

@@ -68,6 +68,7 @@ class AdaGO(
     by_rows = True
     internals = {"step": mean_of("step", "mean over matrices of the step alpha")}
     averages = ("m",)
+    moments = {"m": ("g", "momentum")}
 
     @staticmethod
     def buffers(shape, h):

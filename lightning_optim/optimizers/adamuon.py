@@ -53,6 +53,7 @@ class AdaMuon(Matrix, paper="arXiv 2507.11005", about="orthogonalised signs of m
     buffers = ("m", "v")
     averages = ("m",)
     squares = ("v",)
+    moments = {"m": ("g", "momentum")}
 
     @staticmethod
     def scalars(t, h, shape):

@@ -17,6 +17,7 @@ class AdamWRule(ElementwiseRule, name="AdamW", about="Adam with decoupled weight
     buffers = ("m", "v")
     averages = ("m",)
     squares = ("v",)
+    moments = {"m": ("g", "beta1"), "v": ("g^2", "beta2")}
     internals = {"gradient_to_variance": gradient_to_variance()}
 
     @staticmethod

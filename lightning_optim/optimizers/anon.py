@@ -69,6 +69,7 @@ class Anon(Elementwise, paper="arXiv 2605.02317", about="tunable adaptivity with
     buffers = ("m", "s", "w")
     averages = ("m",)
     squares = ("s", "w")
+    moments = {"m": ("g", "beta1")}
     fixed = ("refresh",)  # The number of gradients that s averages follows from it.
     internals = {
         "refreshes": Internal("number of refreshes of the scale so far", _refreshes),

@@ -50,6 +50,7 @@ class DeVAVector(Elementwise, paper="arXiv 2602.06880", about="decoupled varianc
     buffers = ("m", "v")
     averages = ("m",)
     squares = ("v",)
+    moments = {"m": ("g", "beta1")}
     as_fallback = {"lr": 1e-3, "betas": (0.9, 0.99)}
     internals = {"variance_adaptation": Internal("mean of the variance adaptation Gamma", _variance_adaptation)}
 

@@ -80,6 +80,7 @@ class HVAdam(Group, paper="arXiv 2511.20277", about="Adam with a hidden vector")
     buffers = ("m", "s", "v")
     averages = ("m", "v")
     squares = ("s",)
+    moments = {"m": ("g", "beta1")}
     group_state = {"fresh": 1.0, "cosine": 0.0, "count": 0.0}
     internals = {
         "alignment": Internal("smoothed cosine of hidden vector and momentum; below 0.1 it is restarted", _alignment),

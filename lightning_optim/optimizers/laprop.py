@@ -52,6 +52,7 @@ class LaProp(Elementwise, paper="arXiv 2002.04839", about="momentum of normalise
     host_state = ("lr_average", "weight_sum")
     internals = {"gradient_to_variance": gradient_to_variance()}
     averages = ("m",)
+    moments = {"v": ("g^2", "beta2")}
 
     @staticmethod
     def squares(h):

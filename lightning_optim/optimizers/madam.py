@@ -91,6 +91,7 @@ class MAdam(Elementwise, paper="arXiv 2006.11918", about="Adam with a second mom
     internals = _INTERNALS
     averages = ("m", "mean")
     squares = ("variance", "root_max")
+    moments = {"m": ("g", "beta1")}
 
     @staticmethod
     def buffers(shape, h):

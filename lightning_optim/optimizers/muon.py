@@ -51,6 +51,7 @@ class Muon(Matrix, paper="Jordan et al. 2024; arXiv 2502.16982", about="orthogon
     by_rows = True
     buffers = ("m",)
     averages = ("m",)
+    moments = {"m": ("g", "momentum")}
 
     @staticmethod
     def scalars(t, h, shape):

@@ -67,6 +67,7 @@ class MuonVS(Matrix, paper="arXiv 2601.14603", about="orthogonalised momentum ov
     buffers = ("m", "v")
     averages = ("m",)
     squares = ("v",)
+    moments = {"m": ("g", "momentum")}
     scalars = staticmethod(_scalars)
 
     @staticmethod
@@ -118,6 +119,7 @@ class MuonNSR(Matrix, paper="arXiv 2601.14603", about="orthogonalised momentum m
     buffers = ("m", "v")
     averages = ("m",)
     squares = ("v",)
+    moments = {"m": ("g", "momentum")}
 
     @staticmethod
     def scalars(t, h, shape):

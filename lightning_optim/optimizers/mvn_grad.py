@@ -57,6 +57,7 @@ class MVNGrad(Elementwise, paper="arXiv 2602.10204", about="momentum on variance
     buffers = ("m", "v", "u")
     averages = ("m", "u")
     squares = ("v",)
+    moments = {"m": ("g", "beta1"), "v": ("(g - m)^2", "beta2")}
     internals = {"gradient_to_variance": gradient_to_variance("v", "variance around the running mean")}
 
     @staticmethod

@@ -75,6 +75,7 @@ class NAMO(Matrix, paper="arXiv 2602.17080", about="orthogonalised momentum with
     scalars = staticmethod(_scalars)
     internals = {"adaptive_scale": mean_of("adaptive_scale", "mean over matrices of the adaptive scale a")}
     averages = ("m",)
+    moments = {"m": ("g", "beta1"), "v": ("g^2", "beta2")}
 
     @staticmethod
     def buffers(shape, h):
@@ -154,6 +155,7 @@ class NAMOD(Matrix, paper="arXiv 2602.17080", about="orthogonalised momentum wit
         "clamp_rate": mean_of("clamp_rate", "share of columns whose adaptive scale was clamped"),
     }
     averages = ("m",)
+    moments = {"m": ("g", "beta1"), "v": ("g^2", "beta2")}
 
     @staticmethod
     def buffers(shape, h):

@@ -60,6 +60,7 @@ class NorMuon(Matrix, paper="arXiv 2510.05491", about="orthogonalised momentum w
     scale: Literal["original", "rms"] = "original"
     orthogonalizer: str = "kj5"
     averages = ("m",)
+    moments = {"m": ("g", "momentum")}
 
     @staticmethod
     def buffers(shape, h):

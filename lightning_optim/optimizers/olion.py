@@ -65,6 +65,7 @@ class OLion(Matrix, paper="arXiv 2602.01105", about="signs of orthogonalised mom
 
     buffers = ("m",)
     averages = ("m",)
+    moments = {"m": ("g", "beta2")}
 
     @staticmethod
     def scalars(t, h, shape):

@@ -126,6 +126,7 @@ class AdaPNM(Elementwise, paper="arXiv 2103.17182", about="Adam with positive-ne
     internals = {"gradient_to_variance": gradient_to_variance()}
     averages = ("odd", "even")
     squares = ("v", "v_max")
+    moments = {"v": ("g^2", "beta2")}
 
     @staticmethod
     def buffers(shape, h):

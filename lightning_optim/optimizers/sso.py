@@ -120,6 +120,7 @@ class SSO(Matrix, paper="arXiv 2601.08393", about="orthogonalised momentum on th
     capturable = False  # How often it orthogonalises depends on the data.
     internals = {"spectral_norm": mean_of("spectral_norm", "mean over matrices of the spectral norm before the step")}
     averages = ("m",)
+    moments = {"m": ("g", "momentum")}
 
     @staticmethod
     def buffers(shape, h):
