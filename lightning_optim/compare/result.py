@@ -277,6 +277,10 @@ def number(value: float) -> str:
     return "none" if math.isnan(value) else f"{value:.4g}"
 
 
+#: More pairs than a study has.
+_MANY_PAIRS = 1000
+
+
 def words(d: Difference, name: str, baseline: str, design: Design) -> str:
     """A verdict as a sentence."""
     pairs = f"{d.pairs} {'pair' if d.pairs == 1 else 'pairs'}"
@@ -290,8 +294,11 @@ def words(d: Difference, name: str, baseline: str, design: Design) -> str:
         return f"{d.verdict} than {baseline} by {abs(d.mean):.2g} +- {d.half_width:.2g} ({pairs})"
     comparisons = len(design.contenders) - 1
     needed = pairs_needed(d.mean, d.deviation, comparisons, d.tuning, design.level)
-    if needed is None or needed > 1000:
+    if needed is None or needed > _MANY_PAIRS:
+        certain = pairs_needed(d.mean, d.deviation, comparisons, 0.0, design.level)
         hint = "if there is a difference, it is too small for more seeds to show"
+        if certain is not None and certain <= _MANY_PAIRS:
+            hint = "which learning rate is best is too uncertain: more tuning seeds would be needed"
     elif needed <= d.pairs:
         hint = "a few more would show whether there is a difference as large as this one"
     else:
@@ -417,6 +424,12 @@ def _remarks(
         remarks.append(
             f"At the end of a run the learning rate was {level:.0%} of its highest"
             + (": runs end before their schedule does, or have none." if level > 0.2 else ".")
+        )
+    points = [len(outcome["curve"]["steps"]) for _, outcome in runs if outcome.get("status") == "ok"]
+    if points and median(points) < 2:
+        remarks.append(
+            "The metric was measured once in a run, at its end: speed-up and time say only whether the baseline's final "
+            "value was reached. Validate more often (--trainer.val_check_interval) to know when."
         )
     lost = {s.name: s.diverged for s in standings if s.diverged}
     if lost:

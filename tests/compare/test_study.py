@@ -18,8 +18,9 @@ from lightning_optim.compare import ledger as ledger_module
 from lightning_optim.compare import study as study_module
 from lightning_optim.compare.design import Contender, Design, Rates, Run, contenders
 from lightning_optim.compare.ledger import Ledger
-from lightning_optim.compare.result import Comparison
+from lightning_optim.compare.result import Comparison, words
 from lightning_optim.compare.search import Tuning, as_key, next_trials
+from lightning_optim.compare.statistics import difference
 from lightning_optim.compare.study import StudyError, run_study
 from lightning_optim.compare.workers import WorkerDied, executor
 
@@ -214,6 +215,22 @@ def test_verdicts_and_every_form_of_the_report(tmp_path: Path, monkeypatch: Any)
     assert comparison.standing("NAMO").scores
     with pytest.raises(KeyError, match="NAMO"):
         comparison.standing("Namo")
+
+
+@pytest.mark.parametrize(
+    ("mean", "tuning", "hint"),
+    [
+        (-0.05, 0.2, "which learning rate is best is too uncertain: more tuning seeds would be needed"),
+        (-0.0001, 0.2, "if there is a difference, it is too small for more seeds to show"),
+        (-0.0001, 0.0, "if there is a difference, it is too small for more seeds to show"),
+        (-0.05, 0.0, "about 9 would be needed"),
+    ],
+)
+def test_what_would_be_needed(mean: float, tuning: float, hint: str) -> None:
+    d = difference([mean + 0.04 * x for x in (-1, -0.5, 0, 0.5, 1)], [0.0] * 5, 2, tuning)
+    assert d.verdict == "unclear"
+    said = words(d, "NAMO", "AdamW", design())
+    assert said.endswith(f"; {hint}")
 
 
 def test_the_same_command_goes_on(tmp_path: Path, monkeypatch: Any) -> None:

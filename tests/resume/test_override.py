@@ -304,6 +304,21 @@ def test_from_the_command_line(run: Path, capsys: pytest.CaptureFixture[str]) ->
     assert settings["ckpt_path"] is None, "a run with these settings begins anew"
 
 
+def test_another_optimizer(run: Path) -> None:
+    go_on = ["fit", "--ckpt_path", "last", "--optimizer", "AdamW", "--optimizer.lr", "0.002"]
+    with pytest.raises(SystemExit):
+        main([*go_on, "--trainer.max_steps", "3"])
+    main([*go_on, "--trainer.max_steps", "3", "--resume.change_optimizer", "true"])
+    assert {group["lr"] for group in groups()} == {0.002}
+    assert not any("rule" in group for group in groups())
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    assert settings["optimizer"]["class_path"].endswith("AdamW")
+    assert settings["resume"]["change_optimizer"] is False, "it holds for one resumption"
+    state = torch.load(find_checkpoint("last", Path("runs")), weights_only=True)["optimizer_states"][0]["state"]
+    assert {int(x["step"]) for x in state.values()} == {1, 3}  # NAMO's matrices begin anew
+    main(["fit", "--ckpt_path", "last", "--trainer.max_steps", "4"])
+
+
 def test_the_models_arguments_are_those_of_flags_then_of_the_checkpoint(run: Path) -> None:
     main(["fit", "--ckpt_path", "last", "--trainer.max_steps", "3", "--model.label_smoothing", "0.25"])
     assert model_arguments()["label_smoothing"] == 0.25
