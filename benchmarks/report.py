@@ -60,7 +60,7 @@ def images() -> Iterator[str]:
     """Names of the images that the pages show."""
     for name in figures("step-time"):
         yield f"{name}.png"
-    for name in figures("scaling"):
+    for name in (*figures("scaling"), *figures("claims")):
         yield f"{name}.png"
     for name, content in figures("growth").items():
         yield from (f"{name}-{sweep}.png" for sweep, _ in _by(content["rows"], "sweep"))
@@ -362,10 +362,107 @@ def _qualities(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def _studies() -> str:
+    """Which learning rates won in the studies of docs/results, and by how much."""
+    parts = []
+    for name, content in figures("study").items():
+        task = name.removeprefix("study-")
+        base = next(row for row in content["rows"] if row["name"] == "AdamW")
+        head = ["optimizer", "best lr", "over AdamW's", "good lr", f"final {content['metric']}", "of AdamW's"]
+        lines = [_line(head), _line(["---"] * len(head))]
+        for row in sorted(content["rows"], key=_final):
+            rate, low_high = row["chosen"]["lr"], "none"
+            if row["basin"]:
+                low, high, is_open = row["basin"]
+                low_high = f"{low:.2g} to {high:.2g}{' or more' if is_open else ''}"
+            shown = [f"`{row['name']}`", f"{rate:g}", f"{rate / base['chosen']['lr']:.2g}", low_high]
+            lines.append(_line([*shown, f"{_final(row):.4g}", f"{_final(row) / _final(base):.3f}"]))
+        parts.append(
+            f"[{task}](results/{task}.md), {content['steps']} steps of {content['parameter_bytes'] // 4:,} parameters. "
+            f"{content['noise']}\n\n" + "\n".join(lines)
+        )
+    return "\n\n".join(parts)
+
+
+def _final(row: Row) -> float:
+    """Mean final value of the reporting runs that did not diverge."""
+    return statistics.mean(score for score in row["scores"] if score is not None)
+
+
+def _costs() -> str:
+    """Time of a step and size of the state of each optimizer, on the small vision transformer."""
+    found: dict[str, Row] = {}
+    for name in ("step-time", "step-time-matrix"):
+        for row in figures(name)[name]["rows"]:
+            ours = row["backend"] is not None or row["optimizer"] in ("AdamW", "SGD")
+            if row["model"] != "vit-tiny" or row["note"] or not ours:
+                continue
+            if row["optimizer"] not in found or row["mean_ratio"] < found[row["optimizer"]]["mean_ratio"]:
+                found[row["optimizer"]] = row
+    rows = sorted(found.values(), key=lambda row: row["mean_ratio"])
+    head = ["optimizer", "time of a step over AdamW's", "state, B per parameter", "way"]
+    lines = [_line(head), _line(["---"] * len(head))]
+    for row in rows:
+        cells = [f"{row['mean_ratio']:.2f}", f"{row['state_bytes_per_parameter']:.1f}", row["implementation"]]
+        lines.append(_line([f"`{row['optimizer']}`", *cells]))
+    return "\n".join(lines)
+
+
+# --- claims -----------------------------------------------------------------------------------------------------------
+
+
+def _claims() -> Figures:
+    return figures("claims")["claims"]
+
+
+def _trace() -> str:
+    head = ["Hessian", "method", "here: quartiles and median", "authors' program", "the median is within its quartiles"]
+    lines = [_line(head), _line(["---"] * len(head))]
+    for row in _claims()["rows"]:
+        within = row["released"][0] <= row["quartiles"][1] <= row["released"][2]
+        cells = (" / ".join(f"{x:.3g}" for x in row[key]) for key in ("quartiles", "released"))
+        lines.append(_line([row["hessian"], f"`{row['method']}`", *cells, "yes" if within else "**no**"]))
+    return "\n".join(lines)
+
+
+def _valley() -> str:
+    lines = ["| optimizer | value after 600 steps | after 1200 | after 2400 | first below 1 |", "|---|---|---|---|---|"]
+    for row in _claims()["valley"]:
+        values = row["values"]  # of every tenth step
+        below = next((f"step {10 * i}" for i, x in enumerate(values) if x < 1), "not within 3,000 steps")
+        lines.append(_line([f"`{row['method']}`", *(f"{values[i]:.3g}" for i in (60, 120, 240)), below]))
+    return "\n".join(lines)
+
+
+def _low_variance() -> str:
+    rows = _claims()["low_variance"]
+    noises = sorted({row["noise"] for row in rows}, reverse=True)
+    lines = [_line(["exponent at noise", *(f"{x:g}" for x in noises)]), _line(["---"] * (len(noises) + 1))]
+    for method, of in _by(rows, "method"):
+        at = {row["noise"]: f"{row['exponent']:.2f}" for row in of}
+        lines.append(_line([f"`{method}`", *(at[x] for x in noises)]))
+    return "\n".join(lines)
+
+
+def _quadratic() -> str:
+    lines = [
+        "| optimizer | beta2 | lowest loss | at lr | learning rates within twice the lowest |",
+        "|---|---|---|---|---|",
+    ]
+    for row in _claims()["quadratic"]:
+        losses = {float(lr): loss for lr, loss in row["losses"].items()}
+        best = min(losses, key=lambda lr: losses[lr])
+        near = sum(loss <= 2 * losses[best] for loss in losses.values())
+        cells = [f"{losses[best]:.3g}", f"{best:.2g}", f"{near} of {len(losses)}"]
+        lines.append(_line([f"`{row['method']}`", f"{row['beta2']:g}", *cells]))
+    return "\n".join(lines)
+
+
 #: What stands between the markers of each page.
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "performance.md": {"step-time": _step_times, "growth": _growths},
-    "optimizers.md": {"polar-quality": _polar_quality},
+    "optimizers.md": {"studies": _studies, "costs": _costs, "polar-quality": _polar_quality},
+    "claims.md": {"trace": _trace, "valley": _valley, "low-variance": _low_variance, "quadratic": _quadratic},
     "routing.md": {"lora": _lora},
     "precision.md": {"rounding": _roundings, "rounding-time": _rounding_times, "state-dtype": _state_dtypes},
     "processes.md": {"scaling": _scaling},
@@ -427,6 +524,26 @@ def _draw_scaling(name: str, content: Figures) -> None:
     figure.savefig(DOCS / "images" / f"{name}.png", dpi=110)
 
 
+def _draw_claims(name: str, content: Figures) -> None:
+    figure = _figure(10, 7)
+    (trace, other), (valley, regime) = figure.subplots(2, 2)
+    for axis, hessian in ((trace, "heterogeneous"), (other, "homogeneous")):
+        for row in content["rows"]:
+            if row["hessian"] == hessian:
+                axis.plot(list(map(int, row["medians"])), list(row["medians"].values()), label=row["method"])
+        axis.set(yscale="log", title=f"trace quadratic, {hessian}", xlabel="step", ylabel="median suboptimality")
+    for row in content["valley"]:
+        valley.plot([10 * i for i in range(len(row["values"]))], row["values"], label=row["method"])
+    valley.set(yscale="log", title="4 |x - y| + |x + y|", xlabel="step", ylabel="value")
+    for method, rows in _by(content["low_variance"], "method"):
+        regime.plot([row["noise"] for row in rows], [row["exponent"] for row in rows], marker="o", label=method)
+    regime.set(xscale="log", title="update as a power of the gradient", xlabel="noise", ylabel="exponent")
+    for axis in (trace, other, valley, regime):
+        axis.grid(True, which="major", alpha=0.3)
+        axis.legend(fontsize=7)
+    figure.savefig(DOCS / "images" / f"{name}.png", dpi=90)
+
+
 def _figure(width: float, height: float) -> Any:
     from matplotlib.figure import Figure  # here, because the tables do without
 
@@ -441,6 +558,8 @@ def main() -> None:
         _draw_growth(name, content)
     for name, content in figures("scaling").items():
         _draw_scaling(name, content)
+    for name, content in figures("claims").items():
+        _draw_claims(name, content)
     for name in PAGES:
         (DOCS / name).write_text(page(name, (DOCS / name).read_text()))
 

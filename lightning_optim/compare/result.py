@@ -428,8 +428,8 @@ def _remarks(
     points = [len(outcome["curve"]["steps"]) for _, outcome in runs if outcome.get("status") == "ok"]
     if points and median(points) < 2:
         remarks.append(
-            "The metric was measured once in a run, at its end: speed-up and time say only whether the baseline's final "
-            "value was reached. Validate more often (--trainer.val_check_interval) to know when."
+            "The metric was measured once in a run, at its end: speed-up and time say only whether the baseline's "
+            "final value was reached. Validate more often (--trainer.val_check_interval) to know when."
         )
     lost = {s.name: s.diverged for s in standings if s.diverged}
     if lost:
