@@ -384,6 +384,27 @@ def _studies() -> str:
     return "\n\n".join(parts)
 
 
+#: A suggested learning rate further from the tuned one than this is a miss.
+_NEAR = 4.0
+
+
+def _transfers() -> str:
+    rows = figures("transfer")["transfer"]["rows"]
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    head = ["optimizer", *(f"{task}: tuned, suggested, ratio" for task in tasks)]
+    lines = [_line(head), _line(["---"] * len(head))]
+    for optimizer, of in _by(sorted(rows, key=lambda row: row["optimizer"]), "optimizer"):
+        shown = {row["task"]: row for row in of}
+        cells = []
+        for task in tasks:
+            ratio = shown[task]["measured"] / shown[task]["tuned"] if task in shown else 0.0
+            miss = ", **a miss**" if ratio and not 1 / _NEAR <= ratio <= _NEAR else ""
+            cells.append(f"{shown[task]['tuned']:g}, {shown[task]['measured']:g}, {ratio:.2f}{miss}" if ratio else "")
+        lines.append(_line([f"`{optimizer}`", *cells]))
+    near = sum(1 / _NEAR <= row["measured"] / row["tuned"] <= _NEAR for row in rows)
+    return f"{near} of {len(rows)} suggestions are within a factor of {_NEAR:g}.\n\n" + "\n".join(lines)
+
+
 def _final(row: Row) -> float:
     """Mean final value of the reporting runs that did not diverge."""
     return statistics.mean(score for score in row["scores"] if score is not None)
@@ -462,6 +483,7 @@ def _quadratic() -> str:
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "performance.md": {"step-time": _step_times, "growth": _growths},
     "optimizers.md": {"studies": _studies, "costs": _costs, "polar-quality": _polar_quality},
+    "compare.md": {"transfer": _transfers},
     "claims.md": {"trace": _trace, "valley": _valley, "low-variance": _low_variance, "quadratic": _quadratic},
     "routing.md": {"lora": _lora},
     "precision.md": {"rounding": _roundings, "rounding-time": _rounding_times, "state-dtype": _state_dtypes},

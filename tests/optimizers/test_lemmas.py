@@ -37,7 +37,7 @@ def test_scales_are_bounded(name: str, shape: tuple[int, int], mu1: float, extra
     mu2 = mu1 + extra * (0.999 - mu1)
     w = torch.nn.Parameter(torch.zeros(shape, dtype=torch.float64))
     groups = [{"params": [w], "role": "matrix"}]
-    optimizer = getattr(lightning_optim, name)(groups, lr=1.0, betas=(mu1, mu2), eps=0.0, **PAPER)
+    optimizer = getattr(lightning_optim, name)(groups, lr=1.0, betas=(mu1, mu2), eps=1e-18, **PAPER)
     for g in gradients(seed, shape):
         before = w.detach().clone()
         w.grad = g
