@@ -1,6 +1,6 @@
 """How far the learning rates that ``lightning-optim transfer`` suggests are from those that a study found.
 
-    python -m benchmarks.transfer fashion-mnist -c fashion-mnist --data.root data ...    # what is trained, as in the study
+    python -m benchmarks.transfer fashion-mnist -c fashion-mnist --data.root data ...    # what is trained
     python -m benchmarks.report
 
 Starts from the tuned rate of AdamW in ``benchmarks/results/study-NAME.json``, and adds to
