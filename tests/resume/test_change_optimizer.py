@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -19,7 +20,10 @@ from lightning_optim.engine.rule import LIKE_PARAMETER, RULES
 
 from ..optimizers.by_hand import Held, on_all
 from ..optimizers.rows import OURS, network, run
-from .test_override import END, SCHEDULES, STOP, Net, fit
+from .test_override import END, SCHEDULES, STOP, Net, fit, pytestmark
+
+# The loader begins again, and its rows are all the same.
+__all__ = ["pytestmark"]
 
 TORCH = ["AdamW", "SGD", "torch.optim.Adam"]
 DECLARED = [name for name, rule in RULES.items() if rule.moments]
@@ -58,10 +62,14 @@ def test_moments_are_what_their_declaration_says(name: str) -> None:
 
 
 @cache
-def saved(name: str) -> Any:
+def _saved(name: str) -> Any:
     optimizer = build_optimizer(network(), name)
     run(optimizer, parameters(optimizer), range(1, 4))
     return optimizer.state_dict()
+
+
+def saved(name: str) -> Any:
+    return deepcopy(_saved(name))  # torch's optimizers go on with the tensors that they load
 
 
 def parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -141,7 +149,7 @@ def test_adamw_goes_on_with_namo() -> None:
     said = carry_over(after, before.state_dict())
     assert "NAMO takes over from torch's Adam." in said
     assert "torch's Adam to NAMO, 2 parameters: m and v are kept." in said
-    assert "torch's Adam to AdamW, 6 parameters: m and v are kept." in said
+    assert "torch's Adam to AdamW, 5 parameters: m and v are kept." in said
     for name, p in model.named_parameters():
         new = state(after, p)
         assert int(new["step"]) == 4
@@ -161,7 +169,7 @@ def test_and_back() -> None:
     after = build_optimizer(model, "AdamW")
     said = carry_over(after, before.state_dict())
     assert "NAMO to AdamW, 2 parameters: begins anew." in said
-    assert "AdamW to AdamW, 6 parameters: exp_avg and exp_avg_sq are kept." in said
+    assert "AdamW to AdamW, 5 parameters: exp_avg and exp_avg_sq are kept." in said
     for name, p in model.named_parameters():
         if name in ("a.weight", "b.weight"):
             assert not after.state[p]
@@ -188,7 +196,7 @@ def test_what_is_kept_is_said(before: str, after: str, kept: str) -> None:
     model, old = trained(before)
     new = build_optimizer(model, after)
     said = carry_over(new, old.state_dict())
-    ends = tuple(f" to {after}, {n} parameters: {kept}." for n in (2, 8))
+    ends = tuple(f" to {after}, {n} parameters: {kept}." for n in (2, 7))
     assert any(line.endswith(ends) for line in said.splitlines()), said
 
 
@@ -234,7 +242,7 @@ def test_a_checkpoint_without_names_needs_the_module() -> None:
     before = torch.optim.AdamW(model.parameters())
     run(before, parameters(before), range(1, 3))
     after = build_optimizer(model, "NAMO")
-    with pytest.raises(CheckpointError, match=r"8 parameters in 1 group.* have no names"):
+    with pytest.raises(CheckpointError, match=r"7 parameters in 1 group.* have no names"):
         carry_over(after, before.state_dict())
     carry_over(after, before.state_dict(), model)
     p = model.a.weight  # type: ignore[union-attr]
@@ -242,7 +250,7 @@ def test_a_checkpoint_without_names_needs_the_module() -> None:
         after.state[p]["m"] / (1 - 0.95**2), before.state[p]["exp_avg"] / (1 - 0.9**2), rtol=1e-5, atol=0
     )
     several = torch.optim.AdamW([{"params": [p]} for p in model.parameters()])
-    with pytest.raises(CheckpointError, match="8 parameters in 8 group"):
+    with pytest.raises(CheckpointError, match="7 parameters in 7 group"):
         carry_over(after, several.state_dict(), model)
     with pytest.raises(CheckpointError, match="of this SGD have no names"):
         carry_over(torch.optim.SGD(model.parameters()), after.state_dict())
