@@ -107,6 +107,7 @@ class _Built:
         self.optimizer = optimizer
         #: Whether it has taken over the state of another optimizer.
         self.changed = False
+        self._hook: Any = None
         self.schedulers = [scheduler for scheduler in schedulers if scheduler.optimizer is optimizer]
         self.groups = [dict(group) for group in optimizer.param_groups]
         self.schedules = [
@@ -117,7 +118,6 @@ class _Built:
         """Have the optimizer take over what it can when it loads the state of another one."""
 
         def convert(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            hook.remove()  # It holds for one resumption.
             state, said = carried(optimizer, state_dict, module)
             if said:
                 self.changed = True
@@ -125,7 +125,7 @@ class _Built:
             return state
 
         # Before what checks the checkpoint.
-        hook = self.optimizer.register_load_state_dict_pre_hook(convert, prepend=True)
+        self._hook = self.optimizer.register_load_state_dict_pre_hook(convert, prepend=True)
 
     @property
     def names(self) -> Iterator[str]:
@@ -153,6 +153,8 @@ class _Built:
 
     def take(self, names: Iterable[str]) -> None:
         """Replace hyperparameters of the checkpoint."""
+        if self._hook is not None:  # It holds for one resumption.
+            self._hook.remove()
         begins = any(scheduler.last_epoch == 0 for scheduler in self.schedulers)
         for built, loaded in zip(self.groups, self.optimizer.param_groups):
             for name in names:

@@ -94,12 +94,15 @@ class CommandLine(OptimCLI):
             torch.set_num_threads(threads)
         if self.subcommand != "fit" or not self.invocation.settings:
             return
+        if self._get(self.config, "resume.change_optimizer"):
+            return
         begun = class_path(load_config(self.invocation.settings).get("optimizer"))
         now = self._get(self.config, "optimizer")
         if begun and now and factory.optimizer_class(begun) is not factory.optimizer_class(now.class_path):
             raise UsageError(
                 f"--optimizer {now.class_path}: the checkpoint is from a run with {begun}. Add --optimizer {begun}, or "
-                "leave -c and --model out to go on with all settings of that run."
+                "leave -c and --model out to go on with all settings of that run, or add "
+                "--resume.change_optimizer true to go on with the other optimizer."
             )
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:

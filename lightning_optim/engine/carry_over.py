@@ -80,20 +80,21 @@ def carried(
     outcomes: Counter[tuple[str, str, str]] = Counter()
     new: dict[Any, Any] = {}
     for group, plain in zip(optimizer.param_groups, fresh["param_groups"]):
-        fraction = None
+        scheduled: Mapping[str, Any] = {}
         for p, key, name in zip(group["params"], plain["params"], names[id(group)]):
             if name not in then:
                 continue
             old_key, old_group = then[name]
-            fraction = _fraction(old_group) if fraction is None else fraction
+            scheduled = scheduled or old_group
             old = saved["state"].get(old_key) or {}
             state, outcome = _state(optimizer, p, group, old, old_group) if old else ({}, "")
             if state:
                 new[key] = state
             if outcome:
                 outcomes[_name(old_group, old), _rule_name(optimizer, group), outcome] += 1
-        highest = plain.get("initial_lr", plain["lr"])
-        plain["lr"] = highest * (1.0 if fraction is None else fraction)
+        if "initial_lr" in scheduled:
+            plain["initial_lr"] = plain.get("initial_lr", plain["lr"])
+            plain["lr"] = plain["initial_lr"] * _fraction(scheduled)
     here = [name for each in names.values() for name in each]
     return {**fresh, "state": new}, _words(type(optimizer).__name__, outcomes, here, list(then))
 
@@ -140,7 +141,7 @@ def _names_here(optimizer: Optimizer) -> dict[int, list[str]]:
 
 def _fraction(group: Mapping[str, Any]) -> float:
     """How far a schedule has lowered the learning rate of a group."""
-    highest = float(group.get("initial_lr", group["lr"]))
+    highest = float(group["initial_lr"])
     return float(group["lr"]) / highest if highest else 1.0
 
 
