@@ -76,7 +76,7 @@ class Bfloat16Muon(Optimizer):
         self.seeds = seeds
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """One step."""
         (x,) = self.param_groups[0]["params"]
         y = x.grad.view(self.seeds, _SIZE, _SIZE).bfloat16()
@@ -88,8 +88,9 @@ class Bfloat16Muon(Optimizer):
 
 
 def _trace_methods(seeds: int) -> dict[str, Make]:
-    betas, shared = (0.0, 0.99), {"lr": 0.1, "weight_decay": 0.0}
-    eigen = {"betas": betas, "precondition_frequency": 10, "stagger": False, **shared}
+    betas = (0.0, 0.99)
+    shared: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.0}
+    eigen: dict[str, Any] = {"betas": betas, "precondition_frequency": 10, "stagger": False, **shared}
     return {
         "GD": lambda x: torch.optim.SGD([x], lr=1e-4),
         "SignSGD": lambda x: torch.optim.SGD([x], lr=0.1),  # of the gradient's sign
@@ -143,8 +144,8 @@ def trace_quadratic(
         if method == "GD":
             gradient = h @ y
         else:
-            rows = torch.randint(_SIZE, (seeds, 3), generator=generator)
-            a = root.gather(1, rows.unsqueeze(-1).expand(-1, -1, _SIZE))
+            drawn = torch.randint(_SIZE, (seeds, 3), generator=generator)
+            a = root.gather(1, drawn.unsqueeze(-1).expand(-1, -1, _SIZE))
             ay = a @ y
             norm = ay.square().sum((-2, -1), keepdim=True).sqrt()
             gradient = 0.5 * _SIZE / 3 * (a.mT @ ay) / norm
