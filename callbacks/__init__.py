@@ -18,7 +18,6 @@ from .skip_spikes import SkipSpikes
 from .spike_response import SpikeResponse
 from .update_size import UpdateSize
 from .update_variance import UpdateVariance
-from .watch import Watch
 
 __all__ = [
     "Diagnostics",
@@ -38,5 +37,4 @@ __all__ = [
     "SpikeResponse",
     "UpdateSize",
     "UpdateVariance",
-    "Watch",
 ]

@@ -183,7 +183,7 @@ class RunRecord(Monitor):
         if not self._pending:
             return
         steps = [x for x, _ in self._pending]
-        numbers = torch.stack([values for _, values in self._pending]).tolist()
+        numbers = torch.stack([values for _, values in self._pending]).cpu().tolist()
         self._pending = []
         for x, (mean, largest, norm) in zip(steps, numbers):
             self._course.append((x, mean, largest, norm))

@@ -10,7 +10,7 @@ from .optimizers import __all__ as _algorithms
 from .registry import OPTIMIZERS
 
 if TYPE_CHECKING:
-    from .callbacks import Watch
+    from .callbacks.watch import Watch
     from .factory import (
         Grouping,
         OptimizerConfig,
@@ -38,7 +38,7 @@ __version__ = "0.2.0"
 def __getattr__(name: str) -> Any:
     # The factory and the diagnostics import Lightning, which takes seconds and which optimizers do not need.
     if name == "Watch":
-        from .callbacks import Watch
+        from .callbacks.watch import Watch
 
         return Watch
     if name in __all__:

@@ -40,10 +40,11 @@ def test_every_configuration_and_rounding(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["mps", pytest.param("xpu", marks=pytest.mark.slow), "cuda"])
 def test_a_run_with_all_diagnostics_waits_for_one_number_per_step(kind: str) -> None:
     found = run("training", kind)
-    # Gradient spikes are looked for in every step, by the norm of the gradient. Lightning adds some for its logs.
+    # Gradient spikes are looked for in every step, by the norm of the gradient. Lightning adds some for its logs,
+    # and the losses and norms that the record collects are read together, once.
     waits = found.pop("waits in ten steps")
     assert waits["_local_scalar_dense"] == 10
-    assert sum(waits.values()) <= 14
+    assert sum(waits.values()) <= 15
     assert found == {"NAMO": {}, "SOAP": {}, "LaProp": {}, "HVAdam": {}}, "values that are not numbers"
 
 
