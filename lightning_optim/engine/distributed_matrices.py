@@ -124,13 +124,13 @@ class _ShardedTask:
         """The first row that a rank holds of one of the matrices, and the row after the last."""
         (m, n), start = self.matrices[index]
         rows_per_index = prod(self.sharding.shape[1:]) // n
-        first, last = (min(max(i * rows_per_index - start, 0), m) for i in self.sharding.span(rank))
+        first, last = (min(max(i * rows_per_index - start, 0), m) for i in self.sharding.rows(rank))
         return first, last
 
     def local_start(self, index: int) -> int:
         """Where these rows begin in this rank's shard."""
         (_, n), start = self.matrices[index]
-        shard = self.sharding.span(self.sharding.rank)[0] * (prod(self.sharding.shape[1:]) // n)
+        shard = self.sharding.rows(self.sharding.rank)[0] * (prod(self.sharding.shape[1:]) // n)
         return max(start - shard, 0)
 
 
@@ -390,7 +390,8 @@ def _solve_on_owners(
     )
     yield
     received = [iter(xs) for xs in receive()]
-    solved = _solve({key: [[next(xs) for xs in received] for _ in parts[key]] for key in owned_by[me]}, methods)
+    shards = {key: [[next(xs) for xs in received] for _ in parts[key]] for key in owned_by[me]}
+    solved = _solve(shards, methods, {key: tasks[key].sharding.in_order for key in shards})
 
     # Observers get all matrices of a parameter at once. The owner of its first matrix calls them, and the owners of the
     # others send it theirs.
@@ -427,10 +428,12 @@ def _solve_on_owners(
 
 
 def _solve(
-    received: Mapping[tuple[Tensor, int], list[list[Tensor]]], methods: Mapping[tuple[Tensor, int], str]
+    received: Mapping[tuple[Tensor, int], list[list[Tensor]]],
+    methods: Mapping[tuple[Tensor, int], str],
+    in_order: Mapping[tuple[Tensor, int], Sequence[int]],
 ) -> dict[tuple[Tensor, int], _Solution]:
-    """Orthogonalise matrices and add up their sums, given each rank's part of both."""
-    wholes = [torch.cat(rows) for rows, *_ in received.values()]
+    """Orthogonalise matrices and add up their sums, given each rank's part of both and who has the first rows."""
+    wholes = [torch.cat([rows[rank] for rank in in_order[key]]) for key, (rows, *_) in received.items()]
     factors = matrices.orthogonalized([Polar(x[None], methods[key]) for key, x in zip(received, wholes)])
     return {
         key: _Solution(x, factor[0], [torch.stack(summands).sum(0) for summands in sums])
@@ -480,9 +483,7 @@ def _run_on_owners(bucket: Sequence[_ShardedTask], step: StackStep) -> Iterator[
     received = [iter(xs) for xs in receive()]
     batches: dict[int, Batch] = {}
     for x in mine:
-        wholes: dict[str, Any] = {
-            name: torch.cat([next(xs) for xs in received], x.sharding.dim) for name in needs[x.parameter]
-        }
+        wholes: dict[str, Any] = {name: x.sharding.whole([next(xs) for xs in received]) for name in needs[x.parameter]}
         batch = batches.setdefault(id(x.batch), replace(x.batch, tasks=[], cache={}))
         batch.tasks.append(replace(x.task, **wholes))
     packed: dict[Tensor, list[Tensor]] = {}

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import processes
@@ -55,7 +54,7 @@ class OwnedParameter:
         """How the scales of state in 8 bits are sharded in checkpoints."""
         shape = tuple(self.parameter.shape)
         axes = storage.row_axes(self.rule, shape, self.group)
-        return self.sharding.with_shape(storage.scale_shape(shape, axes), self.sharding.dim)
+        return self.sharding.with_shape(storage.scale_shape(shape, axes))
 
 
 def owned_parameters(groups: Iterable[tuple[type[Rule], Mapping[str, Any]]]) -> list[OwnedParameter]:
@@ -94,7 +93,7 @@ def gather_to_owners(
             sharding.group,
         )()
         for x, *shards in zip(mine, *received):
-            x.state[x.name] = torch.cat(shards, x.sharding.dim)
+            x.state[x.name] = x.sharding.whole(shards)
         for x in message:
             if x.owner != sharding.rank:
                 x.state[x.name] = x.local.new_empty(0)

@@ -257,4 +257,4 @@ def runs_on_rows(rule: type[Rule], p: Tensor, group: Mapping[str, Any]) -> bool:
     if not issubclass(rule, MatrixRule) or not rule.by_rows or group["transposed"] or group.get("interleaved"):
         return False
     cut = processes.sharding_of(p)
-    return cut is not None and cut.dim == 0
+    return cut is not None and cut.by_rows

@@ -145,7 +145,7 @@ class MatrixOptimizer(RuleOptimizer):
         rule = self.rule(group)
         least = 2 if issubclass(rule, MatrixRule) and (rule.flatten or group["transposed"]) else 1
         for p in group["params"]:
-            processes.sharding_of(p)  # Raises where a matrix rule cannot run.
+            processes.refuse_unknown(p)
             if p.ndim < least:
                 raise ValueError(
                     f"{rule.name} takes parameters of at least {least} axes, got shape {tuple(p.shape)}; "

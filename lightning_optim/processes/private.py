@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 
-def local_shape_and_offset(p: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shape of the local shard of a ``DTensor`` and its first index in each dimension of the whole."""
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    return compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+def split_factor(placement: Any) -> int | None:
+    """Into how many parts other mesh dimensions have cut an axis before this placement cuts each of them (FSDP2 with
+    tensor parallelism); ``None`` for any placement but ``_StridedShard``.
+    """
+    return getattr(placement, "split_factor", None)
 
 
 def replica_group(fsdp_module: Any) -> Any:

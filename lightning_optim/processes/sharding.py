@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
+from itertools import product
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -41,63 +43,120 @@ def _dtensor_class() -> type[DTensor]:
 
 @dataclass(frozen=True)
 class Sharding:
-    """A tensor that is sharded along one dimension, as ``torch.chunk`` splits it, over the ranks of a group.
+    """A tensor that is sharded over the ranks of a group, each of which holds a box of it: a range along each axis.
 
     Args:
-        shape: tuple[int, ...] of the whole tensor.
-        dim: The sharded dimension.
-        group: The process group.
+        shape: Shape of the whole tensor.
+        placements: Its placements on its device mesh.
+        group: All ranks that hold shards: those of a mesh dimension, or of several where several shard the tensor.
         rank: Number of this process in it.
         ranks: Number of ranks in it.
+        mesh: Sizes of the mesh dimensions that shard it, by number.
+        coordinates: For each rank, its place in each of these dimensions.
     """
 
     shape: tuple[int, ...]
-    dim: int
+    placements: tuple[Any, ...]
     group: ProcessGroup
     rank: int
     ranks: int
+    mesh: Mapping[int, int]
+    coordinates: tuple[tuple[int, ...], ...]
 
     @property
     def numel(self) -> int:
         """Number of elements of the whole."""
         return torch.Size(self.shape).numel()
 
-    def span(self, rank: int) -> tuple[int, int]:
-        """Where the shard of a rank begins and ends in the sharded dimension.
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """For each of the mesh dimensions, the axis that it shards."""
+        return tuple(self.placements[i].dim for i in self.mesh)
 
-        >>> whole = Sharding((5, 2), 0, None, 0, 4)
-        >>> [whole.span(rank) for rank in range(4)]
-        [(0, 2), (2, 4), (4, 5), (5, 5)]
-        """
-        length = self.shape[self.dim]
-        step = -(-length // self.ranks)
-        return min(rank * step, length), min((rank + 1) * step, length)
+    @property
+    def by_rows(self) -> bool:
+        """Whether every rank holds whole rows."""
+        return set(self.dims) == {0}
+
+    @cached_property
+    def boxes(self) -> tuple[tuple[slice, ...], ...]:
+        """What each rank holds."""
+        sizes, dims = list(self.mesh.values()), self.dims
+        order = order_of_cuts(self.shape, [self.placements[i] for i in self.mesh], sizes)
+        boxes = []
+        for coordinate in self.coordinates:
+            box = [slice(0, length) for length in self.shape]
+            for i in order:
+                part = box[dims[i]]
+                step = -(-(part.stop - part.start) // sizes[i])
+                start, stop = (min(part.start + (coordinate[i] + j) * step, part.stop) for j in (0, 1))
+                box[dims[i]] = slice(start, stop)
+            boxes.append(tuple(box))
+        return tuple(boxes)
+
+    @cached_property
+    def in_order(self) -> list[int]:
+        """The ranks, those with the first rows first."""
+        return sorted(range(self.ranks), key=self.rows)
+
+    def rows(self, rank: int) -> tuple[int, int]:
+        """Where the shard of a rank begins and ends along the first axis."""
+        first = self.boxes[rank][0]
+        return first.start, first.stop
 
     def local_shape(self, rank: int) -> tuple[int, ...]:
-        """tuple[int, ...] of the shard of a rank."""
-        start, stop = self.span(rank)
-        return (*self.shape[: self.dim], stop - start, *self.shape[self.dim + 1 :])
+        """Shape of the shard of a rank."""
+        return tuple(x.stop - x.start for x in self.boxes[rank])
 
     def shard(self, whole: Tensor, rank: int) -> Tensor:
         """The shard of a rank, a view of the whole."""
-        start, stop = self.span(rank)
-        return whole.narrow(self.dim, start, stop - start)
+        return whole[self.boxes[rank]]
+
+    def whole(self, shards: Sequence[Tensor]) -> Tensor:
+        """The whole of the shards of all ranks."""
+        if len(self.mesh) == 1:
+            return torch.cat(list(shards), self.dims[0])
+        whole = shards[0].new_empty(self.shape)
+        for box, shard in zip(self.boxes, shards):
+            whole[box].copy_(shard)
+        return whole
 
     def flat_indices(self, rank: int, device: torch.device) -> Tensor:
-        """Indices of the elements of a rank's shard in the flattened whole.
+        """Indices of the elements of a rank's shard in the flattened whole."""
+        found = torch.zeros((), dtype=torch.int64, device=device)
+        for length, part in zip(self.shape, self.boxes[rank]):
+            found = found[..., None] * length + torch.arange(part.start, part.stop, device=device)
+        return found
 
-        >>> Sharding((2, 3), 1, None, 0, 2).flat_indices(0, torch.device("cpu"))
-        tensor([[0, 1],
-                [3, 4]])
-        """
-        inner = torch.Size(self.shape[self.dim + 1 :]).numel()
-        start, stop = self.span(rank)
-        rows = torch.arange(0, self.numel, self.shape[self.dim] * inner, device=device)
-        return (rows[:, None] + torch.arange(start * inner, stop * inner, device=device)).view(self.local_shape(rank))
+    def with_shape(self, shape: tuple[int, ...], dim: int | None = None) -> Sharding:
+        """A tensor of another shape on the same ranks, sharded along the same axes or along another one only."""
+        if dim is None:
+            return replace(self, shape=shape)
+        from torch.distributed.tensor import Shard
 
-    def with_shape(self, shape: tuple[int, ...], dim: int) -> Sharding:
-        """A tensor of another shape on the same ranks."""
-        return replace(self, shape=shape, dim=dim)
+        placements = tuple(x if x.is_replicate() else Shard(dim) for x in self.placements)
+        return replace(self, shape=shape, placements=placements)
+
+
+def order_of_cuts(shape: tuple[int, ...], cuts: Sequence[Any], mesh: Sequence[int]) -> list[int]:
+    """The order in which dimensions of a mesh cut a tensor, each the parts of those before, as ``torch.chunk`` does.
+
+    That is from left to right. FSDP2 cuts what tensor or expert parallelism has left of a tensor on a rank, and stands
+    to the left of them: its placement, ``_StridedShard``, says into how many parts the dimensions to its right have cut
+    the axis before.
+
+    Raises:
+        ValueError: It says another number, so that shards are not ranges.
+    """
+    strided = {i: factor for i, placement in enumerate(cuts) if (factor := private.split_factor(placement)) is not None}
+    for i, factor in strided.items():
+        if factor != math.prod(mesh[j] for j in range(i + 1, len(cuts)) if cuts[j].dim == cuts[i].dim):
+            raise ValueError(
+                f"A parameter of shape {tuple(shape)} has the placements {tuple(cuts)} on mesh dimensions of sizes "
+                f"{tuple(mesh)}, with which ranks hold several pieces along an axis. Shard it as FSDP2 does, or give "
+                "it to the fallback rule."
+            )
+    return [i for i in range(len(cuts)) if i not in strided] + sorted(strided, reverse=True)
 
 
 # --- local tensors ------------------------------------------------------------------------------------------------
@@ -124,10 +183,8 @@ def local_gradient(p: Tensor) -> Tensor:
 
 def local_slices(p: Tensor) -> tuple[slice, ...]:
     """Where the local shard stands in the whole parameter."""
-    if not is_sharded(p):
-        return tuple(slice(0, n) for n in p.shape)
-    shape, offset = private.local_shape_and_offset(p)
-    return tuple(slice(start, start + n) for start, n in zip(offset, shape))
+    sharding = sharding_of(p)
+    return tuple(slice(0, n) for n in p.shape) if sharding is None else sharding.boxes[sharding.rank]
 
 
 # --- where the other shards are ------------------------------------------------------------------------------------
@@ -168,20 +225,53 @@ def mesh_groups(params: Sequence[Tensor]) -> list[ProcessGroup]:
 def sharding_of(p: Tensor) -> Sharding | None:
     """How a parameter is sharded; ``None`` where this rank has all of it.
 
+    Where several dimensions of a mesh shard it, the ranks of these have to ask for it at the same time when they do so
+    first: a group of all of them is made.
+
     Raises:
-        ValueError: It is sharded over more than one dimension of its mesh.
+        ValueError: Ranks hold several pieces of it along an axis.
     """
-    found = sharded_dims(p)
-    if not found:
+    if not sharded_dims(p):
         return None
-    if len(found) > 1:
+    assert is_sharded(p)
+    return _sharding(tuple(p.shape), p.device_mesh, p.placements, dist.group.WORLD)
+
+
+@lru_cache(maxsize=4096)
+def _sharding(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...], world: ProcessGroup) -> Sharding:
+    sizes = {i: mesh.size(i) for i, x in enumerate(placements) if mesh.size(i) > 1 and not x.is_replicate()}
+    places = list(product(*map(range, sizes.values())))
+    if len(sizes) == 1:
+        (group,) = map(mesh.get_group, sizes)
+    else:
+        here = mesh.get_coordinate()
+        part = mesh.mesh[tuple(slice(None) if i in sizes else here[i] for i in range(mesh.ndim))]
+        place = {int(part[index]): index for index in places}
+        places = [place[i] for i in sorted(place)]
+        group = _group_of(tuple(sorted(place)), world)
+    return Sharding(shape, placements, group, rank(group), size(group), sizes, tuple(places))
+
+
+@lru_cache(maxsize=1024)
+def _group_of(ranks: tuple[int, ...], world: ProcessGroup) -> ProcessGroup:
+    if len(ranks) == size(world):
+        return world
+    return dist.new_group(list(ranks), use_local_synchronization=True)
+
+
+def refuse_unknown(p: Tensor) -> None:
+    """Refuse a parameter of which it is not known which part this rank has.
+
+    Raises:
+        ValueError: It is such a one.
+    """
+    sharding = sharding_of(p)
+    if sharding is not None and (here := local(p.detach()).shape) != sharding.local_shape(sharding.rank):
         raise ValueError(
-            f"A parameter of shape {tuple(p.shape)} is sharded over {len(found)} dimensions of its device mesh "
-            f"(placements {placements(p)}), and matrix rules take one. Shard hidden matrices over one dimension and "
-            "replicate them over the others, as FSDP2 or HSDP alone do, or give them to the fallback rule."
+            f"A parameter of shape {tuple(p.shape)} with the placements {placements(p)} has a shard of shape "
+            f"{tuple(here)} here instead of {sharding.local_shape(sharding.rank)}. Shard it as FSDP2 does, or give it "
+            "to the fallback rule."
         )
-    ((dim, group),) = found
-    return Sharding(tuple(p.shape), dim, group, rank(group), size(group))
 
 
 def refuse_partial(p: Tensor) -> None:
@@ -198,13 +288,10 @@ def refuse_partial(p: Tensor) -> None:
 
 
 def flat_offset(p: Tensor) -> int:
-    """Number of elements before the local shard in the flattened parameter, where its first dimension is sharded."""
-    found = sharded_dims(p)
-    if len(found) != 1 or found[0][0] != 0:
+    """Number of elements before the local shard in the flattened parameter, where only its first axis is sharded."""
+    if {dim for dim, _ in sharded_dims(p)} != {0}:
         return 0
-    sharding = sharding_of(p)
-    assert sharding is not None
-    return sharding.span(sharding.rank)[0] * (p.numel() // p.shape[0])
+    return local_slices(p)[0].start * (p.numel() // p.shape[0])
 
 
 def placements(x: Tensor) -> tuple[Any, ...] | None:
@@ -254,17 +341,13 @@ def placed_like(x: Tensor, like: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def zeros_on_rank(p: Tensor, shape: tuple[int, ...], dtype: torch.dtype, owner: int) -> Tensor:
     """Zeros of any shape on one of the ranks that hold shards of a parameter, an empty tensor on the others."""
-    (group,) = shard_groups(p)
-    return local(p).new_zeros(shape if rank(group) == owner else 0, dtype=dtype)
+    sharding = sharding_of(p)
+    return local(p).new_zeros(shape if sharding is None or sharding.rank == owner else 0, dtype=dtype)
 
 
 def from_local(shard: Tensor, p: Tensor, sharding: Sharding) -> Tensor:
     """The tensor that is sharded over the ranks of a parameter, of which this rank has a shard."""
-    from torch.distributed.tensor import Shard
-
-    assert is_sharded(p)
-    placements = tuple(x if x.is_replicate() else Shard(sharding.dim) for x in p.placements)
-    return _dtensor(shard, p, sharding.shape, placements)
+    return _dtensor(shard, p, sharding.shape, sharding.placements)
 
 
 def _dtensor(shard: Tensor, p: Any, shape: Sequence[int], placements: Sequence[Any]) -> Tensor:
@@ -277,9 +360,7 @@ def sharded_like(x: Tensor, p: Tensor) -> Tensor:
     """A tensor of which every rank has all, sharded as a parameter is. Nothing is sent."""
     if is_sharded(x) or not is_sharded(p):
         return x
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None)
+    return _dtensor(x[local_slices(p)].clone(), p, p.shape, p.placements)
 
 
 # --- sums over shards ----------------------------------------------------------------------------------------------

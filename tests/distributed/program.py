@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from lightning_optim import NAMO, MVNGrad, processes
 from lightning_optim.diagnostics.what_if import VirtualOptimizer, gradients_of
@@ -62,6 +63,17 @@ EVEN: dict[str, tuple[Any, ...]] = {
     "even experts": ((4, 4, 8), 4, False),
     "even bias": ((8,), 0, False),
 }
+#: How tensor and expert parallelism place parameters before FSDP2 does; others are cut into rows. FSDP2 then cuts rows,
+#: and columns of ``BY_COLUMNS``.
+TENSOR_PARALLEL: dict[str, Any] = {
+    "gates": Shard(1),
+    "down": Shard(1),
+    "gate and up": Shard(1),
+    "conv": Shard(1),
+    "columns": Shard(1),
+    "short": Replicate(),
+}
+BY_COLUMNS = ("columns", "experts of columns")
 STEPS = 5
 #: In one step one shard of one gradient is not finite, in the last one is too large to be squared.
 NOT_FINITE, HUGE = 3, STEPS
@@ -71,8 +83,22 @@ def placed(name: str, x: Tensor, mesh: DeviceMesh | None) -> Tensor:
     """A tensor as FSDP2 would have it; HSDP with two dimensions of the mesh."""
     if mesh is None or name == "plain":
         return x.clone()
+    if mesh.mesh_dim_names and name != "replicated":
+        return placed_after_tensor_parallelism(name, x, mesh)
     how = Replicate() if name == "replicated" else Shard(1 if name == "columns" else 0)
     return distribute_tensor(x.clone(), mesh, [*[Replicate()] * (mesh.ndim - 1), how], src_data_rank=None)
+
+
+def placed_after_tensor_parallelism(name: str, x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """A tensor as FSDP2 would have it: it cuts what tensor parallelism, the last dimension of the mesh, left of it."""
+    axis, how = int(name in BY_COLUMNS), TENSOR_PARALLEL.get(name, Shard(0))
+    part = distribute_tensor(x.clone(), mesh[mesh.mesh_dim_names[-1]], [how], src_data_rank=None).to_local()
+    parts = [*part.chunk(mesh.size(-2), axis), *[part.narrow(axis, 0, 0)] * mesh.size(-2)]
+    again = how == Shard(axis) and mesh.size(-1) > 1
+    first = _StridedShard(axis, split_factor=mesh.size(-1)) if again else Shard(axis)
+    placements = [*[Replicate()] * (mesh.ndim - 2), first, how]
+    own = parts[mesh.get_local_rank(mesh.ndim - 2)].clone()
+    return DTensor.from_local(own, mesh, placements, run_check=False, shape=x.shape, stride=x.stride())
 
 
 def here(x: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -227,22 +253,26 @@ def few(extra: Any = {}, **settings: Any) -> dict[str, Any]:  # noqa: B006
     }
 
 
-def low_state() -> dict[str, Any]:
+def low_state(mesh: DeviceMesh) -> dict[str, Any]:
     """State in low precision, also of these small parameters; blocks of a row cannot be cut."""
     found = {}
-    rows = {name: x for name, x in SHAPES.items() if name != "columns"}
+    cut = {"columns"} if mesh.ndim == 1 else {*TENSOR_PARALLEL, *BY_COLUMNS}
+    rows = {name: x for name, x in SHAPES.items() if name not in cut}
     with mock.patch.multiple(storage, LEAST=1, SHORTEST_ROW=1):
         for state_dtype in ("bfloat16", "8bit"):
-            for how, settings in (("fsdp2", {"mesh": line()}), ("ddp", {"group": dist.group.WORLD})):
+            ways = {"fsdp2": {"mesh": mesh}, "ddp": {"group": dist.group.WORLD}}
+            for how, settings in list(ways.items())[: 2 if mesh.ndim == 1 else 1]:
                 extra = {"state_dtype": state_dtype}
                 runs = few(extra, dtype=torch.float32, shapes=rows, **settings)
                 found |= {f"{how} {state_dtype} {name}": result for name, result in runs.items()}
         try:
-            MVNGrad([start(torch.float32, line())["columns"]], state_dtype="8bit")
+            MVNGrad([start(torch.float32, mesh)["columns"]], state_dtype="8bit")
         except ValueError as error:
             found["refused"] = str(error)
         for name in ("NAMO", "SOAP", "MVNGrad"):
-            found[f"checkpoint {name}"] = goes_on_after_a_checkpoint(name, torch.float32, rows, state_dtype="8bit")
+            found[f"checkpoint {name}"] = goes_on_after_a_checkpoint(
+                name, mesh, torch.float32, rows, state_dtype="8bit"
+            )
     return found
 
 
@@ -321,20 +351,20 @@ def leaked() -> dict[str, Any]:
     return {"counts": counts}
 
 
-def checkpoint() -> dict[str, Any]:
+def checkpoint(mesh: DeviceMesh) -> dict[str, Any]:
     """Going on after torch.distributed.checkpoint's own way through a flattened state against going on."""
-    return {name: goes_on_after_a_checkpoint(name) for name in ("NAMO", "SOAP", "HVAdam")}
+    return {name: goes_on_after_a_checkpoint(name, mesh) for name in ("NAMO", "SOAP", "HVAdam")}
 
 
 def goes_on_after_a_checkpoint(
-    name: str, dtype: torch.dtype = torch.float64, shapes: Any = SHAPES, **arguments: Any
+    name: str, mesh: DeviceMesh, dtype: torch.dtype = torch.float64, shapes: Any = SHAPES, **arguments: Any
 ) -> bool:
-    model, copy = (nn.ParameterDict(start(dtype, line(), shapes)) for _ in range(2))
+    model, copy = (nn.ParameterDict(start(dtype, mesh, shapes)) for _ in range(2))
     arguments = CONFIGURATIONS[name][0] | arguments
     optimizer, resumed = (build(name, dict(m.items()), **arguments) for m in (model, copy))
     options = StateDictOptions(flatten_optimizer_state_dict=True)
     for t in (1, 2):
-        set_gradients(dict(model.items()), t, line())
+        set_gradients(dict(model.items()), t, mesh)
         optimizer.step()
     saved = get_optimizer_state_dict(model, optimizer, options=options)
     for m in (model, copy):
@@ -344,32 +374,32 @@ def goes_on_after_a_checkpoint(
             q.copy_(p)
     set_optimizer_state_dict(copy, resumed, saved, options=options)
     for m, o in ((model, optimizer), (copy, resumed)):
-        set_gradients(dict(m.items()), 4, line())
+        set_gradients(dict(m.items()), 4, mesh)
         o.step()
     mine = [[processes.local(p.detach()) for p in m.values()] for m in (model, copy)]
     return all(torch.equal(p, q) for p, q in zip(*mine))
 
 
-def whole_state() -> dict[str, Any]:
+def whole_state(mesh: DeviceMesh) -> dict[str, Any]:
     """Going on sharded with the state of a single process against going on alone."""
     results: dict[str, Any] = {}
     for name in ("NAMO", "SOAP", "HVAdam", "MVNGrad"):
-        parameters, others = start(torch.bfloat16, line()), start(torch.bfloat16)
+        parameters, others = start(torch.bfloat16, mesh), start(torch.bfloat16)
         optimizer, alone = (build(name, ps, **CONFIGURATIONS[name][0], rounding="split") for ps in (parameters, others))
         set_gradients(others, 1)
         alone.step()
         with torch.no_grad():
             for key, p in parameters.items():
-                p.copy_(placed(key, others[key].detach(), line()))
+                p.copy_(placed(key, others[key].detach(), mesh))
         optimizer.load_state_dict(alone.state_dict())
-        set_gradients(parameters, 2, line())
+        set_gradients(parameters, 2, mesh)
         set_gradients(others, 2)
         optimizer.step()
         alone.step()
         results[name] = compare(optimizer, parameters, alone, others)
     p = parameters["columns"]
     state = optimizer.state[p]
-    state["m"] = state["m"].redistribute(line(), [Shard(0)])
+    state["m"] = state["m"].redistribute(mesh, [Shard(0)] * mesh.ndim)
     try:
         optimizer.load_state_dict(optimizer.state_dict())
     except ValueError as error:
@@ -377,11 +407,11 @@ def whole_state() -> dict[str, Any]:
     return results
 
 
-def lives_of_state() -> dict[str, Any]:
+def lives_of_state(mesh: DeviceMesh) -> dict[str, Any]:
     """State that one rank owns: everything that happens to optimizers, compared with a single process."""
     results: dict[str, Any] = {}
     for name in ("NAMO", "SOAP", "DeVA"):
-        parameters, others = start(torch.float64, line()), start(torch.float64)
+        parameters, others = start(torch.float64, mesh), start(torch.float64)
         later = ("conv", "transposed")
         optimizer, alone = (
             build(name, {key: p for key, p in ps.items() if key not in later}, **CONFIGURATIONS[name][0])
@@ -389,7 +419,7 @@ def lives_of_state() -> dict[str, Any]:
         )
 
         def step(t: int) -> None:
-            set_gradients(parameters, t, line())  # noqa: B023
+            set_gradients(parameters, t, mesh)  # noqa: B023
             set_gradients(others, t)  # noqa: B023
             optimizer.step()  # noqa: B023
             alone.step()  # noqa: B023
@@ -436,18 +466,21 @@ def lives_of_state() -> dict[str, Any]:
 def refused() -> dict[str, str]:
     """What is said of placements that a rule does not take."""
     square = init_device_mesh("cpu", (2, 2))
-    twice = nn.Parameter(distribute_tensor(torch.ones(8, 8), square, [Shard(0), Shard(1)], src_data_rank=None))
+    pieces = torch.ones(2, 8)  # rows 0, 2 and 1, 3, which no number of ranks to the right have cut
+    pieces = nn.Parameter(
+        DTensor.from_local(pieces, square, [_StridedShard(0, split_factor=2), Replicate()], shape=(4, 8), stride=(8, 1))
+    )
     summand = nn.Parameter(DTensor.from_local(torch.ones(4, 4), square, [Replicate(), Partial()]))
     messages = {}
-    for what, cls, p in (("twice", NAMO, twice), ("summand", MVNGrad, summand)):
+    for what, cls, p in (("pieces", NAMO, pieces), ("summand", MVNGrad, summand)):
         try:
             cls([{"params": [p], "role": "matrix"}])
         except ValueError as error:
             messages[what] = str(error)
-    optimizer = MVNGrad([twice])
-    twice.grad = torch.ones_like(twice)
+    optimizer = MVNGrad([pieces])
+    pieces.grad = torch.ones_like(pieces)
     optimizer.step()
-    messages["element-wise"] = str(tuple(twice.shape))
+    messages["element-wise"] = str(tuple(pieces.shape))
     return messages
 
 
@@ -475,6 +508,12 @@ def line() -> DeviceMesh:
     return init_device_mesh("cpu", (dist.get_world_size(),))
 
 
+@cache
+def square() -> DeviceMesh:
+    """A dimension for FSDP2 and one for tensor parallelism."""
+    return init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+
+
 CASES: dict[int, dict[str, Callable[[], Any]]] = {
     2: {
         "fsdp2": lambda: each(mesh=line()),
@@ -486,16 +525,25 @@ CASES: dict[int, dict[str, Callable[[], Any]]] = {
         "decay": decay,
         "on accelerators": on_accelerators,
         "unused": unused,
-        "checkpoint": checkpoint,
-        "whole state": whole_state,
-        "lives of state": lives_of_state,
+        "checkpoint": lambda: checkpoint(line()),
+        "whole state": lambda: whole_state(line()),
+        "lives of state": lambda: lives_of_state(line()),
         "losses": losses,
-        "low state": low_state,
+        "low state": lambda: low_state(line()),
         "bytes": bytes_sent,
     },
     4: {
         "fsdp2": lambda: each(mesh=line()),
         "hsdp": lambda: each(mesh=init_device_mesh("cpu", (2, 2))),
+        "tensor parallel": lambda: each(mesh=square()),
+        "replicas of tensor parallel": lambda: few(
+            mesh=init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("replicas", "data", "tensor"))
+        ),
+        "tensor parallel checkpoint": lambda: checkpoint(square()),
+        "tensor parallel whole state": lambda: whole_state(square()),
+        "tensor parallel lives of state": lambda: lives_of_state(square()),
+        "tensor parallel low state": lambda: low_state(square()),
+        "tensor parallel split": lambda: few(mesh=square(), dtype=torch.bfloat16, extra={"rounding": "split"}),
         "bytes": bytes_sent,
         "refused": refused,
         "leaked": leaked,
