@@ -1,4 +1,4 @@
-"""The slowly rotating eigenbasis that SOAP and spectral DeVA work in.
+"""The slowly rotating eigenbasis that SOAP, spectral DeVA and KL-Shampoo work in.
 
 Its products are taken in the precision of the state, whatever autocast and settings like TF32 say: ten bits are too few
 for averages that change by a few percent per step and less.
@@ -109,20 +109,22 @@ class Eigenbasis:
             scale = torch.where(trace > 0, _RIDGE * trace / n, 1.0)
             self.state[f"basis{axis}"].copy_(torch.linalg.eigh(gram + scale * ramp).eigenvectors.flip(-1))
 
-    def refresh(self, permute: Callable[[int, Tensor], None]) -> None:
+    def refresh(self, permute: Callable[[int, Tensor], None] | None = None) -> None:
         """Follow the averages by one step of orthogonal iteration.
 
         Args:
             permute: Called as ``permute(axis, order)``, with ``order`` of shape ``(k, d)``, for statistics in the
-                rotated coordinates to follow the columns as they are sorted by their estimated eigenvalues.
+                rotated coordinates to follow the columns as they are sorted by their estimated eigenvalues. Without
+                it, columns keep their order.
         """
         for axis in self.axes:
             gram, basis = self.state[f"gram{axis}"], self.state[f"basis{axis}"]
             with devices.full_precision(gram):
                 image = gram @ basis
-            order = (basis * image).sum(-2).argsort(dim=-1, descending=True, stable=True)
-            permute(axis, order)
-            image = image.gather(-1, order.unsqueeze(-2).expand_as(image))
+            if permute is not None:
+                order = (basis * image).sum(-2).argsort(dim=-1, descending=True, stable=True)
+                permute(axis, order)
+                image = image.gather(-1, order.unsqueeze(-2).expand_as(image))
             basis.copy_(torch.linalg.qr(devices.able(image, torch.linalg.qr)).Q)
 
     def report(self, observe: Observer) -> None:
@@ -146,13 +148,13 @@ def phases(h: Any) -> int:
     return h.precondition_frequency if h.stagger else 1
 
 
-def step_numbers(t: int, phase: int, h: Any, keep: float) -> dict[str, Any]:
+def step_numbers(t: int, phase: int, h: Any, keep: float, correct_bias: bool) -> dict[str, Any]:
     """Numbers of a step ``t``, the first of which only starts the bases and moves nothing.
 
     Weight decay comes after the step: ``keep``, its factor, is part of the step, too.
     """
     n = t - 1
-    correction = sqrt(1 - h.beta2**n) / (1 - h.beta1**n) if h.correct_bias and n else 1.0
+    correction = sqrt(1 - h.beta2**n) / (1 - h.beta1**n) if correct_bias and n else 1.0
     return {
         "step": keep * h.lr * correction if n else 0.0,
         "keep": keep if n else 1.0,

@@ -16,6 +16,8 @@ from .deva import DeVA as DeVA
 from .deva_vector import DeVAVector as DeVAVector
 from .elra import ELRA as ELRA
 from .hvadam import HVAdam as HVAdam
+from .kl_shampoo import KLSOAP as KLSOAP
+from .kl_shampoo import KLShampoo as KLShampoo
 from .laprop import LaProp as LaProp
 from .leon import Leon as Leon
 from .madam import LaMAdam as LaMAdam
@@ -40,6 +42,7 @@ ALGORITHMS: dict[str, Any]
 
 __all__ = [
     "ELRA",
+    "KLSOAP",
     "MARS",
     "MARSM",
     "NAMO",
@@ -60,6 +63,7 @@ __all__ = [
     "DeVA",
     "DeVAVector",
     "HVAdam",
+    "KLShampoo",
     "LaMAdam",
     "LaProp",
     "Leon",

@@ -117,7 +117,7 @@ class DeVA(Matrix, paper="arXiv 2602.06880", about="decoupled variance adaptatio
 
     @staticmethod
     def scalars(t, h, shape, phase):
-        numbers = step_numbers(t, phase, h, keep(h))
+        numbers = step_numbers(t, phase, h, keep(h), h.correct_bias)
         return {**numbers, "step": numbers["step"] * 0.2 * sqrt(max(_matrix(shape))), "axes": _axes(shape, h)}
 
     @staticmethod

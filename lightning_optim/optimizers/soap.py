@@ -109,7 +109,7 @@ class SOAP(Matrix, paper="arXiv 2409.11321", about="Adam in the eigenbasis of Sh
     @staticmethod
     def scalars(t, h, shape, phase):
         layout, axes = _layout(shape, h)
-        return {**step_numbers(t, phase, h, keep(h)), "layout": layout, "axes": axes}
+        return {**step_numbers(t, phase, h, keep(h), h.correct_bias), "layout": layout, "axes": axes}
 
     @staticmethod
     def update(g, s, k, observe):

@@ -77,7 +77,8 @@ def test_no_first_step_is_much_larger_than_the_learning_rate(name: str, fallback
     torch.manual_seed(0)
     params = [nn.Parameter(torch.zeros(6, 4)), nn.Parameter(torch.zeros(5))]
     decay = {"weight_decay": 0.0} if "weight_decay" in OPTIMIZERS[name].defaults else {}
-    optimizer = build(name, params, lr=1e-3, fallback=fallback, **decay)
+    scale = {"initial_eigenvalue": size} if name == "KLShampoo" else {}  # Documented: it has to suit the gradients.
+    optimizer = build(name, params, lr=1e-3, fallback=fallback, **decay, **scale)
     for _ in range(3):  # SOAP and DeVA move from the second step on.
         before = [p.detach().clone() for p in params]
         for p in params:
