@@ -88,10 +88,10 @@ class KLShampoo(Matrix, paper="arXiv 2509.03378", about="Shampoo with factors of
     r"""KL-Shampoo, Shampoo as estimation by Kullback-Leibler divergence (`arXiv 2509.03378
     <https://arxiv.org/abs/2509.03378>`_).
 
-    Shampoo's :math:`L \otimes R` is taken for the covariance of the gradient, and fitted by maximum likelihood as that of
-    a matrix Gaussian. Each factor is then an average of outer products of the gradient that the other one has whitened.
-    For a weight of m x n with gradient :math:`G`, bases :math:`Q_L, Q_R` and eigenvalues :math:`\lambda, \rho` of the
-    factors:
+    Shampoo's :math:`L \otimes R` is taken for the covariance of the gradient, and fitted by maximum likelihood as that
+    of a matrix Gaussian. Each factor is then an average of outer products of the gradient that the other one has
+    whitened. For a weight of m x n with gradient :math:`G`, bases :math:`Q_L, Q_R` and eigenvalues
+    :math:`\lambda, \rho` of the factors:
 
     .. math::
         M &= \beta_1 M + (1-\beta_1) G \\
@@ -110,9 +110,9 @@ class KLShampoo(Matrix, paper="arXiv 2509.03378", about="Shampoo with factors of
     begin with ``initial_eigenvalue``, whatever the gradient; there is no correction of biases; inverse roots of
     eigenvalues are at most :math:`\max(10, \min(d, 4000))` for an axis of length d; columns of the bases are not
     sorted; and weight decay comes after the step. Other than released: state and products are float32 (released:
-    bfloat16 by default); convolution kernels are matrices (out, rest) (released: at most three axes, each with a basis);
-    axes that are too long for a basis are left as they are; and a tiny ramp makes the first bases unique where the
-    gradient is rank-deficient.
+    bfloat16 by default); convolution kernels are matrices (out, rest) (released: at most three axes, each with a
+    basis); axes that are too long for a basis are left as they are; and a tiny ramp makes the first bases unique where
+    the gradient is rank-deficient.
 
     The authors trained NanoGPT (123M), NanoRWKV7 (162M), a Llama (134M) and NanoMoE (227M) and report the lowest losses
     with it, before KL-SOAP, SOAP and Shampoo, each tuned by 150 random trials. State: ``m`` of the parameter's shape;
