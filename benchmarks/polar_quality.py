@@ -38,7 +38,10 @@ class EmulatedProducts(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func in (torch.bmm, torch.baddbmm) and args[0].dtype in (torch.float16, torch.bfloat16):
-            return func(*(x.float() for x in args), **(kwargs or {})).to(args[0].dtype)
+            kwargs = dict(kwargs or {})
+            out = kwargs.pop("out", None)
+            result = func(*(x.float() for x in args), **kwargs).to(args[0].dtype)
+            return result if out is None else out.copy_(result)
         return func(*args, **(kwargs or {}))
 
 

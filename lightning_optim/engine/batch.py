@@ -148,15 +148,14 @@ class SharedStep:
             h: Hyperparameters as attributes.
             lasting: See :func:`.rule.lasting_numbers`.
         """
-        first = self.indices[0]
-        count, *host_state = [vector.item(first) for vector in self.counters.values()]
-        self.t = t = count + 1
-        if host_state:
-            host = dict(zip(self.rule.host_state, host_state))
-            self.scalars = lasting | self.rule.scalars(t, h, *self.details, host)
+        first, rule = self.indices[0], self.rule
+        self.t = t = self.counters["step"].item(first) + 1
+        if rule.host_state:
+            host = {name: self.counters[name].item(first) for name in rule.host_state}
+            self.scalars = lasting | rule.scalars(t, h, *self.details, host)
             self.after = {"step": t, **host}
         else:
-            self.scalars = lasting | self.rule.scalars(t, h, *self.details)
+            self.scalars = lasting | rule.scalars(t, h, *self.details)
             self.after = {"step": t}
 
     def write(self, whole_group: bool = False) -> None:
@@ -187,7 +186,7 @@ def write_step_counts(steps: Sequence[SharedStep]) -> None:
             done += 1
 
 
-@dataclass
+@dataclass(eq=False)
 class Batch:
     """The parameters of one group that take part in a step.
 
@@ -306,7 +305,7 @@ class Batch:
             given: Scalars to use instead of those that the rule computes, one set for each shared step.
         """
         h, lasting = self.hyperparameters()
-        tasks, split = self.tasks, is_split(self.group)
+        tasks, split = self.tasks, "split" in self.group and is_split(self.group)
         for step in self.steps:
             step.begin(h, lasting)
             if given is not None:

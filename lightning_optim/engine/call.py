@@ -43,17 +43,21 @@ def call(
     """
     dtype, residual = compute_dtype(p.dtype), state.get(RESIDUAL)
     work = load(p, residual, dtype)
-    state = {name: x for name, x in state.items() if name != RESIDUAL}
-    written = [*state.values(), *([work] if p.dtype == dtype else [])]
-    before = [x.clone() for x in written] if finite is not None else []
-    g = g.to(dtype)
+    if residual is not None:
+        state = {name: x for name, x in state.items() if name != RESIDUAL}
+    if finite is not None:
+        written = [*state.values(), *([work] if p.dtype == dtype else [])]
+        before = [x.clone() for x in written]
+    if g.dtype != dtype:
+        g = g.to(dtype)
     g = regularize(g if isinstance(grad_scale, float) and grad_scale == 1.0 else g * grad_scale, work, scalars["l2"])
     result = function(g, SimpleNamespace(**state, parameter=work), SimpleNamespace(**scalars))
     if not moves:
         return result
     result.apply_(work, scalars["keep"], scalars["aligned"])
-    for x, old in zip(written, before):
-        x.copy_(torch.where(finite, x, old))  # type: ignore[arg-type]
+    if finite is not None:
+        for x, old in zip(written, before):
+            x.copy_(torch.where(finite, x, old))
     if p.dtype != dtype:
         store_(p, work, residual, noise, finite)
     return None

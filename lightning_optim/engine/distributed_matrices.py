@@ -76,6 +76,10 @@ def run_matrices(
             unsharded.append(replace(batch, tasks=whole, cache={}))
     report = None if observer is None else _part_by_part(batches, observer)
     step = StackStep(backend == "plain", finite, report)
+    if not (replicas or on_rows or on_owners):  # There is nothing to wait for.
+        for job in matrices.stack_jobs(unsharded, step):
+            yield from job
+        return
     jobs = chain(
         chain.from_iterable(_jobs_on_rows(sharded, step) for sharded in on_rows.values()),
         chain.from_iterable(_jobs_on_owners(sharded, step) for sharded in on_owners.values()),
@@ -210,7 +214,8 @@ def _solve_shares(
             if indices:
                 by_index.update(zip(indices, next(parts)))
     factors = [torch.stack([by_index[i] for i in range(len(by_index))]) for by_index in found]
-    matrices.report_factors(report, requests, factors)
+    if report is not None:
+        matrices.report_factors(report, requests, factors)
     return [(factor, request.sums) for factor, (_, request) in zip(factors, requests)]
 
 

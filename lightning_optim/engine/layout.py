@@ -48,11 +48,14 @@ def block_shape(shape: Sequence[int], group: Group) -> Shape:
 def to_blocks(x: Tensor, group: Group) -> Tensor:
     """View (a copy where no view exists) of ``x`` as ``(blocks, *block_shape)``."""
     blocks = group["blocks"]
-    if blocks > x.shape[0] and x.ndim > 2:
-        x = x.flatten(0, 1)
-    y = x.reshape(blocks, x.shape[0] // blocks, *x.shape[1:])
-    if blocks > 1 and y.shape[1] == 1 and y.ndim > 3:
-        y = y.squeeze(1)
+    if blocks == 1:
+        y = x.unsqueeze(0)
+    else:
+        if blocks > x.shape[0] and x.ndim > 2:
+            x = x.flatten(0, 1)
+        y = x.reshape(blocks, x.shape[0] // blocks, *x.shape[1:])
+        if y.shape[1] == 1 and y.ndim > 3:
+            y = y.squeeze(1)
     return y.transpose(1, 2) if group["transposed"] else y
 
 

@@ -59,11 +59,16 @@ class Stack:
         #: Shape of a matrix, the smaller dimension first: equal for matrices that are orthogonalised together.
         self.shape = tuple(sorted((block[0], prod(block[1:]))))
         self._views: dict[str, tuple[int | None, Tensor]] = {}
+        first = self.tasks[0]
+        as_computed = first.p.dtype == compute_dtype(first.p.dtype) and first.noise is None and not first.low
+        self._alone = len(self.tasks) == 1 and as_computed and RESIDUAL not in first.state and first.whole is None
+        self._places: list[int] = []
+        self._in_place: tuple[Tensor, dict[str, Tensor]] | None = None
 
     def view(self, x: Tensor) -> Tensor:
         """The matrices in a tensor of a parameter's shape, as ``(blocks, m, n)``."""
         y = to_blocks(x, self.group)
-        return y.flatten(2) if self.rule.flatten else y
+        return y.flatten(2) if self.rule.flatten and y.ndim > 3 else y
 
     def joined(self, name: str, xs: list[Tensor]) -> Tensor:
         """A tensor for each parameter, of its shape, as one stack; of a single one, a view where possible."""
@@ -77,6 +82,22 @@ class Stack:
             if view.data_ptr() == xs[0].data_ptr():
                 self._views[name] = (view.data_ptr(), view)
         return view
+
+    def in_place(self) -> tuple[Tensor, dict[str, Tensor]] | None:
+        """The matrices of a single parameter, and its state, as views; ``None`` where something has to be copied."""
+        if not self._alone:
+            return None
+        p, state = self.tasks[0].p, self.tasks[0].state
+        places = [p.data_ptr(), *[state[name].data_ptr() for name in self.shapes]]
+        if places != self._places:
+            views = {
+                name: self.view(state[name]) if shape is LIKE_PARAMETER else state[name]
+                for name, shape in self.shapes.items()
+            }
+            matrices = self.view(p)
+            are_views = [x.data_ptr() for x in (matrices, *views.values())] == places
+            self._places, self._in_place = places, ((matrices, views) if are_views else None)
+        return self._in_place
 
 
 #: What stacks request at the same time.
@@ -93,13 +114,15 @@ def move_parameters_(stack: Stack, move: Move, finite: Tensor | None) -> None:
     """
     tasks = stack.tasks
     params = [task.p for task in tasks]
-    residuals = [task.state[RESIDUAL] for task in tasks if RESIDUAL in task.state]
     p = stack.joined("parameter", params)
-    residual = stack.joined(RESIDUAL, residuals) if residuals else None
-    move_tensor_(p, move, tasks[0].scalars, residual, _stack_noise(stack), finite)
-    _unstack(p, params, stack.group)
-    if residual is not None:
+    if RESIDUAL in tasks[0].state:
+        residuals = [task.state[RESIDUAL] for task in tasks]
+        residual = stack.joined(RESIDUAL, residuals)
+        move_tensor_(p, move, tasks[0].scalars, residual, _stack_noise(stack), finite)
         _unstack(residual, residuals, stack.group)
+    else:
+        move_tensor_(p, move, tasks[0].scalars, None, _stack_noise(stack), finite)
+    _unstack(p, params, stack.group)
 
 
 def parameter_of(task: Task) -> Tensor:
@@ -225,9 +248,17 @@ def _elements_of_matrix(rule: type[MatrixRule], group: Mapping[str, Any], shape:
 def _update_stack(stack: Stack, step: StackStep) -> Iterator[Polar]:
     """Run the rule on a stack; yields its requests for orthogonalisation and sums, and is sent the results."""
     rule, group, tasks = stack.rule, stack.group, stack.tasks
+    observe = ignore if step.report is None else partial(_report_parts, step.report, stack)
+    if step.finite is None and step.move is move_parameters_ and (views := stack.in_place()) is not None:
+        p, own = views
+        s = SimpleNamespace(**own, parameter=p) if rule.reads_parameter else SimpleNamespace(**own)
+        update = rule.update(_stack_gradient(stack), s, SimpleNamespace(**tasks[0].scalars), observe)
+        move: Any = (yield from update) if isinstance(update, GeneratorType) else update
+        move_tensor_(p, move, tasks[0].scalars, None, None, None)
+        return
     finite = None if step.finite is None else step.finite.to(tasks[0].g.device)
     shapes = stack.shapes
-    values = [task.read(shapes) for task in tasks]
+    values: list[Any] = [task.read(shapes) if task.low else task.state for task in tasks]
     state, stacked = {}, {}
     for name, shape in shapes.items():
         xs = state[name] = [own[name] for own in values]
@@ -236,12 +267,11 @@ def _update_stack(stack: Stack, step: StackStep) -> Iterator[Polar]:
     if finite is not None:
         g = torch.where(finite, g, 0.0)  # Decompositions raise an error on NaN, which the host does not know of yet.
     before = [x.clone() for x in stacked.values()] if finite is not None else []
-    observe = ignore if step.report is None else partial(_report_parts, step.report, stack)
     read = (
         {"parameter": _concatenated([stack.view(parameter_of(task)) for task in tasks])} if rule.reads_parameter else {}
     )
     update = rule.update(g, SimpleNamespace(**stacked, **read), SimpleNamespace(**tasks[0].scalars), observe)
-    movement: Any = (yield from update) if isinstance(update, GeneratorType) else update
+    move = (yield from update) if isinstance(update, GeneratorType) else update
     for x, old in zip(stacked.values(), before):
         torch.where(finite, x, old, out=x)  # type: ignore[arg-type]
     for name, x in stacked.items():
@@ -249,7 +279,7 @@ def _update_stack(stack: Stack, step: StackStep) -> Iterator[Polar]:
     for task, own in zip(tasks, values):
         if task.low:
             task.write(own, finite)
-    step.move(stack, movement, finite)
+    step.move(stack, move, finite)
 
 
 def _concatenated(xs: list[Tensor]) -> Tensor:
@@ -259,7 +289,12 @@ def _concatenated(xs: list[Tensor]) -> Tensor:
 def _stack_gradient(stack: Stack) -> Tensor:
     tasks = stack.tasks
     dtype = compute_dtype(tasks[0].p.dtype)
-    g = _concatenated([stack.view(task.g) for task in tasks]).to(dtype)
+    if len(tasks) == 1:
+        g = stack.view(tasks[0].g)
+    else:
+        g = torch.cat([stack.view(task.g) for task in tasks])
+    if g.dtype != dtype:
+        g = g.to(dtype)
     grad_scales = [task.grad_scale for task in tasks]
     if not isinstance(grad_scales[0], Tensor) and grad_scales.count(1.0) == len(grad_scales):
         return g
@@ -297,8 +332,11 @@ def _report_parts(report: Report, stack: Stack, name: str, x: Tensor) -> None:
 
 def run_stacks(stacks: Sequence[Stack], step: StackStep) -> Iterator[None]:
     """Run stacks concurrently and orthogonalise together what they request at the same time."""
-    updates = [(stack, _update_stack(stack, step)) for stack in stacks]
-    waiting = [(stack, update, request) for stack, update in updates if (request := next(update, None)) is not None]
+    waiting = []
+    for stack in stacks:
+        update = _update_stack(stack, step)
+        if (request := next(update, None)) is not None:
+            waiting.append((stack, update, request))
     while waiting:
         requests = [(stack, request) for stack, _, request in waiting]
         answers = _solve_alone(requests, step.report) if step.solve is None else (yield from step.solve(requests))
@@ -318,48 +356,44 @@ def _resumed(update: Any, answer: Any) -> Polar | None:
 
 def _solve_alone(requests: Requests, report: Report | None) -> list[tuple[Tensor, tuple[Tensor, ...]]]:
     factors = orthogonalized([request for _, request in requests])
-    report_factors(report, requests, factors)
+    if report is not None:
+        report_factors(report, requests, factors)
     return [(factor, request.sums) for factor, (_, request) in zip(factors, requests)]
 
 
 def report_factors(
-    report: Report | None,
+    report: Report,
     requests: Requests,
     factors: Iterable[Tensor],
 ) -> None:
     """Report the matrices that were orthogonalised, and their polar factors."""
-    if report is not None:
-        for (stack, request), factor in zip(requests, factors):
-            if not request.reported:
-                continue
-            _report_parts(report, stack, "momentum", request.matrices)
-            _report_parts(report, stack, "orthogonal_factor", factor)
-
-
-def _polar(x: Tensor, method: str) -> Tensor:
-    # A single matrix is faster without the stack's axis.
-    return orthogonalize(x[0], method)[None] if x.shape[0] == 1 else orthogonalize(x, method)
+    for (stack, request), factor in zip(requests, factors):
+        if not request.reported:
+            continue
+        _report_parts(report, stack, "momentum", request.matrices)
+        _report_parts(report, stack, "orthogonal_factor", factor)
 
 
 def orthogonalized(requests: Sequence[Polar]) -> list[Tensor]:
     """The polar factors of requests: one call for all small matrices of one method and shape."""
+    if len(requests) == 1:
+        return [orthogonalize(requests[0].matrices, requests[0].method)]
     factors: list[Any] = [None] * len(requests)
     together: dict[Any, list[int]] = {}
-    if len(requests) == 1:
-        return [_polar(requests[0].matrices, requests[0].method)]
     for i, (x, method, *_) in enumerate(requests):
-        rows, columns = x.shape[-2:]
-        limit = TOGETHER.get(x.device.type, TOGETHER["cuda"])
-        key = (method, min(rows, columns), max(rows, columns), x.dtype, x.device) if rows * columns <= limit else i
+        _, rows, columns = x.shape
+        device = x.device
+        limit = TOGETHER.get(device.type, TOGETHER["cuda"])
+        key = (method, min(rows, columns), max(rows, columns), x.dtype, device) if rows * columns <= limit else i
         together.setdefault(key, []).append(i)
     for indices in together.values():
         x, method, *_ = requests[indices[0]]
         if len(indices) == 1:
-            factors[indices[0]] = _polar(x, method)
+            factors[indices[0]] = orthogonalize(x, method)
             continue
         xs = [requests[i].matrices for i in indices]
         shape = x.shape[-2:]
-        result = _polar(_concatenated([x if x.shape[-2:] == shape else x.mT for x in xs]), method)
+        result = orthogonalize(_concatenated([x if x.shape[-2:] == shape else x.mT for x in xs]), method)
         for i, x, part in zip(indices, xs, result.split([len(x) for x in xs])):
             factors[i] = part if x.shape[-2:] == shape else part.mT
     return factors

@@ -123,7 +123,7 @@ def _orthogonalize(update: Any, observe: Callable[[str, Tensor], None]) -> Move:
         request = next(update)
         while True:
             matrices, method, sums, reported = request
-            factor = orthogonalize(matrices[0], method)[None] if len(matrices) == 1 else orthogonalize(matrices, method)
+            factor = orthogonalize(matrices, method)
             if reported:
                 observe("momentum", matrices)
                 observe("orthogonal_factor", factor)

@@ -74,7 +74,7 @@ def prepare_residual(state: Any, p: Tensor, rounding: str) -> None:
 def load(p: Tensor, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The value of a parameter in a dtype, with its residual; ``p`` itself if it has that dtype and no residual."""
     if residual is None:
-        return p.to(dtype)
+        return p if p.dtype == dtype else p.to(dtype)
     value = p.to(torch.float32)
     if residual.dtype != torch.int16:
         return value + residual.to(torch.float32) * torch.finfo(p.dtype).eps

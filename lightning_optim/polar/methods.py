@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -9,11 +10,13 @@ from torch import Tensor
 
 from .. import devices, private
 from .minimax import Coefficients
-from .presets import Iteration, find
-from .products import symmetric_baddbmm, symmetric_product
+from .presets import METHODS, Iteration, find
+from .products import symmetric_products
 
 _SHORT_GRAM = 3  # Steps per Gram matrix; more lose small singular values, since the eigenvalues of A are their squares.
 _LONG = 2  # Aspect ratio from which several steps on one Gram matrix pay.
+_FEW = 2**12  # Elements of a matrix up to which one slow operation takes less time than four fast ones.
+_TINY = {dtype: torch.finfo(dtype).tiny for dtype in (torch.float32, torch.float64)}
 
 
 def orthogonalize(x: Tensor, method: str = "pe6", dtype: torch.dtype | None = None) -> Tensor:
@@ -48,13 +51,18 @@ def orthogonalize(x: Tensor, method: str = "pe6", dtype: torch.dtype | None = No
     """
     if method == "exact":
         return exact_polar(x)
-    iteration = find(method)
-    if x.numel() == 0:
+    iteration, shape = METHODS.get(method) or find(method), x.shape
+    if 0 in shape:
         return x.clone()
-    stack, size = x.reshape(-1, *x.shape[-2:]), _stack_size(x)
-    parts = stack.split(size) if len(stack) > size else (stack,)
-    factors = [_iterate(part, iteration, dtype or iteration_dtype(x)) for part in parts]
-    return (factors[0] if len(factors) == 1 else torch.cat(factors)).to(x.dtype).view(x.shape)
+    dtype = dtype or iteration_dtype(x)
+    stack = x if x.ndim == 3 else x.reshape(-1, *shape[-2:])
+    if (k := stack.shape[0]) > 1 and k > (size := _stack_size(x)):
+        factor = torch.cat([_iterate(part, iteration, dtype) for part in stack.split(size)])
+    else:
+        factor = _iterate(stack, iteration, dtype)
+    if dtype != x.dtype:
+        factor = factor.to(x.dtype)
+    return factor if x.ndim == 3 else factor.view(shape)
 
 
 def exact_polar(x: Tensor) -> Tensor:
@@ -81,9 +89,9 @@ def iteration_dtype(x: Tensor) -> torch.dtype:
     """
     if x.dtype == torch.float64:
         return torch.float64
-    if x.device.type == "cuda":
+    if x.is_cuda:
         return torch.float16
-    if x.device.type == "cpu" and min(x.shape[-2:]) >= 256 and private.has_matrix_tiles():
+    if x.is_cpu and min(x.shape[-2:]) >= 256 and private.has_matrix_tiles():
         return torch.bfloat16
     return torch.float32
 
@@ -98,28 +106,34 @@ def _stack_size(x: Tensor) -> int:
 
 def _iterate(x: Tensor, iteration: Iteration, dtype: torch.dtype) -> Tensor:
     """Run ``iteration`` on a stack ``(k, m, n)``."""
-    tall = x.shape[-2] > x.shape[-1]
-    y = _normalize(x).to(dtype)
-    gram = symmetric_product(y.mT, y) if tall else symmetric_product(y, y.mT)
+    _, m, n = x.shape
+    tall, short, long = m > n, min(m, n), max(m, n)
+    y = _normalize(x)
+    if y.dtype != dtype:
+        y = y.to(dtype)
+    product, sum_of_products = symmetric_products(short)
+    gram = product(y.mT, y) if tall else product(y, y.mT)
     if iteration.rescale is not None:
         y, gram = _rescale(y, gram, tall, iteration.rescale)
-    short, long = sorted(y.shape[-2:])
     wide_precision = dtype in (torch.float32, torch.float64)
     span = _SHORT_GRAM if wide_precision and long >= _LONG * short else 1
-    product = symmetric_baddbmm(short)
+    spare: Tensor | None = None
     for i in range(0, len(iteration.coefficients), span):
         if i > 0:
-            gram = symmetric_product(y.mT, y) if tall else symmetric_product(y, y.mT)
-        y = _advance(y, gram, tall, iteration.coefficients[i : i + span], product)
+            product(y.mT, y, out=gram) if tall else product(y, y.mT, out=gram)
+        result = _advance(y, gram, tall, iteration.coefficients[i : i + span], sum_of_products, spare)
+        y, spare = result, (y if y.is_contiguous() else None)
     return y
 
 
 def _normalize(x: Tensor) -> Tensor:
     """Divide by the largest entry, since squares of tiny or huge ones leave the range, then by the Frobenius norm."""
-    y = x.to(torch.promote_types(x.dtype, torch.float32))
-    tiny = torch.finfo(y.dtype).tiny
-    # vector_norm(inf) is not vectorised on a CPU.
-    largest = torch.maximum(y.amax(dim=(-2, -1), keepdim=True), -y.amin(dim=(-2, -1), keepdim=True))
+    y = x if x.dtype in _TINY else x.to(torch.float32)
+    tiny = _TINY[y.dtype]
+    if y.is_cpu and y.shape[-2] * y.shape[-1] > _FEW:  # vector_norm(inf) is not vectorised there.
+        largest = torch.maximum(y.amax(dim=(-2, -1), keepdim=True), -y.amin(dim=(-2, -1), keepdim=True))
+    else:
+        largest = torch.linalg.vector_norm(y, math.inf, dim=(-2, -1), keepdim=True)
     y = y / largest.clamp_(min=tiny)
     return y.div_(torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True).clamp_(min=tiny))
 
@@ -139,18 +153,26 @@ def _rescale(y: Tensor, gram: Tensor, tall: bool, rescale: str) -> tuple[Tensor,
 
 
 def _advance(
-    y: Tensor, gram: Tensor, tall: bool, steps: tuple[Coefficients, ...], product: Callable[..., Tensor]
+    y: Tensor,
+    gram: Tensor,
+    tall: bool,
+    steps: tuple[Coefficients, ...],
+    product: Callable[..., Tensor],
+    out: Tensor | None,
 ) -> Tensor:
     """Apply ``steps`` to ``y``, given its Gram matrix; all but the last need the Gram matrix alone.
+
+    The Gram matrix is overwritten, and the result written to ``out``, if that is given.
 
     One step multiplies ``y`` by the symmetric ``F = a I + b A + c A^2``, where ``A`` is the Gram matrix, which becomes
     ``F A F``. All these matrices commute. Only the last multiplication takes ``m^2 n`` operations.
     """
     total: Tensor | None = None
+    half: Tensor | None = None
     for a, b, c in steps[:-1]:
         q = product(gram, gram, gram, beta=b, alpha=c)
-        half = product(gram, q, gram, beta=a)
-        gram = product(half, half, q, beta=a)
+        half = product(gram, q, gram, beta=a, out=half)
+        product(half, half, q, beta=a, out=gram)
         if total is None:
             total = q
             total.diagonal(dim1=-2, dim2=-1).add_(a)
@@ -159,6 +181,6 @@ def _advance(
     a, b, c = steps[-1]
     q = product(gram, gram, gram, beta=b, alpha=c)
     if total is None:
-        return torch.baddbmm(y, y, q, beta=a) if tall else torch.baddbmm(y, q, y, beta=a)
+        return torch.baddbmm(y, y, q, beta=a, out=out) if tall else torch.baddbmm(y, q, y, beta=a, out=out)
     total = product(total, q, total, beta=a)
-    return torch.bmm(y, total) if tall else torch.bmm(total, y)
+    return torch.bmm(y, total, out=out) if tall else torch.bmm(total, y, out=out)

@@ -57,13 +57,15 @@ def symmetric_product(
     return result
 
 
-def symmetric_baddbmm(rows: int) -> Callable[..., Tensor]:
-    """A function with the arguments of :func:`torch.baddbmm` for symmetric results with a number of rows."""
-    return torch.baddbmm if rows < _LEAST else _symmetric_baddbmm
+def symmetric_products(rows: int) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """Functions like :func:`torch.bmm` and :func:`torch.baddbmm` for symmetric results with a number of rows."""
+    return (torch.bmm, torch.baddbmm) if rows < _LEAST else (symmetric_product, _symmetric_baddbmm)
 
 
-def _symmetric_baddbmm(plus: Tensor, x: Tensor, y: Tensor, *, beta: float = 1.0, alpha: float = 1.0) -> Tensor:
-    return symmetric_product(x, y, plus, beta, alpha)
+def _symmetric_baddbmm(
+    plus: Tensor, x: Tensor, y: Tensor, *, beta: float = 1.0, alpha: float = 1.0, out: Tensor | None = None
+) -> Tensor:
+    return symmetric_product(x, y, plus, beta, alpha, out)
 
 
 def _halving_pays(x: Tensor) -> bool:
