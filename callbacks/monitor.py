@@ -171,9 +171,13 @@ class Monitor(Keyed):
     def sums(self, step: Step) -> dict[str, Tensor]:
         """Called after the step. What this rank computes from its shards, to be added up over ranks.
 
-        A vector with one entry per parameter of ``step.watched`` counts parameters that several processes hold once.
+        Vectors with one entry per parameter of ``step.watched``, unless :meth:`summed_from` says something else.
         """
         return {}
+
+    def summed_from(self, step: Step, sums: Mapping[str, Tensor]) -> Sequence[Sequence[Tensor]]:
+        """From which parameters each of the :meth:`sums` is computed: one for each entry, or one for all of it."""
+        return [step.parameters] * len(sums)
 
     def observe(self, parameter: Tensor, name: str, value: Tensor) -> None:
         """Called during a step that is measured with what a matrix rule of ours reports.

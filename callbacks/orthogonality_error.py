@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any, ClassVar
 
@@ -26,7 +26,7 @@ from lightning_optim.diagnostics.orthogonality import (
 )
 from lightning_optim.diagnostics.parameter_change import Sums
 from lightning_optim.engine.layout import layout_of, matrices_in, parts_of
-from lightning_optim.processes import ShardSums, local_slices, sharded_dims
+from lightning_optim.processes import local_slices, sharded_dims
 from lightning_optim.trainer import is_lightning
 
 from .loop import steps_made
@@ -162,10 +162,15 @@ class OrthogonalityError(Monitor):
         self._orthogonalized.clear()
         pairs = list(zip(step.watched, step.change.updates))
         if step.shards.groups:
-            parts = [x for w, u in pairs for x in _parts(w, u, step.shards)]
+            parts = [x for w, u in pairs for x in _parts(w, u)]
             return sums | {f"{_PART}{i}": part for i, part in enumerate(parts)}
         matrices = [x for w, u in pairs for x in matrices_in(u, _layout(w))]
         return sums | self._singular_values(map(_gram, matrices)) | _batched(orthogonality, matrices)
+
+    def summed_from(self, step: Step, sums: Mapping[str, Tensor]) -> Sequence[Sequence[Tensor]]:
+        parts = iter([[w.parameter] for w in step.watched for _ in _have_gram(w)])
+        matrices = [w.parameter for w in step.watched for _ in range(_blocks(w))]
+        return [next(parts) if name.startswith(_PART) else matrices for name in sums]
 
     def condense(self, step: Step, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         parts = [x for name, x in sums.items() if name.startswith(_PART)]
@@ -258,7 +263,7 @@ def _batched(statistics: Callable[[Tensor], Sums], stacks: Sequence[Tensor]) -> 
 _PART = "part/"
 
 
-def _parts(w: Watched, u: Tensor, shards: ShardSums) -> list[Tensor]:
+def _parts(w: Watched, u: Tensor) -> list[Tensor]:
     """What a rank adds for a parameter: Gram matrices if they are sums over ranks, otherwise the matrices.
 
     For each part, shape ``(blocks, r, r)`` or ``(blocks, m, n)``, in float64 where the device has it.
@@ -269,7 +274,6 @@ def _parts(w: Watched, u: Tensor, shards: ShardSums) -> list[Tensor]:
     whole[local_slices(p)] = u
     found = []
     for x, has_gram in zip(matrices_in(whole, _layout(w)), _have_gram(w)):
-        x = x * shards.counts(p)
         if has_gram:
             peak = x.abs().amax((-2, -1), keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
             x = x / peak

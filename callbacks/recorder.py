@@ -115,15 +115,16 @@ class Step:
         """
         return [_sample(w.parameter, x) for w, x in zip(self.watched, tensors)]
 
-    def counted(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """See :meth:`.ShardSums.counted`."""
-        return self.shards.counted([w.parameter for w in self.watched], tensors)
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The parameters themselves."""
+        return [w.parameter for w in self.watched]
 
     @property
     def change(self) -> Change:
         """What the step did. Known after the step only."""
         if self._change is None:
-            parameters = [w.parameter for w in self.watched]
+            parameters = self.parameters
             self._change = Change(
                 self.names,
                 [_real(local(p.detach())) for p in parameters],
@@ -400,8 +401,9 @@ class StepRecorder:
             if step.watched and (sums := self._attempt(monitor, step, partial(monitor.sums, step), None)) is not None
         ]
         shards = opened.steps[0][1].shards
-        parts = [step.counted(list(sums.values())) for _, step, sums in asked]
-        added = iter(shards.add(list(chain.from_iterable(parts))))
+        parts = chain.from_iterable(sums.values() for _, _, sums in asked)
+        of = [x for monitor, step, sums in asked for x in monitor.summed_from(step, sums)] if shards.groups else []
+        added = iter(shards.add(list(parts), of))
         condensed = [
             (monitor, step, monitor.condense(step, {name: next(added) for name in sums}))
             for monitor, step, sums in asked

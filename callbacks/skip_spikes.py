@@ -133,8 +133,8 @@ class SkipSpikes(Keyed):
             return None
         shards = strategies.shard_sums(trainer.strategy, members)
         squares = squares_of_gradients([gradient_of(p) for p in members])
-        (total,) = shards.add([x.sum() for x in shards.counted(members, [squares])])
-        norm = total.sqrt().float()
+        (squares,) = shards.add([squares], [members])
+        norm = squares.sum().sqrt().float()
         # An infinity from a NaN, which a maximum over ranks may lose.
         norm = norm.nan_to_num(math.inf, math.inf) / loss_scale(trainer, optimizer)
         if trainer.world_size > 1:

@@ -173,7 +173,7 @@ class SpikeResponse(ProbingMonitor):
         # A probe of sharded parameters takes a reduction of its own: the sums that it adds to the one after the step
         # depend on the size of the spike, which is itself a sum over processes.
         numel = step.unclipped_sq.new_tensor([local(w.parameter).numel() for w in step.watched])
-        gradient_sq, numel = step.shards.add(step.counted([step.unclipped_sq, numel]))
+        gradient_sq, numel = step.shards.add([step.unclipped_sq, numel], [step.parameters] * 2)
         rms = (gradient_sq / numel.clamp(min=1)).sqrt()
         spike = {}
         for w, size in zip(step.watched, rms.tolist()):

@@ -371,30 +371,37 @@ class ShardSums:
     """Adds up what each rank computes from its local shards of some parameters.
 
     Args:
-        groups: Groups over which sums are added; none where each rank has all of every parameter.
+        groups: The groups that hold shards; none where each rank has all of every parameter.
         flat: Whether every rank holds a part of every parameter that does not say which part it is (FSDP1).
     """
 
     groups: tuple[ProcessGroup, ...] = ()
     flat: bool = False
 
-    def counts(self, p: Tensor) -> bool:
-        """Whether this rank counts its part of a parameter, so that over all groups each element is counted once."""
-        sharded = shard_groups(p)
-        return self.flat or all(g in sharded or rank(g) == 0 for g in self.groups)
+    def add(self, tensors: Sequence[Tensor], parameters: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        """Sums over the ranks that hold shards of a parameter, in float64 where the device has it.
 
-    def counted(self, params: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Vectors with one entry per parameter, with zeros for those that another rank counts; other tensors as is."""
-        if not self.groups:
-            return list(tensors)
-        counts = [self.counts(p) for p in params]
-        return [x * x.new_tensor(counts) if x.shape == (len(counts),) else x for x in tensors]
+        What is computed from a parameter of which this rank has all is such a sum already. There is one all-reduce per
+        group for all tensors.
 
-    def add(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Sums over ranks, in float64 where the device has it, by one all-reduce per group for all tensors."""
+        Args:
+            tensors: What this rank has computed.
+            parameters: For each tensor, the parameter from which it was computed, or one for each entry.
+        """
         if not self.groups or not tensors:
             return list(tensors)
         device = tensors[0].device
         flat = torch.cat([x.detach().reshape(-1).to(device, widest(device)) for x in tensors])
-        all_reduce_sum(flat, self.groups)
+        for group in self.groups:
+            sharded = [
+                torch.tensor([self.flat or group in shard_groups(p) for p in some]).repeat_interleave(
+                    x.numel() // len(some)
+                )
+                for x, some in zip(tensors, parameters)
+            ]
+            if (which := torch.cat(sharded)).all():
+                all_reduce_sum(flat, [group])
+            elif which.any():
+                indices = which.nonzero().flatten().to(device)
+                flat[indices] = all_reduce_sum(flat[indices], [group])
         return [part.reshape(x.shape) for part, x in zip(flat.split([x.numel() for x in tensors]), tensors)]

@@ -88,9 +88,12 @@ class Model(pl.LightningModule):
             for layer in (self.net.qkv, self.net.up, self.net.down, self.net.conv):
                 fully_shard(layer, mesh=mesh)
             fully_shard(self.net, mesh=mesh)
-        if self.shards == "tensor":
+        if "tensor" in self.shards:
             plan = {"inner": ColwiseParallel(), "outer": RowwiseParallel()}
             parallelize_module(self.net, self.device_mesh["tensor_parallel"], plan)
+        if self.shards == "fsdp2 tensor":
+            for module in (self.net.up, self.net.inner, self.net.outer, self.net.conv, self.net):
+                fully_shard(module, mesh=self.device_mesh["data_parallel"])
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         return F.cross_entropy(self.net(batch[0]), batch[1])
@@ -105,8 +108,9 @@ class Model(pl.LightningModule):
     def train_dataloader(self) -> DataLoader[Any]:
         generator = torch.Generator().manual_seed(1)
         tokens = torch.randint(0, 11, (STEPS * 8, 5), generator=generator)
-        spread = dist.is_initialized() and self.shards != "tensor"
-        rank, processes = (dist.get_rank(), dist.get_world_size()) if spread else (0, 1)
+        rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        if "tensor" in self.shards:  # Processes of a tensor-parallel group have the same batches.
+            rank, processes = rank // 2, processes // 2
         tokens = tokens[rank::processes]
         return DataLoader(TensorDataset(tokens, tokens[:, 0]), batch_size=8 // processes)
 
@@ -134,6 +138,11 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[], Any]]] = {
     ),
     "fsdp1 SGD": ({"optimizer": "SGD", "shards": "fsdp1"}, FSDP1OnCPU),
     "tensor AdamW": ({"optimizer": "AdamW", "shards": "tensor"}, lambda: ModelParallelStrategy(1, 2)),
+}
+#: On four processes.
+TWO_DIMENSIONS: dict[str, tuple[dict[str, Any], Callable[[], Any]]] = {
+    f"fsdp2 tensor {name}": ({"optimizer": name, "shards": "fsdp2 tensor"}, lambda: ModelParallelStrategy(2, 2))
+    for name in ("AdamW", "NAMO")
 }
 COLLECTIVES = (
     "all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "broadcast", "barrier", "gather",
@@ -206,8 +215,9 @@ def fit(model: Model, callbacks: list[pl.Callback], **options: Any) -> dict[str,
 
 def main(out: Path) -> None:
     """What each process does."""
-    for name, (settings, strategy) in CASES.items():
-        options = {"strategy": strategy(), "devices": 2}
+    devices = int(os.environ["WORLD_SIZE"])
+    for name, (settings, strategy) in (CASES if devices == 2 else TWO_DIMENSIONS).items():
+        options = {"strategy": strategy(), "devices": devices}
         result = fit(Model(**settings), monitors(name), **options)
         result["without"] = fit(Model(**settings), [], **options | {"strategy": strategy()})
         torch.save(result, out / f"{name} {os.environ['RANK']}.pt")
@@ -219,17 +229,19 @@ def main(out: Path) -> None:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[dict[str, Any]]]:
     out = tmp_path_factory.mktemp("processes")
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__, str(out)]
-    done = subprocess.run(run, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return lambda name: [torch.load(out / f"{name} {rank}.pt") for rank in (0, 1)]
+    for processes in (2, 4):
+        run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run([*run, __file__, str(out)], capture_output=True, text=True, timeout=300, env=environment)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return lambda name: [torch.load(file) for file in sorted(out.glob(f"{name} ?.pt"))]
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, *TWO_DIMENSIONS])
 def test_every_value_is_that_of_a_single_process(name: str, results: Callable[..., Any]) -> None:
-    settings = CASES[name][0] | {"shards": ""}
+    settings = (CASES | TWO_DIMENSIONS)[name][0] | {"shards": ""}
     expected = fit(Model(**settings), monitors(name))["history"]
     assert any("orthogonality_error/net.qkv.weight/2" in tag for tag in expected) is not name.startswith("fsdp1")
     assert any("internals/" in tag for tag in expected) is (settings["optimizer"] != "SGD")
@@ -246,7 +258,9 @@ def test_every_value_is_that_of_a_single_process(name: str, results: Callable[..
             sampled = "cosine_to_previous" in tag or "variance" in tag
             near = 0.05 if name.startswith("fsdp1") and sampled else close
             assert [value for _, value in result["history"][tag]] == pytest.approx(values, rel=near, abs=near), tag
-        assert {step for pairs in result["history"].values() for step, _ in pairs} == set(MEASURED)
+        # The spike response looks at every step, and says at the first one how large gradients are.
+        measured = {step for tag, pairs in result["history"].items() if "spike/" not in tag for step, _ in pairs}
+        assert measured == set(MEASURED)
 
 
 @pytest.mark.slow
@@ -270,7 +284,7 @@ def test_the_noise_scale_of_processes_is_that_of_micro_batches(results: Callable
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, *TWO_DIMENSIONS])
 def test_weights_are_those_without_callbacks(name: str, results: Callable[..., Any]) -> None:
     for result in results(name):
         without = result["without"]["weights"]

@@ -35,7 +35,7 @@ def main() -> None:
         here = torch.device("cpu")
         sent = collectives.all_to_all([parts], [specs], here, group)()[0]
         gathered = collectives.all_gather(parts, [specs], here, group)()[0]
-        sums = processes.ShardSums((group,), flat=True).add([x, x.sum()])
+        sums = processes.ShardSums((group,), flat=True).add([x, x.sum()], [[x, x], [x]])
         results = [collectives.all_reduce_max(x, [group]), *sent, *gathered, *sums]
         found = [[x.device.type, x.tolist()] for x in results]
         print(json.dumps({"direct": "refused" if refused() else "sent", "ours": found}))
