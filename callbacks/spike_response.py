@@ -21,6 +21,7 @@ from lightning_optim.diagnostics.spike_response import (
 from lightning_optim.diagnostics.what_if import gradients_of
 from lightning_optim.processes import local
 
+from .isolation import isolated_steps
 from .monitor import ProbingMonitor, Results
 from .recorder import Step
 from .update_variance import clipping
@@ -181,9 +182,10 @@ class SpikeResponse(ProbingMonitor):
             signs = local(spike[w.parameter])
             generator = torch.Generator(signs.device).manual_seed(self.seed + step.index)
             signs.bernoulli_(0.5, generator=generator).mul_(2 * size).sub_(size)
-        return spike_probe_sums(
-            step.optimizer, gradients, spike, self.probe_scales, self.probe_steps, clipping(trainer)
-        )
+        with isolated_steps(step.optimizer):
+            return spike_probe_sums(
+                step.optimizer, gradients, spike, self.probe_scales, self.probe_steps, clipping(trainer)
+            )
 
     # --- checkpoints --------------------------------------------------------------------------------------------
 

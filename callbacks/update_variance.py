@@ -32,7 +32,7 @@ from lightning_optim.diagnostics.what_if import VirtualOptimizer, fork_rng, grad
 from lightning_optim.processes import all_gather_equal, local, strategies, world
 from lightning_optim.trainer import is_lightning
 
-from .isolation import StandInTrainer, kept_globals, not_isolated
+from .isolation import StandInTrainer, classes_of, isolated_steps, kept_globals, not_isolated
 from .loop import Loop
 from .monitor import ProbingMonitor, Results, layers_of
 from .recorder import Step, StepRecorder
@@ -271,7 +271,9 @@ class _Source:
         """What the optimizer would do with gradients, which may still be multiplied by the loss scale."""
         scale = self.loss_scale
         gradients = gradients if scale == 1 else {p: g / scale for p, g in gradients.items()}
-        return VirtualOptimizer(self.trainer.optimizers[0], clipping(self.trainer)).step(gradients)
+        optimizer = self.trainer.optimizers[0]
+        with isolated_steps(optimizer):
+            return VirtualOptimizer(optimizer, clipping(self.trainer)).step(gradients)
 
 
 class _Accumulation(_Source):
@@ -352,7 +354,7 @@ class _Batches(_Source):
     def collect(self, step: Step) -> list[list[Tensor]]:
         optimizer = self.trainer.optimizers[0]
         with (
-            kept_globals(self.module),
+            kept_globals(classes_of(self.module)),
             isolate_rng(include_cuda=False),
             fork_rng(self.module.device),
             torch.enable_grad(),

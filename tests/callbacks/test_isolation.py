@@ -13,7 +13,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import Tensor, nn
 
 from lightning_optim.callbacks import GradientHealth, UpdateSize, UpdateVariance
-from lightning_optim.callbacks.isolation import StandInTrainer, kept_globals, not_isolated
+from lightning_optim.callbacks.isolation import StandInTrainer, classes_of, kept_globals, not_isolated
 from lightning_optim.callbacks.monitor import Monitor, Results
 from lightning_optim.callbacks.recorder import Step, StepRecorder
 
@@ -97,7 +97,7 @@ def test_what_a_copy_shares_is_named(cls: Any, reason: str, monkeypatch: pytest.
 
 def test_plain_globals_are_put_back() -> None:
     module = Constants(2, 2)
-    with kept_globals(module):
+    with kept_globals(classes_of(module)):
         module(torch.ones(1, 2))
         assert list(NAMES) == ["a", "b"]
     assert list(NAMES) == ["a"]

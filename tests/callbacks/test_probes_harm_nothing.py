@@ -214,9 +214,92 @@ class LogsThroughTrainer(Base):
         return 0.0
 
 
+# --- optimizers of one's own --------------------------------------------------------------------------------------
+
+
+STEPS: list[int] = []
+HISTORY: dict[str, list[int]] = {"steps": []}
+
+
+class CountsInAGlobal(torch.optim.SGD):
+    def step(self, closure: Any = None) -> Any:
+        STEPS.append(len(STEPS))
+        return super().step(closure)
+
+
+class CountsWithinAGlobal(torch.optim.SGD):
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        HISTORY["steps"].append(len(HISTORY["steps"]))
+        return super().step(closure)
+
+
+class CountsInItsClass(torch.optim.SGD):
+    steps: ClassVar[list[int]] = []
+
+    def step(self, closure: Any = None) -> Any:
+        self.steps.append(len(self.steps))
+        return super().step(closure)
+
+
+class OwnOptimizer(Base):
+    """Trains with the optimizer of a function, which closes over a list that is kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[int] = []
+        for kept in (STEPS, HISTORY["steps"], CountsInItsClass.steps):
+            kept.clear()
+
+    def kept(self) -> list[Any]:
+        return [*self.steps, *STEPS, *HISTORY["steps"], *CountsInItsClass.steps]
+
+    def configure_optimizers(self) -> Any:
+        return self.optimizer_class()(self.parameters(), 0.1)
+
+    def optimizer_class(self) -> Any:
+        steps = self.steps
+
+        class Counts(torch.optim.SGD):
+            def step(self, closure: Any = None) -> Any:
+                steps.append(len(steps))
+                return super().step(closure)
+
+        return Counts
+
+
+class DecoratedOptimizer(OwnOptimizer):
+    def optimizer_class(self) -> Any:
+        steps = self.steps
+
+        class Counts(torch.optim.SGD):
+            @torch.no_grad()
+            def step(self, closure: Any = None) -> Any:
+                steps.append(len(steps))
+                return super().step(closure)
+
+        return Counts
+
+
+class OptimizerWithAGlobal(OwnOptimizer):
+    def optimizer_class(self) -> Any:
+        return CountsInAGlobal
+
+
+class DecoratedOptimizerWithAGlobal(OwnOptimizer):
+    def optimizer_class(self) -> Any:
+        return CountsWithinAGlobal
+
+
+class OptimizerWithAClassVariable(OwnOptimizer):
+    def optimizer_class(self) -> Any:
+        return CountsInItsClass
+
+
 MODULES = [
     BufferBank, GlobalBank, ClassBank, ListHook, CountingHook, HookWithModule, KeepsGraph, KeepsList, KeepsInLayer,
-    LogsMetrics, LogsToExperiment, LogsThroughTrainer,
+    LogsMetrics, LogsToExperiment, LogsThroughTrainer, OwnOptimizer, DecoratedOptimizer,
+    OptimizerWithAGlobal, DecoratedOptimizerWithAGlobal, OptimizerWithAClassVariable,
 ]  # fmt: skip
 
 
@@ -251,3 +334,38 @@ def test_probes_harm_nothing(cls: type[Base]) -> None:
     for a, b in zip(with_probes[1], without[1]):
         assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
     assert with_probes[2] == without[2]
+
+
+class Ordinary(torch.optim.Optimizer):
+    """As most people write theirs."""
+
+    SCALE = 0.5
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        if closure is not None:
+            with torch.enable_grad():
+                closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.add_(p.grad, alpha=-group["lr"] * self.SCALE)
+
+
+class TrainsWithOrdinary(Base):
+    def configure_optimizers(self) -> Any:
+        return Ordinary(self.parameters())
+
+
+@pytest.mark.parametrize("cls", [TrainsWithOrdinary, OptimizerWithAGlobal, DecoratedOptimizerWithAGlobal])
+def test_optimizers_that_keep_plain_values_are_probed(cls: type[Base]) -> None:
+    monitor = SpikeResponse(probe_every_n_steps=3, probe_scales=[10.0], probe_steps=2)
+    trainer = pl.Trainer(
+        max_steps=4, callbacks=[monitor], accelerator="cpu", devices=1, logger=False, limit_val_batches=0,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(cls())
+    assert any("probe" in name for name in monitor.history)
