@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_optim.engine.carry_over import carried
 from lightning_optim.engine.checkpoint import LABELS, SCHEDULED, STRUCTURE
+from lightning_optim.peers import declared_arguments
 
 from .exact_resume import ExactResume
 
@@ -110,6 +111,8 @@ class _Built:
         self._hook: Any = None
         self.schedulers = [scheduler for scheduler in schedulers if scheduler.optimizer is optimizer]
         self.groups = [dict(group) for group in optimizer.param_groups]
+        # What else an optimizer keeps in its groups from the start, such as counters, is its own.
+        self._own = {*optimizer.defaults} - {*declared_arguments(type(optimizer))}
         self.schedules = [
             (schedule, _state(schedule)) for scheduler in self.schedulers for schedule in _with_parts(scheduler)
         ]
@@ -131,15 +134,19 @@ class _Built:
     def names(self) -> Iterator[str]:
         """What can be given anew."""
         for group in self.groups:
-            yield from _hyperparameters(group)
+            yield from self._hyperparameters(group)
         for schedule, state in self.schedules:
             yield from _arguments(schedule, state)
+
+    def _hyperparameters(self, group: dict[str, Any]) -> list[str]:
+        others = {*LABELS, *STRUCTURE, *SCHEDULED, *_IMPLEMENTATION, *self._own}
+        return [name for name in group if name not in others]
 
     def differences(self) -> Iterator[tuple[str, str]]:
         """Hyperparameters that are not those of the checkpoint, and how they differ."""
         values: dict[tuple[str, str, str], list[str]] = {}
         for i, (built, loaded) in enumerate(zip(self.groups, self.optimizer.param_groups)):
-            for name in _hyperparameters(built):
+            for name in self._hyperparameters(built):
                 ours, saved = _value(built, name), _value(loaded, name)
                 if ours != saved:
                     values.setdefault((name, f"{ours}", f"{saved}"), []).append(repr(built.get("name", i)))
@@ -176,10 +183,6 @@ class _Built:
             vars(schedule).update({key: state[key] for key in taken & state.keys()})
             if "lr" in names:
                 schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]
-
-
-def _hyperparameters(group: dict[str, Any]) -> list[str]:
-    return [name for name in group if name not in (*LABELS, *STRUCTURE, *SCHEDULED, *_IMPLEMENTATION)]
 
 
 def _value(group: dict[str, Any], name: str) -> Any:

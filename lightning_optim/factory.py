@@ -37,7 +37,7 @@ from .group_rates import rates_by_group, scale_rates, watch_groups
 from .grouping import Grouping, ParameterSettings, parameter_groups, suggestion
 from .modes import attach_modes
 from .own_optimizers import FollowingSchedule, OwnOptimizer, own_optimizers
-from .peers import check_peer, entry_of_role
+from .peers import check_peer, declared_arguments, entry_of_role
 from .processes import placements, strategies
 from .routing import Route, clean_name, routing_table, shares_line
 from .safe_classes import safe_in_checkpoints
@@ -263,7 +263,9 @@ def _build(
     def defaults_of(groups: list[dict[str, Any]]) -> Sequence[Mapping[str, Any]]:
         # One that is not ours is built once, and not to ask it: it may add hooks to parameters, or refuse some.
         return (
-            construct(groups).param_groups if issubclass(cls, RuleOptimizer) else [_declared(cls, args)] * len(groups)
+            construct(groups).param_groups
+            if issubclass(cls, RuleOptimizer)
+            else [declared_arguments(cls) | args] * len(groups)
         )
 
     process_groups = _process_groups(trainer, cls)
@@ -700,18 +702,6 @@ def _construct(what: str, cls: Callable[..., _T], first: Any, args: Mapping[str,
         return cls(first, **args)
     except TypeError as error:
         raise ValueError(f"{what}: {error}.") from error
-
-
-def _declared(cls: type[Optimizer], args: Mapping[str, Any]) -> dict[str, Any]:
-    """Hyperparameters of an optimizer with these arguments, as the signatures of it and its base classes say."""
-    declared: dict[str, Any] = {}
-    for base in reversed(cls.__mro__):  # A class may hand what it does not name to its base class.
-        if (constructor := vars(base).get("__init__")) is not None and base is not object:
-            for parameter in list(inspect.signature(constructor).parameters.values())[2:]:
-                if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-                    declared[parameter.name] = None if parameter.default is parameter.empty else parameter.default
-    declared.pop("defaults", None)  # of torch's Optimizer itself
-    return declared | dict(args)
 
 
 # --- for LightningModules -----------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
@@ -11,7 +12,23 @@ from torch.optim import Optimizer
 from .names import clean_name
 from .routing import Route
 
-__all__ = ["check_peer", "entry_of_role"]
+__all__ = ["check_peer", "declared_arguments", "entry_of_role"]
+
+
+def declared_arguments(cls: type[Optimizer]) -> dict[str, Any]:
+    """The arguments of an optimizer and their defaults, as the signatures of it and its base classes say.
+
+    >>> declared_arguments(torch.optim.SGD)["momentum"]
+    0.0
+    """
+    declared: dict[str, Any] = {}
+    for base in reversed(cls.__mro__):  # A class may hand what it does not name to its base class.
+        if (constructor := vars(base).get("__init__")) is not None and base is not object:
+            for parameter in list(inspect.signature(constructor).parameters.values())[2:]:
+                if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                    declared[parameter.name] = None if parameter.default is parameter.empty else parameter.default
+    declared.pop("defaults", None)  # of torch's Optimizer itself
+    return declared
 
 
 def entry_of_role(cls: type[Optimizer]) -> str | None:

@@ -154,6 +154,52 @@ def test_other_hyperparameters_are_taken_in_every_group_that_has_them(tmp_path: 
     assert groups["matrix"]["eps"] == 1e-8
 
 
+class Counting(torch.optim.SGD):
+    """Counts in its groups, and has an argument that it hands to its base class."""
+
+    def __init__(self, params: Any, lr: float = 0.1, warmup: int = 3, **others: Any) -> None:
+        super().__init__(params, lr=lr, **others)
+        counters = {"k": 0, "weight_sum": 0.0, "train_mode": False}
+        self.defaults |= counters | {"warmup": warmup}
+        for group in self.param_groups:
+            group |= counters | {"warmup": warmup, "mine": 1.0 if lr == 0.1 else 2.0}
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group |= {"k": group["k"] + 1, "weight_sum": group["weight_sum"] + group["lr"], "train_mode": True}
+        return super().step(closure)
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after", "reported"),
+    [
+        (f"{__name__}.Counting", {}, {}, []),
+        (f"{__name__}.Counting", {}, {"warmup": 4}, ["warmup"]),
+        (f"{__name__}.Counting", {}, {"momentum": 0.5}, ["momentum"]),
+        (f"{__name__}.Counting", {}, {"lr": 0.2}, ["lr", "mine"]),
+        ("schedulefree.AdamWScheduleFree", {}, {}, []),
+        ("schedulefree.AdamWScheduleFree", {}, {"warmup_steps": 2, "betas": (0.8, 0.9)}, ["betas", "warmup_steps"]),
+        ("schedulefree.SGDScheduleFree", {}, {"momentum": 0.8}, ["momentum"]),
+    ],
+    ids=["none", "own", "of the base class", "of a group", "AdamW", "AdamW's", "SGD"],
+)
+def test_what_optimizers_count_in_their_groups_is_no_hyperparameter(
+    tmp_path: Path, name: str, before: dict[str, Any], after: dict[str, Any], reported: list[str]
+) -> None:
+    if name.startswith("schedulefree"):
+        pytest.importorskip("schedulefree")
+    fit(Net(**{"lr": 0.1, "name": name} | before), tmp_path, steps=STOP)
+    resume = Resume()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(Net(**{"lr": 0.1, "name": name} | after), tmp_path, resume, resume=True)
+    assert sorted(resume.kept) == reported
+    told = [str(w.message) for w in caught if "hyperparameters of its checkpoint" in str(w.message)]
+    assert len(told) == bool(reported)
+    with pytest.raises(MisconfigurationException, match=r"no parameter group has 'k'"):
+        fit(Net(0.1, name=name), tmp_path, Resume(override="k"), resume=True)
+
+
 def test_a_name_that_no_group_has_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MisconfigurationException, match=r"resume.override: no parameter group has 'beta', nor.*betas"):
         fit(Net(0.01), tmp_path, Resume(["beta"]))
