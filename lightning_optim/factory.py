@@ -280,6 +280,7 @@ def _build(
     built = construct(groups)
     if isinstance(built, RuleOptimizer):
         built.process_group, built.work_group, built.shard_group = process_groups
+        built.check_shard_group()
         built.router = AddedGroups(built, module, grouping)
         if issubclass(cls, ModelRule):
             built.statistics = RunningStatistics(partial(_running_statistics, module))

@@ -22,13 +22,16 @@ import pytest
 import timm
 import timm.optim
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_optim.factory import (
@@ -939,3 +942,18 @@ def test_data_without_length_needs_max_steps():
 def test_nothing_to_train():
     with pytest.raises(ValueError, match="Sequential has no trainable parameter"):
         build_optimizer(make_net().requires_grad_(False), "AdamW")
+
+
+@pytest.mark.parametrize("name", ["MVNGrad", "HVAdam"])
+def test_state_of_flat_parameters_in_8_bits_is_refused_before_training(name: str) -> None:
+    strategy: Any = DeepSpeedStrategy.__new__(DeepSpeedStrategy)  # its own constructor wants DeepSpeed installed
+    strategy.config = {"zero_optimization": {"stage": 1}}
+    trainer: Any = types.SimpleNamespace(strategy=strategy, num_devices=2, callbacks=[], precision_plugin=None)
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        with pytest.raises(ValueError, match=rf"{name}: state_dtype='8bit' stores blocks of a row.*use FSDP2, or"):
+            build_optimizer(nn.Linear(3, 3), name, trainer=trainer, state_dtype="8bit")
+        built = build_optimizer(nn.Linear(3, 3), name, trainer=trainer, state_dtype="bfloat16")
+        assert built.shard_group is dist.group.WORLD
+    finally:
+        dist.destroy_process_group()

@@ -219,6 +219,18 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
         own = {name: field for name, field in cls.arguments.items() if name not in RuleOptimizer.arguments}
         return {name: field.default for name, field in (cls.fields | own).items()}
 
+    def check_shard_group(self) -> None:
+        """Refuse settings that do not go with a :attr:`shard_group`.
+
+        Raises:
+            ValueError: State in 8 bits, which needs rows.
+        """
+        if self.shard_group is not None and self.state_dtype == "8bit":
+            raise ValueError(
+                f"{type(self).__name__}: state_dtype='8bit' stores blocks of a row, and under FSDP1 and DeepSpeed "
+                "parameters are parts of vectors; use FSDP2, or state_dtype='bfloat16'."
+            )
+
     # --- parameter groups ---------------------------------------------------------------------------------------
 
     def rule(self, group: Mapping[str, Any]) -> type[Rule]:
@@ -461,11 +473,7 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
             self._check_gradients(work)
         params = [p for _, params in work for p in params]
         plain = self.shard_group is None
-        if not plain and self.state_dtype == "8bit":
-            raise ValueError(
-                f"{type(self).__name__}: state_dtype='8bit' stores blocks of a row, and under FSDP1 and DeepSpeed "
-                "parameters are parts of vectors; use FSDP2, or state_dtype='bfloat16'."
-            )
+        self.check_shard_group()
         grads = [
             g if plain and type(g := p.grad) is Tensor and g.dtype in _DIRECT else usable_gradient(p) for p in params
         ]
