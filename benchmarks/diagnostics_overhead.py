@@ -121,7 +121,7 @@ def _is_measured(step: int, interval: int) -> bool:
 
 def train(model: str, optimizer: str, attached: pl.Callback, steps: int, folder: str, accelerator: str = "cpu") -> Run:
     """Train for some steps after those that warm up; on an accelerator time is that of the wall."""
-    clock = _Clock(_now if accelerator == "cpu" else _now_on_gpu)
+    clock = _Clock(_now if accelerator == "cpu" else _now_on_gpu, WARM_UP + steps)
     pl.seed_everything(0, verbose=False)
     module, batch = MODELS[model]()
     module.optimizer = optimizer  # type: ignore[assignment]
@@ -156,17 +156,14 @@ def _now_on_gpu() -> float:
 
 
 class _Clock(pl.Callback):
-    def __init__(self, now: Callable[[], float]) -> None:
-        self.now = now
+    def __init__(self, now: Callable[[], float], last: int) -> None:
+        self.now, self.last = now, last
         self.starts: list[float] = []
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx == WARM_UP:
-            self._read(trainer)
+        if batch_idx == WARM_UP or batch_idx == self.last:
+            self.share = self._read(trainer)
         self.starts.append(self.now())
-
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        self.share = self._read(trainer)
 
     def _read(self, trainer: Any) -> float:
         """The share of the time that diagnostics took since the last call."""

@@ -6,7 +6,7 @@ import base64
 import html
 import io
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -26,6 +26,7 @@ from .monitor import Keyed, Monitor, ProbingMonitor
 from .optimizer_internals import OptimizerInternals
 from .orthogonality_error import OrthogonalityError
 from .pictures import Pictures
+from .recorder import StepRecorder
 from .run_record import RunRecord
 from .sign_collapse import SignCollapse
 from .spike_response import SpikeResponse
@@ -34,6 +35,21 @@ from .update_variance import UpdateVariance
 
 #: Probes are made at every so many-th measured step.
 _PROBES = 20
+
+
+#: Hooks that are called at every batch or step, also at those that are not measured.
+_HOOKS_OF_BATCHES = (
+    "on_train_batch_start",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "on_train_batch_end",
+)
+
+
+def _called(monitors: Sequence[Monitor], hook: str) -> list[Monitor]:
+    """Those of some monitors that do something of their own in a hook, and the first, which speaks for all."""
+    return [m for m in monitors if m is monitors[0] or getattr(type(m), hook) is not getattr(Monitor, hook)]
 
 
 class Text(str):
@@ -126,6 +142,8 @@ class Diagnostics(Keyed):
         for monitor in self.monitors:
             if isinstance(monitor, ProbingMonitor):
                 monitor.probes_optional = True
+        #: Which of the monitors each hook of a batch calls.
+        self._calls: Mapping[str, Sequence[Monitor]] = {}
         #: Losses and validation metrics by tag, for :meth:`plot`.
         self._learning: dict[str, deque[tuple[int, Tensor]]] = {}
         self.tier = tier
@@ -209,6 +227,7 @@ class Diagnostics(Keyed):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        self._calls = {hook: _called(self.monitors, hook) for hook in _HOOKS_OF_BATCHES}
         for monitor in self.monitors:
             monitor.setup(trainer, pl_module, stage)
 
@@ -219,32 +238,37 @@ class Diagnostics(Keyed):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        for monitor in self.monitors:
-            monitor.on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        with StepRecorder.of(trainer).host_clock:
+            for monitor in self._calls["on_train_batch_start"]:
+                monitor.on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        for monitor in self.monitors:
-            monitor.on_before_backward(trainer, pl_module, loss)
+        with StepRecorder.of(trainer).host_clock:
+            for monitor in self._calls["on_before_backward"]:
+                monitor.on_before_backward(trainer, pl_module, loss)
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for monitor in self.monitors:
-            monitor.on_after_backward(trainer, pl_module)
+        with StepRecorder.of(trainer).host_clock:
+            for monitor in self._calls["on_after_backward"]:
+                monitor.on_after_backward(trainer, pl_module)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        for monitor in self.monitors:
-            monitor.on_before_optimizer_step(trainer, pl_module, optimizer)
+        with StepRecorder.of(trainer).host_clock:
+            for monitor in self._calls["on_before_optimizer_step"]:
+                monitor.on_before_optimizer_step(trainer, pl_module, optimizer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        for monitor in self.monitors:
-            monitor.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if self.monitors and self.monitors[0].measures(max(1, trainer.global_step)):
-            loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-            if isinstance(loss, Tensor):  # which Lightning has divided by the number of micro-batches
-                self._note("train/loss", trainer, loss * trainer.accumulate_grad_batches)
+        with StepRecorder.of(trainer).host_clock:
+            for monitor in self._calls["on_train_batch_end"]:
+                monitor.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+            if self.monitors and self.monitors[0].measures(max(1, self.monitors[0].counted)):
+                loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+                if isinstance(loss, Tensor):  # which Lightning has divided by the number of micro-batches
+                    self._note("train/loss", trainer, loss * trainer.accumulate_grad_batches)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking or not self.monitors:

@@ -157,7 +157,7 @@ class GradientHealth(Monitor):
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self._small.complete:
             self._small = _SmallBatches(self._in_parts)
-        if self._has_noise_scale(trainer) and self.measures(self._counts.get("", 0) + 1):
+        if self.measures(self._counts.get("", 0) + 1) and self._has_noise_scale(trainer):
             self._small.batch_start(trainer, batch)
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
@@ -232,6 +232,8 @@ class _SmallBatches:
 
     def unwatch(self) -> None:
         """After the backward pass, or where it has failed."""
+        if not self._handles:
+            return
         for handle in self._handles:
             handle.remove()
         self._handles = []

@@ -88,9 +88,12 @@ def loss_scale(place: Place, optimizer: Optimizer) -> float:
 
 def unscaled_loss(place: Place, loss: Tensor) -> Tensor:
     """The mean loss of a micro-batch, from what hooks are given: divided by accumulation, by Lightning also scaled."""
-    loss = loss.detach().reshape(()).float() * place.accumulate_grad_batches
     scaler = None if isinstance(place, Loop) else scaler_of(place)
-    return loss if scaler is None else loss / scaler.get_scale()
+    loss = loss.detach()
+    if scaler is None and place.accumulate_grad_batches == 1:
+        return loss
+    loss = loss.float() * place.accumulate_grad_batches
+    return loss if scaler is None else loss / scaler.get_scale()  # which has been halved to 0 where all overflows
 
 
 def is_automatic(place: Place) -> bool:

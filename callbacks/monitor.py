@@ -225,18 +225,23 @@ class Monitor(Keyed):
         """Count a step of the optimizer with that label that the loss scaler has skipped."""
         self._skips[label] = self._skips.get(label, 0) + 1
 
+    @property
+    def counted(self) -> int:
+        """Steps up to now, of all optimizers."""
+        return sum(self._counts.values())
+
     def measures(self, index: int) -> bool:
         """Whether the step with that number, from 1, is measured."""
         if index <= self.first_n_steps:
             return True
         return self.every_n_steps(index) if callable(self.every_n_steps) else index % self.every_n_steps == 0
 
-    def select(self, watched: Sequence[Watched]) -> list[Watched]:
+    def select(self, watched: Sequence[Watched]) -> Sequence[Watched]:
         """Those of an optimizer's parameters that are measured."""
         if self._selection[0] is not watched:  # which is the same list from step to step
             of_kind = [w for w in watched if w.is_matrix or not self.needs_matrices]
             self._selection = watched, [w for w in of_kind if matches(w.name, self.parameters)]
-        return list(self._selection[1])
+        return self._selection[1]
 
     # --- values -------------------------------------------------------------------------------------------------
 

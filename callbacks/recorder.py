@@ -9,9 +9,10 @@ where no loss scaler is used; and at the end of the batch the scheduler has alre
 from __future__ import annotations
 
 import math
+import operator
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, product
@@ -87,6 +88,7 @@ class Step:
     _changes: dict[Tensor, Tensor] = field(default_factory=dict)
     _gradients: dict[Tensor, Tensor] = field(default_factory=dict)
     _unclipped_sq: Tensor | None = None
+    _unclipped_norm: Tensor | None = None
     _change: Change | None = None
 
     @property
@@ -105,8 +107,16 @@ class Step:
         To be asked for before the step; the same for all monitors, and after the step, too.
         """
         if self._unclipped_sq is None:
-            self._unclipped_sq = squares_of_gradients(self.gradients()) / self.loss_scale**2
+            squares = squares_of_gradients(self.gradients())
+            self._unclipped_sq = squares if self.loss_scale == 1 else squares / self.loss_scale**2
         return self._unclipped_sq
+
+    @property
+    def unclipped_norm(self) -> Tensor:
+        """Norm of all local gradients together, likewise."""
+        if self._unclipped_norm is None:
+            self._unclipped_norm = self.unclipped_sq.sum().sqrt()
+        return self._unclipped_norm
 
     def sampled(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """At most 4,096 elements of each parameter's tensor, the same ones also if its first dimension is sharded.
@@ -147,9 +157,8 @@ def dense(x: Tensor) -> Tensor:
 
 
 def gradient_of(p: Tensor) -> Tensor:
-    if p.grad is None:
-        return torch.zeros_like(p)
-    return _real(dense(local(p.grad)))
+    g = p.grad
+    return torch.zeros_like(p) if g is None else _real(dense(local(g)))
 
 
 def _real(x: Tensor) -> Tensor:
@@ -207,7 +216,8 @@ class StepRecorder:
         #: Optimizers that were seen not to write to gradients in their step; of the others copies are kept.
         self._leave_gradients: WeakSet[Optimizer] = WeakSet()
         self._failed: set[str] = set()
-        self._watched: WeakKeyDictionary[Optimizer, tuple[list[Watched], ShardSums]] = WeakKeyDictionary()
+        #: Groups and parameters of an optimizer as they were found, and what was made of them.
+        self._watched: WeakKeyDictionary[Optimizer, tuple[list[Any], list[Watched], ShardSums]] = WeakKeyDictionary()
         self._open: _OpenStep | None = None
         self._values: list[tuple[Monitor, Mapping[str, float]]] = []
         self._layout_written = False
@@ -217,12 +227,18 @@ class StepRecorder:
     @classmethod
     def of(cls, trainer: Place) -> StepRecorder:
         """The one recorder of a Trainer, or of a loop."""
-        return cls._of.setdefault(trainer, cls())
+        known = cls._of.get(trainer)
+        return cls._of.setdefault(trainer, cls()) if known is None else known
 
     @property
     def clock(self) -> AbstractContextManager[None]:
         """To be entered for work that a monitor does outside of a step, which then counts as overhead."""
         return self._clock
+
+    @property
+    def host_clock(self) -> AbstractContextManager[None]:
+        """The same for work of the host alone, which an accelerator does not wait for."""
+        return self._clock if self._clock.device.type == "cpu" else _NOT_TIMED
 
     def attach(self, monitor: Monitor, trainer: Place) -> None:
         """Begin to serve a monitor.
@@ -288,7 +304,6 @@ class StepRecorder:
         due = [(monitor, index) for monitor in self.monitors if (index := monitor.count(label))]
         self._open = _OpenStep(trainer, optimizer, label, due)
         if due:
-            self._clock.device = device_of(module)
             with self._clock:
                 self._begin(module, self._open)
 
@@ -305,7 +320,6 @@ class StepRecorder:
                     optimizer, opened.label, index, tracked, scale, shards, opened.changes, opened.gradients
                 )
             opened.steps.append((monitor, views[key]))
-        opened.own_skips = _own_skips(optimizer)
         observers = [monitor for monitor, _ in opened.due if monitor.needs_observations]
         if observers and isinstance(optimizer, RuleOptimizer):
             opened.restore_observer = partial(setattr, optimizer, "observer", optimizer.observer)
@@ -319,6 +333,9 @@ class StepRecorder:
             for m, step in opened.steps
             if self._attempt(m, step, partial(m.before_step, trainer, module, step), False) is not False
         ]
+        if not opened.steps:
+            return
+        opened.own_skips = _own_skips(optimizer)
         updated = {w.parameter for monitor, step in opened.steps if monitor.needs_updates for w in step.watched}
         opened.changes.update({p: _value(optimizer, p).clone() for p in updated})
 
@@ -434,21 +451,22 @@ class StepRecorder:
     # --- what there is to watch ---------------------------------------------------------------------------------
 
     def _watch(self, trainer: Place, module: nn.Module, optimizer: Optimizer) -> tuple[list[Watched], ShardSums]:
-        members = [(p, group) for group in optimizer.param_groups for p in group["params"]]
+        members = [x for group in optimizer.param_groups for x in (group, *group["params"])]
         if optimizer in self._watched:
-            known, shards = self._watched[optimizer]
-            same = (w.parameter is p and w.group is g for w, (p, g) in zip(known, members))
-            if len(known) == len(members) and all(same):
-                return known, shards
+            known, watched, shards = self._watched[optimizer]
+            if len(known) == len(members) and all(map(operator.is_, known, members)):
+                return watched, shards
+        self._clock.device = device_of(module)
         names = {p: clean_name(name) for name, p in module.named_parameters()}
         flat = strategies.is_fsdp1(trainer.strategy)
         routes = {} if flat else {clean_name(name): r for name, r in route(module).items()}
         watched = []
-        for i, (p, group) in enumerate(members):
-            name = names.get(p, f"parameter{i}")
+        for p, group in ((p, g) for g in optimizer.param_groups for p in g["params"]):
+            name = names.get(p, f"parameter{len(watched)}")
             watched.append(Watched(name, p, _as_grouped(routes.get(name), optimizer, group), group))
-        self._watched[optimizer] = watched, strategies.shard_sums(trainer.strategy, (w.parameter for w in watched))
-        return self._watched[optimizer]
+        shards = strategies.shard_sums(trainer.strategy, (w.parameter for w in watched))
+        self._watched[optimizer] = members, watched, shards
+        return watched, shards
 
     # --- logging ------------------------------------------------------------------------------------------------
 
@@ -494,7 +512,7 @@ class StepRecorder:
         if self._layout_written or not trainer.is_global_zero:
             return
         self._layout_written = True
-        routes = [w.route for watched, _ in self._watched.values() for w in watched if w.route is not None]
+        routes = [w.route for _, watched, _ in self._watched.values() for w in watched if w.route is not None]
         layout = tensorboard.layout(self._charts(trainer), bands=len(trainer.optimizers) == 1)
         boards: list[Any] = [logger for logger in trainer.loggers if tensorboard.is_board(logger)]
         for logger in boards:
@@ -530,16 +548,22 @@ class _OpenStep:
     restore_observer: Callable[[], None] = lambda: None
 
 
+_NOT_TIMED: AbstractContextManager[None] = nullcontext()
+
+
 class _Clock(AbstractContextManager[None]):
     """How long the diagnostics take, and what share of training that is.
 
     An accelerator works behind the host, and is not made to wait for the sake of the clock: it notes the time itself
     when it begins and ends the work of the diagnostics, and these notes are read when a step's values are.
+
+    Work within work is counted once.
     """
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
         self._own = self._training = 0.0
+        self._depth = 0
         self._noted: list[Callable[[], float | None]] = []
         self._batch_start: float | None = None
         self._batches = 0
@@ -547,10 +571,15 @@ class _Clock(AbstractContextManager[None]):
         self._batches_read = 0
 
     def __enter__(self) -> None:
-        self._stop = stopwatch(self.device)
-        self._start = time.perf_counter()
+        self._depth += 1
+        if self._depth == 1:
+            self._stop = stopwatch(self.device)
+            self._start = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
+        self._depth -= 1
+        if self._depth:
+            return
         if self._stop is None:
             self._own += time.perf_counter() - self._start
         else:

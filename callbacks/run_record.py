@@ -24,7 +24,7 @@ from lightning_optim.engine.two_rules import MatrixOptimizer
 from lightning_optim.processes import strategies
 from lightning_optim.routing import clean_name, route
 
-from .loop import device_of, is_automatic, steps_made, unscaled_loss
+from .loop import is_automatic, steps_made, unscaled_loss
 from .monitor import Monitor, Results
 from .recorder import Step, StepRecorder, label_of
 
@@ -96,9 +96,10 @@ class RunRecord(Monitor):
     def _reset(self) -> None:
         self._alarms = Alarms()
         self._new: list[dict[str, Any]] = []
+        #: Losses of the micro-batches of the step to come, on the device.
         self._losses: list[Tensor] = []
-        #: Step, and mean loss, largest loss of a micro-batch and gradient norm; on the device, then fetched.
-        self._pending: list[tuple[int, Tensor]] = []
+        #: Step, losses of its micro-batches, and gradient norm if it is known; on the device until they are fetched.
+        self._pending: list[tuple[int, list[Tensor], Tensor | None]] = []
         self._course: list[tuple[int, float, float, float]] = []
         self._names: list[str] = []
         self._described: set[str] = set()
@@ -112,6 +113,7 @@ class RunRecord(Monitor):
         self._fresh = self._ended = self._is_wanted = False
         self._norm: Tensor | None = None
         self._last_step = -1
+        self._has_loss = False
 
     def forget(self) -> None:
         super().forget()
@@ -143,14 +145,13 @@ class RunRecord(Monitor):
                 self._batch_size = -1
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        if not _has_loss(trainer) or loss.numel() != 1:
-            return
-        self._losses.append(unscaled_loss(trainer, loss))
+        if self._has_loss and loss.numel() == 1:
+            self._losses.append(unscaled_loss(trainer, loss))
 
     def before_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step) -> bool:
         self._norm = None
         if not self.norms_only and not step.shards.groups and step.watched:
-            self._norm = step.unclipped_sq.sum().sqrt()
+            self._norm = step.unclipped_norm
         if not self._is_due(step.index):
             return False
         self._is_wanted = True
@@ -169,11 +170,9 @@ class RunRecord(Monitor):
         norm, self._norm = self._norm, None
         if losses and x != self._last_step:  # LBFGS computes several losses in a step.
             self._last_step = x
-            together = torch.stack(losses)
-            norm = together.new_full((), math.nan) if norm is None else norm.to(together)
-            self._pending.append((x, torch.stack((together.mean(), together.max(), norm))))
+            self._pending.append((x, losses, norm))
         # Without the norms of gradients, which make every step wait for the device, nothing else is to.
-        most = 1 if device_of(pl_module).type == "cpu" else _ALL_PENDING if self.norms_only else _PENDING
+        most = 1 if all(map(_is_on_host, losses)) else _ALL_PENDING if self.norms_only else _PENDING
         if self._is_wanted or len(self._pending) >= most:
             self._is_wanted = False
             self._fetch()
@@ -182,11 +181,12 @@ class RunRecord(Monitor):
     def _fetch(self) -> None:
         if not self._pending:
             return
-        steps = [x for x, _ in self._pending]
-        numbers = torch.stack([values for _, values in self._pending]).cpu().tolist()
-        self._pending = []
-        for x, (mean, largest, norm) in zip(steps, numbers):
-            self._course.append((x, mean, largest, norm))
+        pending, self._pending = self._pending, []
+        numbers = iter(_numbers([x for _, losses, norm in pending for x in (*losses, norm) if x is not None]))
+        for x, losses, norm in pending:
+            values = [next(numbers) for _ in losses]
+            mean, largest = sum(values) / len(values), _largest(values)
+            self._course.append((x, mean, largest, math.nan if norm is None else next(numbers)))
             self._say(self._alarms.loss(x, mean))
 
     def _say(self, words: Sequence[str]) -> None:
@@ -368,6 +368,7 @@ class RunRecord(Monitor):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._described, self._fresh, self._ended, self._last_step = set(), False, False, -1
+        self._has_loss = _has_loss(trainer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -455,6 +456,17 @@ class RunRecord(Monitor):
 
 def _root(x_sq: float, y_sq: float) -> float:
     return math.sqrt(x_sq / y_sq) if y_sq > 0 else math.nan
+
+
+def _is_on_host(x: Tensor) -> bool:
+    return x.is_cpu
+
+
+def _numbers(scalars: Sequence[Tensor]) -> list[float]:
+    """Tensors with one element as numbers, from an accelerator by one transfer."""
+    if all(map(_is_on_host, scalars)):
+        return [x.item() for x in scalars]
+    return torch.stack([x.reshape(()).float().to(scalars[0].device) for x in scalars]).tolist()
 
 
 def _short(x: float) -> float:

@@ -47,12 +47,13 @@ class SpikeResponse(ProbingMonitor):
 
     *Real spikes* are steps whose gradient norm :math:`x` has a z-score
     :math:`(x - \mathrm{median}) / (1.4826\,\mathrm{MAD})` above ``threshold``, by the last ``window`` norms (at least
-    32). The baseline is the median of the last nine update RMS, measured at every tenth step away from spikes. Updates
-    have recovered when their RMS has stayed within 10 % of it for five steps (or within three robust standard
-    deviations, where calm updates vary more than that); after ``follow_steps`` steps they have not, and that number is
-    logged. The cost of an ordinary step is that of the gradient norm, which a GPU has to finish first; of steps after a
-    spike, that of :class:`.UpdateSize` at every step. Where parameters are sharded, each process copies its part at
-    every step, since whether there is a spike is known after the one reduction only.
+    32). The baseline is the median of the last nine update RMS, measured away from spikes, at every tenth step up to
+    the hundredth and at every fiftieth after it. Updates have recovered when their RMS has stayed within 10 % of it for
+    five steps (or within three robust standard deviations, where calm updates vary more than that); after
+    ``follow_steps`` steps they have not, and that number is logged. The cost of an ordinary step is that of the
+    gradient norm, which a GPU has to finish first; of steps after a spike, that of :class:`.UpdateSize` at every step.
+    Where parameters are sharded, each process copies its part at every step, since whether there is a spike is known
+    after the one reduction only.
 
     *Probes*, made every ``probe_every_n_steps``, follow a copy of the optimizer from the state it is in for
     ``probe_steps`` steps with the present gradient, to which a spike is added in the first: in each element its sign is
@@ -140,7 +141,7 @@ class SpikeResponse(ProbingMonitor):
             return False
         # The norm of a sharded gradient is known from the one reduction after the step. Until then any step may be one
         # to measure, also if the gradient is calm in this process, whose part of the parameters is copied therefore.
-        self._wanted = bool(step.shards.groups) or self._see(step, step.unclipped_sq)
+        self._wanted = bool(step.shards.groups) or self._see(step, step.unclipped_norm)
         if self.probes(step.index):
             with self.probing():
                 self._probe = self._respond(trainer, step)
@@ -153,7 +154,7 @@ class SpikeResponse(ProbingMonitor):
         return sums | {"gradient_sq": step.unclipped_sq} if step.shards.groups else sums
 
     def results(self, step: Step, sums: dict[str, Tensor]) -> Results:
-        wanted = self._see(step, sums["gradient_sq"]) if step.shards.groups else self._wanted
+        wanted = self._see(step, sums["gradient_sq"].sum().sqrt()) if step.shards.groups else self._wanted
         if not wanted and not self._probe:
             return Results({})
         rms = float((sums["update_sq"].sum() / sums["numel"].sum()).sqrt())
@@ -166,8 +167,8 @@ class SpikeResponse(ProbingMonitor):
     def _watch(self, label: str) -> SpikeWatch:
         return self._watches.setdefault(label, SpikeWatch(self.threshold, self.window, self.follow_steps))
 
-    def _see(self, step: Step, gradient_sq: Tensor) -> bool:
-        return self._watch(step.label).see(float(gradient_sq.sum().sqrt()))
+    def _see(self, step: Step, norm: Tensor) -> bool:
+        return self._watch(step.label).see(norm.item())
 
     def _respond(self, trainer: pl.Trainer, step: Step) -> dict[str, Tensor]:
         gradients = gradients_of(step.optimizer, step.loss_scale)

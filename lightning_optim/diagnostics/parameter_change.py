@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
@@ -98,26 +99,31 @@ def sum_of_squares(tensors: Sequence[Tensor], dtype: torch.dtype = torch.float32
     >>> sum_of_squares([torch.tensor([3.0, 4.0]), torch.zeros(0)])
     tensor([25.,  0.])
     """
-    dtype = reduce(torch.promote_types, (x.dtype for x in tensors), dtype)
+    dtype = reduce(torch.promote_types, {x.dtype for x in tensors}, dtype)
+    if max(x.numel() for x in tensors) <= _BLOCK:
+        return _together(torch._foreach_norm(list(tensors), 2, dtype)).square()
     blocks = [_blocks(x, dtype) for x in tensors]
-    norms = torch._foreach_norm(list(chain.from_iterable(blocks)), 2, dtype)
-    squares = torch.stack([norm.to(norms[0].device) for norm in norms]).square()
-    if len(squares) == len(tensors):
-        return squares
+    squares = _together(torch._foreach_norm(list(chain.from_iterable(blocks)), 2, dtype)).square()
     return torch.stack([of_one.sum() for of_one in squares.split([len(of_one) for of_one in blocks])])
 
 
-def squares_of_gradients(gradients: Sequence[Tensor]) -> Tensor:
-    """:func:`sum_of_squares`, in float64 where a square is beyond float32: that of a norm above 1.8e19.
+def _together(scalars: Sequence[Tensor]) -> Tensor:
+    """0-d tensors as one vector, on the device of the first."""
+    device = scalars[0].device
+    return torch.stack([x if x.device == device else x.to(device) for x in scalars])
 
-    Whether one is would have to be read, which a CPU can do at once and an accelerator has to be waited for. So there
+
+def squares_of_gradients(gradients: Sequence[Tensor]) -> Tensor:
+    """:func:`sum_of_squares`, in float64 where their sum is beyond float32: the square of a norm above 1.8e19.
+
+    Whether it is would have to be read, which a CPU can do at once and an accelerator has to be waited for. So there
     float64 is taken always (float32 where there is none). What that costs has not been measured on one.
 
     >>> squares_of_gradients([torch.full((4,), 1e20)])
     tensor([4.0000e+40], dtype=torch.float64)
     """
     device = gradients[0].device
-    if device.type == "cpu" and (squares := sum_of_squares(gradients)).isfinite().all():
+    if device.type == "cpu" and math.isfinite((squares := sum_of_squares(gradients)).sum()):
         return squares
     return sum_of_squares(gradients, widest(device))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -271,9 +270,16 @@ def robust_zscore(x: float, values: Sequence[float]) -> float:
 
 
 def _median_and_deviation(values: Sequence[float]) -> tuple[float, float]:
-    middle = median(values)
-    # 1.4826 times the median absolute deviation of normal values is their standard deviation.
-    return middle, 1.4826 * median(abs(x - middle) for x in values)
+    values = sorted(values)
+    middle = _middle(values)
+    # 1.4826 times the median absolute deviation of normal values is their standard deviation. Of sorted values, they
+    # fall and then rise, and are sorted again at once.
+    return middle, 1.4826 * _middle(sorted([abs(x - middle) for x in values]))
+
+
+def _middle(ordered: Sequence[float]) -> float:
+    half = len(ordered) // 2
+    return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
 
 
 @dataclass
@@ -317,7 +323,7 @@ class SpikeWatch:
             self._compare(norm)
             self.norms = [*self.norms, norm][-self.window :]
             self.seen += 1
-        return self.following or self.seen <= 2 or self.seen % 10 == 0
+        return self.following or self.seen <= 2 or self.seen % (10 if self.seen <= 100 else 50) == 0
 
     def _compare(self, norm: float) -> None:
         if len(self.norms) < min(32, self.window):

@@ -276,12 +276,17 @@ def test_a_spike_is_followed_until_updates_have_recovered() -> None:
     assert max(v["zscore"] for s, v in said if s != 64 and not math.isnan(v["zscore"])) < 6 < dict(said)[64]["zscore"]
 
 
+def test_baselines_are_measured_less_often_after_a_hundred_steps() -> None:
+    said = run(SpikeWatch(), norms(260), {})
+    assert [step for step, _ in said] == [1, 2, *range(10, 101, 10), 150, 200, 250]
+
+
 def test_a_spike_without_recovery_is_given_up() -> None:
-    said = run(SpikeWatch(follow=20), norms(120, at64=50.0), dict.fromkeys(range(64, 200), 3.0))
+    said = run(SpikeWatch(follow=20), norms(150, at64=50.0), dict.fromkeys(range(64, 200), 3.0))
     [(step, values)] = [(step, values) for step, values in said if "amplification" in values]
     assert (step, values["recovery_steps"]) == (84, 20.0)
     # From now on that is the baseline.
-    assert said[-1][0] == 120
+    assert said[-1][0] == 150
 
 
 def test_where_updates_vary_recovery_is_to_that() -> None:
