@@ -21,6 +21,7 @@ CAUSES: Mapping[str, str] = {
     # The learning rate and what acts like one.
     "lr_too_high": "the weights grew by a factor within few steps, or every update turns back the one before",
     "layer_lr_too_high": "the same in few layers, whose learning rate is higher than that of the rest",
+    "warmup_missing": "the learning rate was at its peak at once, and the network got stuck in the first steps",
     "matrices_stand_still": "the matrices of a matrix optimizer hardly move, while the fallback rule trains the rest",
     "clipping_limits_step": "nearly every gradient is clipped, far, and the optimizer follows its size",
     "lr_too_low": "updates are so small that the weights stay where they began, and the loss hardly falls",

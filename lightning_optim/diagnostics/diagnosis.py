@@ -28,16 +28,19 @@ RULES: dict[str, Rule] = {}
 #: Causes and those that are but their consequences.
 CONSEQUENCES: dict[str, tuple[str, ...]] = {
     "nothing_moves": ("lr_too_low", "matrices_stand_still", "no_signal", "not_trained", "lost_to_rounding"),
-    "nonfinite_loss": ("diverged", "lr_too_high", "gradient_spikes", "nothing_moves", "exploding_gradients"),
-    "loss_scale_collapse": ("nonfinite_loss", "diverged", "nothing_moves", "gradient_spikes", "no_signal"),
-    "exploding_gradients": ("gradient_spikes", "lr_too_high", "diverged", "no_signal"),
-    "diverged": ("lr_too_high", "gradient_spikes", "overfitting", "dead_units", "no_signal",
-                 "vanishing_gradients"),
-    "layer_lr_too_high": ("diverged", "lr_too_high", "dead_units", "gradient_spikes", "no_signal",
-                          "overfitting", "vanishing_gradients"),
-    "lr_too_high": ("dead_units", "gradient_spikes", "no_signal", "overfitting",
+    "nonfinite_loss": ("warmup_missing", "diverged", "lr_too_high", "gradient_spikes", "nothing_moves",
+                       "exploding_gradients"),
+    "loss_scale_collapse": ("warmup_missing", "nonfinite_loss", "diverged", "nothing_moves", "gradient_spikes",
+                            "no_signal"),
+    "exploding_gradients": ("warmup_missing", "gradient_spikes", "lr_too_high", "diverged", "no_signal"),
+    "diverged": ("warmup_missing", "lr_too_high", "gradient_spikes", "overfitting", "dead_units",
+                 "no_signal", "vanishing_gradients"),
+    "layer_lr_too_high": ("warmup_missing", "diverged", "lr_too_high", "dead_units", "gradient_spikes",
+                          "no_signal", "overfitting", "vanishing_gradients"),
+    "lr_too_high": ("warmup_missing", "dead_units", "gradient_spikes", "no_signal", "overfitting",
                     "vanishing_gradients"),
-    "momentum_too_long": ("no_signal", "lr_too_low", "diverged", "lr_too_high", "gradient_spikes"),
+    "warmup_missing": ("no_signal", "dead_units", "vanishing_gradients", "lr_too_low"),
+    "momentum_too_long": ("warmup_missing", "no_signal", "lr_too_low", "diverged", "lr_too_high", "gradient_spikes"),
     "matrices_stand_still": ("lr_too_low", "no_signal"),
     "clipping_limits_step": ("lr_too_low", "no_signal"),
     "lost_to_rounding": ("lr_too_low", "no_signal", "matrices_stand_still"),
@@ -45,7 +48,7 @@ CONSEQUENCES: dict[str, tuple[str, ...]] = {
     "schedule_ended_early": ("lr_too_low", "no_signal", "lost_to_rounding", "nothing_moves"),
     "dead_units": ("vanishing_gradients", "no_signal", "lr_too_low"),
     "vanishing_gradients": ("no_signal", "lr_too_low"),
-    "decay_dominates": ("no_signal", "dead_units", "vanishing_gradients", "decay_on_norms"),
+    "decay_dominates": ("warmup_missing", "no_signal", "dead_units", "vanishing_gradients", "decay_on_norms"),
     "no_signal": ("overfitting",),
     "loss_reduction": ("gradient_spikes", "overfitting"),
     "untouched_rows": ("overfitting",),
@@ -424,6 +427,36 @@ def _lr_too_high(e: Evidence) -> Finding | None:
         _first(top.steps, top.reach > TOO_FAR),
         _named(layer for _, layer in far[:3]),
         {"update_to_first_weight": middle, "growth": growth, "fall": e.fall},
+    )
+
+
+#: First updates above this part of the weights before training are large for a network that needs a warm-up.
+LARGE_AT_FIRST = 0.04
+
+
+@rule
+def _warmup_missing(e: Evidence) -> Finding | None:
+    """No warm-up; first updates above 0.04 of the weights, whatever the size of gradients; gradients that fell to half
+    of the first one; and a loss that never fell by a sixth."""
+    rates = e.rates[1]
+    if e.learns or e.length < 50 or len(rates) < 3 or not rates[0] > 0.5 * rates.max():
+        return None
+    if any(group.get("scale_invariant") is not True for group in e.groups):
+        return None
+    early = [float(layer.reach[layer.steps < 0.1 * e.length].max(initial=0.0)) for layer in e.weights]
+    reach = float(np.median(early)) if early else math.nan
+    first, usual = float(e.norms[0]), float(np.nanmedian(e.norms[e.length // 10 :]))
+    if not LARGE_AT_FIRST < reach < TOO_FAR or not first > 2 * usual:
+        return None
+    return Finding(
+        "warmup_missing",
+        "broken",
+        f"The learning rate is at its peak from the first step on, where updates are as large as {_percent(reach)} of "
+        f"the weights (healthy: about 1 %). The loss began at {e.first_loss:.3g} and is {e.last_loss:.3g}, and "
+        f"gradients have fallen to {_percent(usual / first)} of the first one: the network got stuck at once.",
+        "Raise the learning rate over the first tenth of the run (warm-up), or lower it by a factor of three.",
+        0,
+        evidence={"update_to_first_weight": reach, "gradient_left": usual / first, "lr": float(rates.max())},
     )
 
 
