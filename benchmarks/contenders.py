@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from lightning_optim import capture_step
+from lightning_optim.engine.rule import ModelRule
 from lightning_optim.registry import OPTIMIZERS
 
 from .workload import Workload
 
 #: Learning rate and weight decay of everything: steps are timed, not taken anywhere, and every implementation
-#: decays weights. All other settings are those of the implementation.
+#: decays weights that can (ELRA and SSO cannot). All other settings are those of the implementation.
 LR, WEIGHT_DECAY = 1e-4, 0.01
 COMMON: dict[str, Any] = {"lr": LR, "weight_decay": WEIGHT_DECAY}
 
@@ -103,13 +104,24 @@ def contenders(
     return found
 
 
+class _WithLoss:
+    """An optimizer that reads the loss, which is 1 here in every step."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer, self.state = optimizer, optimizer.state
+
+    def step(self) -> None:
+        self.optimizer.step(lambda: 1.0)
+
+
 def _ours(name: str, backend: str, rounding: str, graph: bool = False) -> Contender:
     def build(work: Workload) -> list[Stepper]:
         cls: Any = OPTIMIZERS[name].cls
-        optimizer = cls(work.groups(cls), **COMMON, backend=backend, rounding=rounding)
+        common = {key: value for key, value in COMMON.items() if key in OPTIMIZERS[name].defaults}
+        optimizer = cls(work.groups(cls), **common, backend=backend, rounding=rounding)
         if graph:
             capture_step(optimizer)
-        return [optimizer]
+        return [_WithLoss(optimizer) if issubclass(cls, ModelRule) else optimizer]
 
     extras = [*([] if rounding == "nearest" else [rounding]), *(["graph"] if graph else [])]
     return Contender(name, "+".join([f"ours/{backend}", *extras]), build, backend)

@@ -363,7 +363,7 @@ def main() -> None:
     console = console if console.is_terminal else Console(width=160)
     peers = [peer for peer in options.peers if installed(peer)]
     if missing := [peer for peer in options.peers if peer not in peers]:
-        console.print(f"Left out, since not installed: {', '.join(missing)} (pip install 'lightning-optim[bench]').")
+        console.print(f"Left out, since not installed: {', '.join(missing)} (pip install 'lightning-optim\\[bench]').")
     machine = describe_and_measure(options)
     console.print_json(data=machine)
     rows: list[dict[str, Any]] = []
