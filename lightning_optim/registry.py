@@ -23,12 +23,14 @@ class OptimizerInfo:
         cls: The class.
         description: One line.
         paper: Where it was published.
+        idea: What it has in common with others, in two or three words.
         experimental: What its sources leave open, so that it had to be derived; empty where they leave nothing open.
     """
 
     cls: type[torch.optim.Optimizer]
     description: str
     paper: str
+    idea: str = ""
     experimental: str = ""
 
     @property
@@ -91,10 +93,14 @@ def internals_of(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> 
 OPTIMIZERS: dict[str, OptimizerInfo] = {
     info.name: info
     for info in (
-        *(OptimizerInfo(cls, cls.about, cls.paper, cls.experimental) for cls in ALGORITHMS.values()),
-        OptimizerInfo(torch.optim.SGD, "stochastic gradient descent with momentum (torch.optim)", "ICML 2013"),
-        OptimizerInfo(torch.optim.Adam, "adaptive moments (torch.optim)", "arXiv 1412.6980"),
-        OptimizerInfo(torch.optim.AdamW, "Adam with decoupled weight decay (torch.optim)", "arXiv 1711.05101"),
+        *(OptimizerInfo(cls, cls.about, cls.paper, cls.idea, cls.experimental) for cls in ALGORITHMS.values()),
+        OptimizerInfo(
+            torch.optim.SGD, "stochastic gradient descent with momentum (torch.optim)", "ICML 2013", "momentum"
+        ),
+        OptimizerInfo(torch.optim.Adam, "adaptive moments (torch.optim)", "arXiv 1412.6980", "adaptive moments"),
+        OptimizerInfo(
+            torch.optim.AdamW, "Adam with decoupled weight decay (torch.optim)", "arXiv 1711.05101", "adaptive moments"
+        ),
     )
 }
 

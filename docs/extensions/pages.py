@@ -32,6 +32,24 @@ KINDS = {
     "group": "Needs sums over all parameters of a group before any of them moves. Takes parameters of any shape.",
 }
 
+#: Ideas by which the overview groups the optimizers, in its order. Those of another idea follow under its own name.
+IDEAS = {
+    "momentum": "Gradient descent along an average of gradients. Steps are proportional to the gradient, and learning "
+    "rates to its inverse.",
+    "adaptive moments": "An average of gradients over the root of an average of their squares, element by element, as "
+    "in Adam.",
+    "variance-centred": "As these, but with the squares of what a gradient differs by from what was expected: the step "
+    "is large where gradients agree.",
+    "normalise, then average": "Each gradient is divided by its scale before it enters the momentum, so that one "
+    "outlier cannot fill it.",
+    "orthogonalised": "The momentum of a matrix is replaced by its polar factor, which has the same directions with "
+    "equal weights.",
+    "eigenbasis": "Adam, or another rule, in coordinates in which the covariance of the gradient is nearly diagonal.",
+    "full-matrix": "A preconditioner of the whole matrix, kept as factors of low rank.",
+    "variance-reduced": "The gradient is corrected by what changed since the last one, before anything else is done.",
+    "step-size-free": "The learning rate follows from the gradients and the loss.",
+}
+
 
 # --- Modules --------------------------------------------------------------------------------------------------
 
@@ -107,24 +125,34 @@ def is_ours(cls: type) -> bool:
 
 
 def page_of_optimizers() -> str:
-    """The overview: a table for each kind."""
+    """The overview: a table for each idea, and what the kinds are."""
     blocks = [
         title("Optimizers"),
-        "Every optimizer of the registry, by what its update has to see. :doc:`/optimizers` helps to choose one, and "
-        ":doc:`shared` has the promises and the arguments that are the same for all of this library's.",
+        "Every optimizer of the registry, by its idea. :doc:`/optimizers` helps to choose one, and :doc:`shared` has "
+        "the promises and the arguments that are the same for all of this library's.",
     ]
-    for kind, meaning in KINDS.items():
+    for idea in dict.fromkeys([*IDEAS, *(info.idea for info in OPTIMIZERS.values())]):
         rows = [
-            (f":doc:`{info.name} <{info.name}>`", info.summary, bytes_per_element(info), with_links(info.paper))
+            (
+                f":doc:`{info.name} <{info.name}>`",
+                info.kind,
+                info.summary,
+                bytes_per_element(info),
+                with_links(info.paper),
+            )
             for info in OPTIMIZERS.values()
-            if info.kind == kind
+            if info.idea == idea
         ]
-        header = ("name", "what it is", "state", "paper")
-        blocks += [f".. _{kind}:", title(kind.capitalize(), "-"), meaning, table(header, rows, (16, 46, 10, 28))]
+        header = ("name", "kind", "what it is", "state", "paper")
+        widths = (15, 12, 40, 8, 25)
+        blocks += [title((idea or "others").capitalize(), "-"), IDEAS.get(idea, ""), table(header, rows, widths)]
     blocks.append(
         "*State* is in bytes per element of a float32 matrix of 64 × 128, with default arguments; each page has it by "
         "tensor. Parameters that go to a fallback rule have that rule's state."
     )
+    blocks.append(title("Kinds", "-"))
+    for kind, meaning in KINDS.items():
+        blocks += [f".. _{kind}:", title(kind.capitalize(), "~"), meaning]
     blocks.append(toctree(["shared", *sorted(OPTIMIZERS, key=str.lower)]))
     return "\n\n".join(blocks) + "\n"
 
@@ -142,7 +170,7 @@ def page_of_shared() -> str:
 
 def page_of_optimizer(info: OptimizerInfo) -> str:
     facts = {
-        "Kind": f":ref:`{info.kind} <{info.kind}>`",
+        "Kind": f":ref:`{info.kind} <{info.kind}>`" + (f"; {info.idea}" if info.idea else ""),
         "Paper": with_links(info.paper),
         "Command line": f"``lightning-optim fit --optimizer {info.name}``",
     }

@@ -190,7 +190,8 @@ RULES: dict[str, type[Rule]] = {}
 
 @dataclass_transform(field_specifiers=(dataclasses.field,))
 class Rule:
-    """A rule. Class keywords: ``about``, a one-line description, and ``paper``, where it was published.
+    """A rule. Class keywords: ``about``, a one-line description; ``paper``, where it was published; and ``idea``, a few
+    words by which the docs group the optimizers.
 
     A rule with ``about`` is offered by name: it is listed in :data:`RULES`. A rule whose sources leave something open
     that had to be derived also has ``experimental``, one sentence that says what; registry, help and docs show it.
@@ -216,13 +217,14 @@ class Rule:
             this value. Otherwise weight decay is the engine's; see :mod:`.decay`.
         capturable: Whether a CUDA graph can record the update: it accepts its numbers as tensors, and decomposes no
             matrices.
-        internals: dict[str, Any] that it offers to diagnostics, by name.
+        internals: Numbers that it offers to diagnostics, by name.
     """
 
     kind: ClassVar[str] = "abstract"
     name: ClassVar[str]
     about: ClassVar[str] = ""
     paper: ClassVar[str] = ""
+    idea: ClassVar[str] = ""
     experimental: ClassVar[str] = ""
     fields: ClassVar[dict[str, Field]] = {}
     constraints: ClassVar[dict[str, Constraint]] = {}
@@ -241,7 +243,13 @@ class Rule:
     _of_the_engine: ClassVar[bool] = False
 
     def __init_subclass__(
-        cls, about: str = "", paper: str = "", experimental: str = "", name: str = "", **kwargs: Any
+        cls,
+        about: str = "",
+        paper: str = "",
+        idea: str = "",
+        experimental: str = "",
+        name: str = "",
+        **kwargs: Any,
     ) -> None:
         super().__init_subclass__(**kwargs)
         own = _own_fields(cls)
@@ -256,7 +264,7 @@ class Rule:
         if about or name or not hasattr(cls, "name"):
             cls.name = name or cls.__name__
         if about:
-            cls.about, cls.paper, cls.experimental = about, paper, experimental
+            cls.about, cls.paper, cls.idea, cls.experimental = about, paper, idea, experimental
             RULES[cls.name] = cls
 
     @staticmethod

@@ -28,7 +28,9 @@ def _projected(p, q, a, b):
     return u @ s.mT, v
 
 
-class AdaGram(Matrix, paper="arXiv 2508.21106", about="full-matrix AdaGrad with factors of low rank"):
+class AdaGram(
+    Matrix, paper="arXiv 2508.21106", idea="full-matrix", about="full-matrix AdaGrad with factors of low rank"
+):
     r"""AdaGram, full-matrix AdaGrad with factors of low rank (`arXiv 2508.21106 <https://arxiv.org/abs/2508.21106>`_).
 
     Of each tensor, flattened to a vector of n entries with gradient :math:`g_t`, full-matrix AdaGrad's matrix

@@ -7,7 +7,12 @@ from ..engine.kinds import Matrix, Move
 from ..engine.rule import Polar
 
 
-class AdaMuon(Matrix, paper="arXiv 2507.11005", about="orthogonalised signs of momentum with second moments"):
+class AdaMuon(
+    Matrix,
+    paper="arXiv 2507.11005",
+    idea="orthogonalised",
+    about="orthogonalised signs of momentum with second moments",
+):
     r"""AdaMuon, Muon with element-wise second moments (`arXiv 2507.11005 <https://arxiv.org/abs/2507.11005>`_).
 
     .. math::

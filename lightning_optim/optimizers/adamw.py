@@ -6,7 +6,13 @@ from ..engine.arithmetic import ema_, ema_product_
 from ..engine.rule import ElementwiseRule, Move, gradient_to_variance
 
 
-class AdamWRule(ElementwiseRule, name="AdamW", about="Adam with decoupled weight decay", paper="arXiv 1711.05101"):
+class AdamWRule(
+    ElementwiseRule,
+    name="AdamW",
+    idea="adaptive moments",
+    about="Adam with decoupled weight decay",
+    paper="arXiv 1711.05101",
+):
     """``theta <- (1 - lr * wd) * theta - lr * m_hat / (sqrt(v_hat) + eps)``, with torch's defaults."""
 
     lr: float = 1e-3

@@ -37,7 +37,12 @@ def _lookahead(move, s, k):
     return Move(s.parameter * k.keep - s.slow, 1.0)  # Weight decay is the engine's, here too.
 
 
-class AdmetaR(Elementwise, paper="arXiv 2307.00631", about="RAdam of double exponential averages, with a lookahead"):
+class AdmetaR(
+    Elementwise,
+    paper="arXiv 2307.00631",
+    idea="adaptive moments",
+    about="RAdam of double exponential averages, with a lookahead",
+):
     r"""AdmetaR, RAdam with two-sided momentum (`arXiv 2307.00631 <https://arxiv.org/abs/2307.00631>`_, ICML 2023).
 
     Backward-looking, a double exponential average takes the place of the gradient:
@@ -123,7 +128,9 @@ class AdmetaR(Elementwise, paper="arXiv 2307.00631", about="RAdam of double expo
         return _lookahead(Move(s.m, k.rate, over), s, k)
 
 
-class AdmetaS(Elementwise, paper="arXiv 2307.00631", about="SGD of double exponential averages, with a lookahead"):
+class AdmetaS(
+    Elementwise, paper="arXiv 2307.00631", idea="momentum", about="SGD of double exponential averages, with a lookahead"
+):
     r"""AdmetaS, SGD with two-sided momentum (`arXiv 2307.00631 <https://arxiv.org/abs/2307.00631>`_, ICML 2023).
 
     With :math:`h_t` and the lookahead of :class:`AdmetaR`:

@@ -19,7 +19,12 @@ def _steps_since_refresh(g, s, t, h):
     return torch.tensor(float(0 if h.refresh == "every_step" else t - 2 ** (t.bit_length() - 1))), torch.tensor(1.0)
 
 
-class Anon(Elementwise, paper="arXiv 2605.02317", about="tunable adaptivity with incremental delay update"):
+class Anon(
+    Elementwise,
+    paper="arXiv 2605.02317",
+    idea="adaptive moments",
+    about="tunable adaptivity with incremental delay update",
+):
     r"""Anon, adaptivity as a real number, with incremental delay update (`arXiv 2605.02317`_).
 
     .. math::

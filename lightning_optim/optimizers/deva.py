@@ -30,7 +30,7 @@ def _spread(total, squares, count):
     return (squares / count - (total / count) ** 2).clamp(min=0).sqrt() / (total / count)
 
 
-class DeVA(Matrix, paper="arXiv 2602.06880", about="decoupled variance adaptation, spectral form"):
+class DeVA(Matrix, paper="arXiv 2602.06880", idea="eigenbasis", about="decoupled variance adaptation, spectral form"):
     r"""DeVA in the spectral :math:`S_\infty` geometry (`arXiv 2602.06880 <https://arxiv.org/abs/2602.06880>`_).
 
     In the eigenbasis of Shampoo's preconditioner, kept as in :class:`SOAP`:

@@ -12,7 +12,9 @@ def _variance_adaptation(g, s, t, h):
     return gamma.sum(), gamma.new_full((), float(gamma.numel()))
 
 
-class DeVAVector(Elementwise, paper="arXiv 2602.06880", about="decoupled variance adaptation, vector form"):
+class DeVAVector(
+    Elementwise, paper="arXiv 2602.06880", idea="variance-centred", about="decoupled variance adaptation, vector form"
+):
     r"""DeVA in the :math:`\ell_\infty` geometry (`arXiv 2602.06880 <https://arxiv.org/abs/2602.06880>`_).
 
     .. math::

@@ -65,7 +65,12 @@ def _p2min(products, s, k):
     return accepted, torch.where(accepted, longer, shorter).clamp(min=_SLOWEST), changes
 
 
-class ELRA(Model, paper="arXiv 2309.06274", about="one learning rate for the model, by orthogonal gradients"):
+class ELRA(
+    Model,
+    paper="arXiv 2309.06274",
+    idea="step-size-free",
+    about="one learning rate for the model, by orthogonal gradients",
+):
     r"""ELRA, a learning rate that makes successive gradients orthogonal (`arXiv 2309.06274`_).
 
     Gradient descent with one learning rate :math:`\alpha_t` for **the whole model**, which every step adapts to the

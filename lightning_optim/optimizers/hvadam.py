@@ -28,7 +28,7 @@ def _steps_since_restart(g, s, t, h):
     return s.count, torch.ones_like(s.count)
 
 
-class HVAdam(Group, paper="arXiv 2511.20277", about="Adam with a hidden vector"):
+class HVAdam(Group, paper="arXiv 2511.20277", idea="variance-centred", about="Adam with a hidden vector"):
     r"""HVAdam, Adam with a hidden vector (`arXiv 2511.20277 <https://arxiv.org/abs/2511.20277>`_).
 
     The adaptive step, per element (:math:`v` is the hidden vector before the step):

@@ -84,7 +84,12 @@ def _roots(s, k):
     return values[0] * values[1] if len(values) == 2 else values[0] if values else 1.0
 
 
-class KLShampoo(Matrix, paper="arXiv 2509.03378", about="Shampoo with factors of least KL divergence, without Adam"):
+class KLShampoo(
+    Matrix,
+    paper="arXiv 2509.03378",
+    idea="eigenbasis",
+    about="Shampoo with factors of least KL divergence, without Adam",
+):
     r"""KL-Shampoo, Shampoo as estimation by Kullback-Leibler divergence (`arXiv 2509.03378
     <https://arxiv.org/abs/2509.03378>`_).
 
@@ -184,7 +189,9 @@ class KLShampoo(Matrix, paper="arXiv 2509.03378", about="Shampoo with factors of
         return Move(direction, k.step)
 
 
-class KLSOAP(Matrix, paper="arXiv 2509.03378", about="Adam in the eigenbasis of KL-Shampoo's factors"):
+class KLSOAP(
+    Matrix, paper="arXiv 2509.03378", idea="eigenbasis", about="Adam in the eigenbasis of KL-Shampoo's factors"
+):
     r"""KL-SOAP, Adam in the eigenbasis of KL-Shampoo's factors (`arXiv 2509.03378 <https://arxiv.org/abs/2509.03378>`_).
 
     The factors :math:`L, R`, their eigenvalues and their bases :math:`Q_L, Q_R` are those of :class:`KLShampoo`; the

@@ -10,7 +10,9 @@ from ..engine.rule import gradient_to_variance
 _STEPS_BEFORE_CENTERING = 10
 
 
-class LaProp(Elementwise, paper="arXiv 2002.04839", about="momentum of normalised gradients"):
+class LaProp(
+    Elementwise, paper="arXiv 2002.04839", idea="normalise, then average", about="momentum of normalised gradients"
+):
     r"""LaProp, Adam with normalisation before momentum (`arXiv 2002.04839 <https://arxiv.org/abs/2002.04839>`_).
 
     .. math::

@@ -41,7 +41,12 @@ _INTERNALS = {
 }
 
 
-class MAdam(Elementwise, paper="arXiv 2006.11918", about="Adam with a second moment of maximum variance (MaxVA)"):
+class MAdam(
+    Elementwise,
+    paper="arXiv 2006.11918",
+    idea="adaptive moments",
+    about="Adam with a second moment of maximum variance (MaxVA)",
+):
     r"""MAdam, Adam with a second moment of maximum variance (MaxVA, `arXiv 2006.11918`_).
 
     Every coordinate averages its gradients and their squares with a decay :math:`\beta_t` of its own, the one in
@@ -111,7 +116,12 @@ class MAdam(Elementwise, paper="arXiv 2006.11918", about="Adam with a second mom
         return Move(s.m, k.step, over=root)
 
 
-class LaMAdam(Elementwise, paper="arXiv 2006.11918", about="LaProp with a second moment of maximum variance (MaxVA)"):
+class LaMAdam(
+    Elementwise,
+    paper="arXiv 2006.11918",
+    idea="normalise, then average",
+    about="LaProp with a second moment of maximum variance (MaxVA)",
+):
     r"""LaMAdam, LaProp with a second moment of maximum variance (MaxVA, `arXiv 2006.11918`_).
 
     .. math::

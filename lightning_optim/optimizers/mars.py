@@ -23,7 +23,12 @@ def _corrected(g, s, k, beta):
     return c.div_(norm.clamp_(min=1 - beta))
 
 
-class MARS(Matrix, paper="arXiv 2411.10438", about="variance-reduced gradients for AdamW, Lion or Shampoo"):
+class MARS(
+    Matrix,
+    paper="arXiv 2411.10438",
+    idea="variance-reduced",
+    about="variance-reduced gradients for AdamW, Lion or Shampoo",
+):
     r"""MARS, variance reduction for adaptive methods (`arXiv 2411.10438 <https://arxiv.org/abs/2411.10438>`_).
 
     For each weight matrix, the gradient is corrected by its change and its norm is bounded by 1:
@@ -114,7 +119,7 @@ class MARS(Matrix, paper="arXiv 2411.10438", about="variance-reduced gradients f
         return Move(o.reshape(g.shape), k.step)
 
 
-class MARSM(Matrix, paper="arXiv 2510.21800", about="variance-reduced gradients for Muon"):
+class MARSM(Matrix, paper="arXiv 2510.21800", idea="variance-reduced", about="variance-reduced gradients for Muon"):
     r"""MARS-M, variance reduction for Muon (`arXiv 2510.21800 <https://arxiv.org/abs/2510.21800>`_).
 
     .. math::

@@ -8,7 +8,9 @@ from ..engine.kinds import Matrix, Move
 from ..engine.rule import Polar
 
 
-class Muon(Matrix, paper="Jordan et al. 2024; arXiv 2502.16982", about="orthogonalised momentum"):
+class Muon(
+    Matrix, paper="Jordan et al. 2024; arXiv 2502.16982", idea="orthogonalised", about="orthogonalised momentum"
+):
     r"""Muon (`Keller Jordan, 2024 <https://kellerjordan.github.io/posts/muon/>`_), with a fallback rule.
 
     .. math::

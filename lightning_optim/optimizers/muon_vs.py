@@ -22,7 +22,12 @@ def _moments(g, s, k):
     return mix(g, s.m * k.correction, k.momentum), s.v.mul(k.correction).sqrt_()
 
 
-class MuonVS(Matrix, paper="arXiv 2601.14603", about="orthogonalised momentum over the gradients' deviation"):
+class MuonVS(
+    Matrix,
+    paper="arXiv 2601.14603",
+    idea="orthogonalised",
+    about="orthogonalised momentum over the gradients' deviation",
+):
     r"""Muon-VS, variance-scaled Muon (`arXiv 2601.14603 <https://arxiv.org/abs/2601.14603>`_).
 
     .. math::
@@ -77,7 +82,12 @@ class MuonVS(Matrix, paper="arXiv 2601.14603", about="orthogonalised momentum ov
         return Move(o, k.step)
 
 
-class MuonNSR(Matrix, paper="arXiv 2601.14603", about="orthogonalised momentum modulated by noise-to-signal ratios"):
+class MuonNSR(
+    Matrix,
+    paper="arXiv 2601.14603",
+    idea="orthogonalised",
+    about="orthogonalised momentum modulated by noise-to-signal ratios",
+):
     r"""Muon-NSR, Muon modulated by the noise-to-signal ratio (`arXiv 2601.14603 <https://arxiv.org/abs/2601.14603>`_).
 
     :class:`MuonVS` with another divisor, element by element:

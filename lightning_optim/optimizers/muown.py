@@ -23,7 +23,12 @@ def _row_norms(x):
     return torch.linalg.vector_norm(x / size, dim=-1, keepdim=True).mul_(size)
 
 
-class Muown(Matrix, paper="arXiv 2605.10797", about="orthogonalised momentum of row directions, Adam on row norms"):
+class Muown(
+    Matrix,
+    paper="arXiv 2605.10797",
+    idea="orthogonalised",
+    about="orthogonalised momentum of row directions, Adam on row norms",
+):
     r"""Muown, Muon with control of row norms (`arXiv 2605.10797 <https://arxiv.org/abs/2605.10797>`_).
 
     Each row of a weight matrix (m x n) is its norm times a direction, :math:`w_i = \gamma_i v_i / \|v_i\|`. With the

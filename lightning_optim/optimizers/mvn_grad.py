@@ -10,7 +10,12 @@ from ..engine.kinds import Elementwise, Move
 from ..engine.rule import gradient_to_variance
 
 
-class MVNGrad(Elementwise, paper="arXiv 2602.10204", about="momentum on variance-normalised gradients"):
+class MVNGrad(
+    Elementwise,
+    paper="arXiv 2602.10204",
+    idea="normalise, then average",
+    about="momentum on variance-normalised gradients",
+):
     r"""MVN-Grad, momentum on variance-normalised gradients (`arXiv 2602.10204 <https://arxiv.org/abs/2602.10204>`_).
 
     .. math::

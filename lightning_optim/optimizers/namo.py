@@ -20,7 +20,12 @@ def _scalars(t, h, shape):
     }
 
 
-class NAMO(Matrix, paper="arXiv 2602.17080", about="orthogonalised momentum with a norm-based adaptive scale"):
+class NAMO(
+    Matrix,
+    paper="arXiv 2602.17080",
+    idea="orthogonalised",
+    about="orthogonalised momentum with a norm-based adaptive scale",
+):
     r"""NAMO, norm-based adaptive orthogonalised momentum (`arXiv 2602.17080 <https://arxiv.org/abs/2602.17080>`_).
 
     .. math::
@@ -93,7 +98,12 @@ class NAMO(Matrix, paper="arXiv 2602.17080", about="orthogonalised momentum with
         return Move(o, (k.lr * k.factor * a).clamp_(max=k.max_step), keep=keep)
 
 
-class NAMOD(Matrix, paper="arXiv 2602.17080", about="orthogonalised momentum with column-wise adaptive scales"):
+class NAMOD(
+    Matrix,
+    paper="arXiv 2602.17080",
+    idea="orthogonalised",
+    about="orthogonalised momentum with column-wise adaptive scales",
+):
     r"""NAMO-D, NAMO with one adaptive scale per column (`arXiv 2602.17080 <https://arxiv.org/abs/2602.17080>`_).
 
     With :math:`\mathcal N(X)_j = \|X_{:,j}\|_2`, the norms of the columns (input features of a linear layer):

@@ -11,7 +11,9 @@ from ..engine.rule import LIKE_PARAMETER, Polar
 _EPS = 1e-10  # As released.
 
 
-class NorMuon(Matrix, paper="arXiv 2510.05491", about="orthogonalised momentum with normalised rows"):
+class NorMuon(
+    Matrix, paper="arXiv 2510.05491", idea="orthogonalised", about="orthogonalised momentum with normalised rows"
+):
     r"""NorMuon, Muon with neuron-wise normalisation (`arXiv 2510.05491 <https://arxiv.org/abs/2510.05491>`_).
 
     With :math:`\overline{O^2}` the mean squares of the rows (output features of a linear layer):

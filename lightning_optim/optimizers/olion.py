@@ -13,7 +13,7 @@ from ..engine.rule import Polar
 _ZERO = 1e-6
 
 
-class OLion(Matrix, paper="arXiv 2602.01105", about="signs of orthogonalised momentum"):
+class OLion(Matrix, paper="arXiv 2602.01105", idea="orthogonalised", about="signs of orthogonalised momentum"):
     r"""OLion, Lion's sign of Muon's orthogonalised momentum (`arXiv 2602.01105 <https://arxiv.org/abs/2602.01105>`_).
 
     .. math::

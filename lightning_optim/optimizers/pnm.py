@@ -30,7 +30,9 @@ def _direction(g, s, k):
     return plus(turn * k.positive, other, -k.negative)
 
 
-class PNM(Elementwise, paper="arXiv 2103.17182", about="gradient descent with positive-negative momentum"):
+class PNM(
+    Elementwise, paper="arXiv 2103.17182", idea="momentum", about="gradient descent with positive-negative momentum"
+):
     r"""PNM, stochastic gradient descent with positive-negative momentum (`arXiv 2103.17182`_).
 
     .. math::
@@ -81,7 +83,9 @@ class PNM(Elementwise, paper="arXiv 2103.17182", about="gradient descent with po
         return Move(_direction(g, s, k), k.lr)
 
 
-class AdaPNM(Elementwise, paper="arXiv 2103.17182", about="Adam with positive-negative momentum"):
+class AdaPNM(
+    Elementwise, paper="arXiv 2103.17182", idea="adaptive moments", about="Adam with positive-negative momentum"
+):
     r"""AdaPNM, Adam with positive-negative momentum (`arXiv 2103.17182`_).
 
     .. math::

@@ -39,7 +39,9 @@ def _layout(shape, h):
     return shape, tuple(i for i, size in enumerate(shape) if size <= longest)
 
 
-class SOAP(Matrix, paper="arXiv 2409.11321", about="Adam in the eigenbasis of Shampoo's preconditioner"):
+class SOAP(
+    Matrix, paper="arXiv 2409.11321", idea="eigenbasis", about="Adam in the eigenbasis of Shampoo's preconditioner"
+):
     r"""SOAP, Adam in Shampoo's eigenbasis (`arXiv 2409.11321 <https://arxiv.org/abs/2409.11321>`_).
 
     For a weight with gradient :math:`G` (a matrix here; every axis of a convolution kernel has its own basis):

@@ -43,7 +43,12 @@ def _largest_singular(w, iterations):
     return torch.where(sigma > 0, size * sigma, 0.0), u, v
 
 
-class SSO(Matrix, paper="arXiv 2601.08393", about="orthogonalised momentum on the sphere of the spectral norm"):
+class SSO(
+    Matrix,
+    paper="arXiv 2601.08393",
+    idea="orthogonalised",
+    about="orthogonalised momentum on the sphere of the spectral norm",
+):
     r"""SSO, the spectral sphere optimizer (`arXiv 2601.08393 <https://arxiv.org/abs/2601.08393>`_), and MuonSphere.
 
     Every weight matrix, m x n, stays at the spectral norm :math:`R = \rho\sqrt{m/n}`, and moves along the sphere of

@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(rows, indent=2))
         return
-    columns = [key for key in rows[0] if key not in ("experimental", "defaults", "internals")]
+    columns = [key for key in rows[0] if key not in ("idea", "experimental", "defaults", "internals")]
     table = Table(*columns, box=box.SIMPLE)
     for row in rows:
         table.add_row(*(row[column] for column in columns))
@@ -74,6 +74,7 @@ def _optimizers(name: str | None) -> list[dict[str, Any]]:
             "kind": info.kind,
             "description": info.summary,
             "paper": info.paper,
+            "idea": info.idea,
             "experimental": info.experimental,
             "defaults": dict(info.defaults),
             "internals": {name: internal.description for name, internal in info.internals.items()},
