@@ -16,16 +16,24 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lightning_optim.diagnostics.causes import CAUSES
 from lightning_optim.diagnostics.diagnosis import RULES
 
 from .contenders import PERIODS
+from .paths import FUNCTIONS
 from .step_time import SHOWN, cells, left_out
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DOCS = ROOT / "docs"
 
+#: Levels of the contours, and what is shown of the plane, for each function of :mod:`.paths`.
+_PLANES = {
+    "valley": ([2, 5, 10, 20, 30], ((-2.5, 6.0), (-2.5, 6.0))),
+    "rosenbrock": ([1, 5, 20, 100, 400], ((-1.8, 1.8), (-0.8, 2.2))),
+}
 _OURS, _OTHERS = "#c4500c", "#8a93a3"
 _SWEEPS = {"parameters": "parameters, in 16 tensors", "tensors": "tensors that hold 2^22 parameters"}
 
@@ -60,7 +68,7 @@ def images() -> Iterator[str]:
     """Names of the images that the pages show."""
     for name in figures("step-time"):
         yield f"{name}.png"
-    for name in (*figures("scaling"), *figures("claims")):
+    for name in (*figures("scaling"), *figures("claims"), *(f"paths-{name}" for name in FUNCTIONS)):
         yield f"{name}.png"
     for name, content in figures("growth").items():
         yield from (f"{name}-{sweep}.png" for sweep, _ in _by(content["rows"], "sweep"))
@@ -568,6 +576,28 @@ def _draw_claims(name: str, content: Figures) -> None:
     figure.savefig(DOCS / "images" / f"{name}.png", dpi=90)
 
 
+def _draw_paths(content: Figures) -> None:
+    for function, rows in _by(content["rows"], "function"):
+        f, levels, limits = FUNCTIONS[function][0], *_PLANES[function]
+        across = 7
+        down = -(-len(rows) // across)
+        figure = _figure(1.55 * across, 1.6 * down)
+        x, y = (torch.linspace(*ends, 200) for ends in limits)
+        plane = f(x[None, :], y[:, None])
+        axes = figure.subplots(down, across, sharex=True, sharey=True).flat
+        for axis in axes:
+            axis.axis("off")
+        for axis, row in zip(axes, rows):
+            points = row["points"]
+            axis.contour(x, y, plane, levels=levels, colors="#c9ced6", linewidths=0.5)
+            axis.plot([p[0] for p in points], [p[1] for p in points], color="#8a93a3", linewidth=0.6)
+            steps = range(len(points))
+            axis.scatter([p[0] for p in points], [p[1] for p in points], c=steps, cmap="plasma", s=3, zorder=2)
+            axis.set(xlim=limits[0], ylim=limits[1])
+            axis.set_title(f"{row['optimizer']}  lr {row['lr']:.2g}\nends at {points[-1][2]:.2g}", fontsize=7)
+        figure.savefig(DOCS / "images" / f"paths-{function}.png", dpi=100)
+
+
 def _figure(width: float, height: float) -> Any:
     from matplotlib.figure import Figure  # here, because the tables do without
 
@@ -584,6 +614,8 @@ def main() -> None:
         _draw_scaling(name, content)
     for name, content in figures("claims").items():
         _draw_claims(name, content)
+    for content in figures("paths").values():
+        _draw_paths(content)
     for name in PAGES:
         (DOCS / name).write_text(page(name, (DOCS / name).read_text()))
 
