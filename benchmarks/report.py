@@ -577,14 +577,15 @@ def _draw_claims(name: str, content: Figures) -> None:
 
 
 def _draw_paths(content: Figures) -> None:
-    for function, rows in _by(content["rows"], "function"):
-        f, levels, limits = FUNCTIONS[function][0], *_PLANES[function]
+    for function, (f, _) in FUNCTIONS.items():
+        rows = [row for row in content["rows"] if row["function"] == function]
+        levels, limits = _PLANES[function]
         across = 7
         down = -(-len(rows) // across)
         figure = _figure(1.55 * across, 1.6 * down)
         x, y = (torch.linspace(*ends, 200) for ends in limits)
         plane = f(x[None, :], y[:, None])
-        axes = figure.subplots(down, across, sharex=True, sharey=True).flat
+        axes = list(figure.subplots(down, across, sharex=True, sharey=True).flat)
         for axis in axes:
             axis.axis("off")
         for axis, row in zip(axes, rows):
