@@ -3,10 +3,10 @@
     python -m benchmarks.paths --json benchmarks/results/paths.json    # a few minutes on one core
     python -m benchmarks.report                                        # draws them
 
-Each optimizer has its default settings, no weight decay, and of thirteen learning rates the one that ends lowest. Rules
-for matrices see the two numbers as the diagonal of a 2 x 2 matrix, whose gradient is diagonal, too: they are its singular
-values. What a picture of two numbers shows is how a rule deals with curvature and with corners; it says nothing about
-noise, and little about models.
+Each optimizer has its default settings, no weight decay, and of thirteen learning rates the one that ends lowest.
+Rules for matrices see the two numbers as the diagonal of a 2 x 2 matrix, whose gradient is diagonal, too: they are its
+singular values. What a picture of two numbers shows is how a rule deals with curvature and with corners; it says
+nothing about noise, and little about models.
 """
 
 from __future__ import annotations
