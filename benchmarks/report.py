@@ -201,6 +201,23 @@ def _state_dtypes() -> str:
     return "\n".join(lines)
 
 
+def _small_models() -> str:
+    content = figures("small-models").get("small-models")
+    if content is None:
+        return "That table is not made yet."
+    machine = content["machine"]
+    head = ["model", "ours", "other", "ours, µs", "other, µs", "ratio", "of the fastest"]
+    lines = [_line(head), _line(["---"] * len(head))]
+    for row in content["rows"]:
+        numbers = (f"{row['ours_us']:.0f}", f"{row['theirs_us']:.0f}", f"{row['ratio']:.2f}")
+        lines.append(_line([row["model"], row["optimizer"], row["peer"], *numbers, f"{row['ratio_of_fastest']:.2f}"]))
+    where = (
+        f"{machine['processor']}, one thread, load average {machine['load_average']} at the start; "
+        f"torch {machine['torch']}, timm {machine['packages']['timm']}."
+    )
+    return f"{where}\n\n" + "\n".join(lines)
+
+
 #: Rows of the table of LoRA.
 _FACTORS = {"neither": "neither: AdamW trains both", "B": "B", "A": "A", "both": "both, the default"}
 
@@ -491,7 +508,7 @@ def _quadratic() -> str:
 
 #: What stands between the markers of each page.
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
-    "performance.md": {"step-time": _step_times, "growth": _growths},
+    "performance.md": {"step-time": _step_times, "growth": _growths, "small-models": _small_models},
     "optimizers.md": {"studies": _studies, "costs": _costs, "polar-quality": _polar_quality},
     "compare.md": {"transfer": _transfers},
     "claims.md": {"trace": _trace, "valley": _valley, "low-variance": _low_variance, "quadratic": _quadratic},

@@ -100,7 +100,7 @@ class Choir(Group, paper="arXiv 0000.00002", about="momentum over the norm of al
         return Move(s.m * k.scale, k.lr)
 ''',
     "turn": '''
-"""Turn: orthogonalised momentum over the norm of the gradients."""
+"""Turn: orthogonalised momentum, times the norm of the momentum over that of the gradients."""
 
 from math import sqrt
 
@@ -109,8 +109,8 @@ from ..engine.kinds import Matrix, Move
 from ..engine.rule import LIKE_PARAMETER, Polar, mean_of
 
 
-class Turn(Matrix, paper="arXiv 0000.00003", about="orthogonalised momentum over a norm"):
-    r"""Turn: :math:`W_t = W_{t-1} - \\eta\\,\\mathrm{polar}(M_t) / (\\sqrt{\\hat v_t} + \\epsilon)`."""
+class Turn(Matrix, paper="arXiv 0000.00003", about="orthogonalised momentum, as long as gradients agree"):
+    r"""Turn: :math:`W_t = W_{t-1} - \\eta\\,\\|\\hat M_t\\|\\,\\mathrm{polar}(M_t) / (\\sqrt{\\hat v_t} + \\epsilon)`."""
 
     lr: float = 0.02
     momentum: float = 0.9
@@ -132,11 +132,11 @@ class Turn(Matrix, paper="arXiv 0000.00003", about="orthogonalised momentum over
     @staticmethod
     def update(g, s, k, observe):
         ema_(s.m, g, k.momentum)
-        o, (gg,) = yield Polar(s.m, k.orthogonalizer, (squared_norm(g),))
+        o, (gg, mm) = yield Polar(s.m, k.orthogonalizer, (squared_norm(g), squared_norm(s.m)))
         ema_(s.v, gg, k.momentum)
         norm = s.v.sqrt()
         observe("loudness", norm)
-        return Move(o, k.lr * k.bias / norm.add_(k.eps * k.bias))
+        return Move(o, k.lr / k.bias * mm.sqrt() / norm.add_(k.eps * k.bias))
 ''',
 }
 
@@ -223,9 +223,10 @@ class TurnReference(Reference):
     def update(self, p: Array, g: Array, s: State, lr: float) -> Array:
         s["m"] = self.momentum * s["m"] + (1 - self.momentum) * g
         s["v"] = self.momentum * s["v"] + (1 - self.momentum) * np.sum(g**2)
-        norm = np.sqrt(s["v"] / (1 - self.momentum**self.t)) + self.eps
+        unbiased = 1 - self.momentum**self.t
+        ratio = np.linalg.norm(s["m"]) / unbiased / (np.sqrt(s["v"] / unbiased) + self.eps)
         o = self.orthogonalize(flatten(s["m"])).reshape(p.shape)
-        return (1 - lr * self.weight_decay) * p - lr * o / norm
+        return (1 - lr * self.weight_decay) * p - lr * ratio * o
 
 
 ROWS = [Row("Turn", TurnReference, [{}, {"weight_decay": 0.1}], golden="a throw-away", lr=0.1)]

@@ -177,6 +177,10 @@ def write_step_counts(steps: Sequence[SharedStep]) -> None:
     done = 0
     while done < len(steps):
         step = steps[done]
+        if len(step.indices) == len(step.counters["step"]):
+            step.write()
+            done += 1
+            continue
         same = [other for other in steps[done:] if other.counters is step.counters and other.after == step.after]
         if len({i for other in same for i in other.indices}) == len(step.counters["step"]):
             step.write(whole_group=True)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
 from types import SimpleNamespace
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -237,9 +237,9 @@ def _run_group_rules(
         indices = [i for i, batch in enumerate(batches) if any(batch is one for one in some)]
         device = totals[indices[0]].device
         total = torch.stack([totals[i].to(device) for i in indices]).sum(0) if len(indices) > 1 else totals[indices[0]]
-        combined = combine(some, total.unbind(), loss)
+        old, new, coefficients = combine(some, total.unbind(), loss)
         for batch in some:
-            _update_group(batch, combined, backend, finite)
+            _update_group(batch, old, new, coefficients, backend, finite)
 
 
 def over_one_model(batches: Sequence[Batch]) -> list[list[Batch]]:
@@ -250,16 +250,14 @@ def over_one_model(batches: Sequence[Batch]) -> list[list[Batch]]:
     return list(found.values())
 
 
-class Combined(NamedTuple):
-    """What a group rule makes of its sums: state of the group before and after the step, and coefficients."""
+def combine(
+    batches: Sequence[Batch], totals: Sequence[Tensor], loss: float | None
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    """Call ``combine`` of the rule of some batches, of whose sums these are the totals.
 
-    old: dict[str, Tensor]
-    new: dict[str, Tensor]
-    coefficients: Mapping[str, Tensor]
-
-
-def combine(batches: Sequence[Batch], totals: Sequence[Tensor], loss: float | None) -> Combined:
-    """Call ``combine`` of the rule of some batches, of whose sums these are the totals."""
+    Returns:
+        The state of the group before and after the step, and the coefficients of the update.
+    """
     rule: Any = batches[0].rule
     # A parameter that gets its first gradient late joins the group's state instead of resetting it.
     oldest = max((task for batch in batches for task in batch.tasks), key=lambda task: task.t)
@@ -267,7 +265,8 @@ def combine(batches: Sequence[Batch], totals: Sequence[Tensor], loss: float | No
     k = SimpleNamespace(**oldest.scalars)
     if issubclass(rule, ModelRule):
         k.loss = loss
-    return Combined(old, *rule.combine(tuple(totals), SimpleNamespace(**old), k))
+    new, coefficients = rule.combine(tuple(totals), SimpleNamespace(**old), k)
+    return old, new, coefficients
 
 
 def _group_sums(
@@ -297,10 +296,16 @@ def _group_sums(
     return sums
 
 
-def _update_group(batch: Batch, combined: Combined, backend: str, finite: Tensor | None) -> None:
-    """Update the parameters, their state and the state of the group."""
+def _update_group(
+    batch: Batch,
+    old: Mapping[str, Tensor],
+    new: Mapping[str, Tensor],
+    coefficients: Mapping[str, Any],
+    backend: str,
+    finite: Tensor | None,
+) -> None:
+    """Update the parameters, their state and the state of the group; see :func:`combine`."""
     rule: Any = batch.rule
-    old, new, coefficients = combined
     for joint in _joint_tasks(batch):
         here = joint.tasks[0].p.device
         # Operations with numbers need no temporaries; on an accelerator, the host would have to wait for them.

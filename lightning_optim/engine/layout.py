@@ -13,16 +13,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
-from typing import Any, TypeAlias
+from typing import Any
 
 from torch import Tensor
 
 from .rule import Shape
 
-Group: TypeAlias = Mapping[str, Any]
 
-
-def block_shape(shape: Sequence[int], group: Group) -> Shape:
+def block_shape(shape: Sequence[int], group: Mapping[str, Any]) -> Shape:
     """Shape ``(out, in, ...)`` of one of the ``blocks`` tensors that a parameter of the given shape holds.
 
     >>> block_shape((12, 4), {"blocks": 3, "transposed": False})  # a packed query, key and value projection
@@ -45,7 +43,7 @@ def block_shape(shape: Sequence[int], group: Group) -> Shape:
     return (rows, *rest)
 
 
-def to_blocks(x: Tensor, group: Group) -> Tensor:
+def to_blocks(x: Tensor, group: Mapping[str, Any]) -> Tensor:
     """View (a copy where no view exists) of ``x`` as ``(blocks, *block_shape)``."""
     blocks = group["blocks"]
     if blocks == 1:
@@ -59,24 +57,24 @@ def to_blocks(x: Tensor, group: Group) -> Tensor:
     return y.transpose(1, 2) if group["transposed"] else y
 
 
-def from_blocks(y: Tensor, shape: Sequence[int], group: Group) -> Tensor:
+def from_blocks(y: Tensor, shape: Sequence[int], group: Mapping[str, Any]) -> Tensor:
     """Inverse of :func:`to_blocks`."""
     block = (group["blocks"], *block_shape(shape, group))
     y = y.reshape(block)
     return (y.transpose(1, 2) if group["transposed"] else y).reshape(tuple(shape))
 
 
-def is_split(group: Group) -> bool:
+def is_split(group: Mapping[str, Any]) -> bool:
     """Whether the blocks of a parameter group are split."""
     return bool(group.get("split"))
 
 
-def without_split(group: Group) -> Group:
+def without_split(group: Mapping[str, Any]) -> Mapping[str, Any]:
     """The group of a part: its matrices are equal."""
     return {key: x for key, x in group.items() if key not in ("split", "interleaved")} if is_split(group) else group
 
 
-def layout_of(group: Group) -> dict[str, Any]:
+def layout_of(group: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of a parameter group that say where its matrices are."""
     keys = ("blocks", "transposed", "split", "interleaved")
     return {key: group[key] for key in keys if key in group}
@@ -131,7 +129,7 @@ class Part:
         return self.start * prod(self.shape[2:] if self.transposed else self.shape[1:])
 
 
-def parts_of(shape: Sequence[int], group: Group) -> tuple[Part, ...]:
+def parts_of(shape: Sequence[int], group: Mapping[str, Any]) -> tuple[Part, ...]:
     """The parts of a parameter of the given shape.
 
     >>> for part in parts_of((8, 4), {"blocks": 1, "transposed": False, "split": (4, 2, 2)}):
@@ -156,12 +154,12 @@ def _parts(shape: Shape, blocks: int, transposed: bool, split: tuple[int, ...], 
     return tuple(parts)
 
 
-def matrices_in(x: Tensor, group: Group) -> list[Tensor]:
+def matrices_in(x: Tensor, group: Mapping[str, Any]) -> list[Tensor]:
     """The matrices ``(k, m, n)`` of each part of a tensor of a parameter's shape."""
     return [to_blocks(part.of(x), without_split(group)).flatten(2) for part in parts_of(x.shape, group)]
 
 
-def misfit(shape: Sequence[int], group: Group) -> str | None:
+def misfit(shape: Sequence[int], group: Mapping[str, Any]) -> str | None:
     """What does not fit in the layout of a parameter, if anything does not."""
     blocks, split = group["blocks"], group.get("split") or ()
     stacked = shape[0] * shape[1] if blocks > shape[0] and len(shape) > 2 else shape[0]

@@ -49,8 +49,8 @@ def orthogonalize(x: Tensor, method: str = "pe6", dtype: torch.dtype | None = No
         tensor([[1.0000, 0.0000, 0.0000],
                 [0.0000, 1.0000, 0.0000]])
     """
-    if method == "exact":
-        return exact_polar(x)
+    if method == "exact":  # A stack of one has the bits of its matrix, which is multiplied in another way.
+        return exact_polar(x[0])[None] if x.ndim == 3 and x.shape[0] == 1 else exact_polar(x)
     iteration, shape = METHODS.get(method) or find(method), x.shape
     if 0 in shape:
         return x.clone()
@@ -118,10 +118,16 @@ def _iterate(x: Tensor, iteration: Iteration, dtype: torch.dtype) -> Tensor:
     wide_precision = dtype in (torch.float32, torch.float64)
     span = _SHORT_GRAM if wide_precision and long >= _LONG * short else 1
     spare: Tensor | None = None
+    q: Tensor | None = None
     for i in range(0, len(iteration.coefficients), span):
         if i > 0:
             product(y.mT, y, out=gram) if tall else product(y, y.mT, out=gram)
-        result = _advance(y, gram, tall, iteration.coefficients[i : i + span], sum_of_products, spare)
+        if span == 1:
+            a, b, c = iteration.coefficients[i]
+            q = sum_of_products(gram, gram, gram, beta=b, alpha=c, out=q)
+            result = torch.baddbmm(y, y, q, beta=a, out=spare) if tall else torch.baddbmm(y, q, y, beta=a, out=spare)
+        else:
+            result = _advance(y, gram, tall, iteration.coefficients[i : i + span], sum_of_products, spare)
         y, spare = result, (y if y.is_contiguous() else None)
     return y
 
