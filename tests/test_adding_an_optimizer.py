@@ -110,7 +110,7 @@ from ..engine.rule import LIKE_PARAMETER, Polar, mean_of
 
 
 class Turn(Matrix, paper="arXiv 0000.00003", about="orthogonalised momentum, as long as gradients agree"):
-    r"""Turn: :math:`W_t = W_{t-1} - \\eta\\,\\|\\hat M_t\\|\\,\\mathrm{polar}(M_t) / (\\sqrt{\\hat v_t} + \\epsilon)`."""
+    r"""Turn: :math:`W_t = W_{t-1} - \\eta\\|\\hat M_t\\|\\,\\mathrm{polar}(M_t)/(\\sqrt{\\hat v_t} + \\epsilon)`."""
 
     lr: float = 0.02
     momentum: float = 0.9
@@ -248,6 +248,9 @@ FILES = {
     "lightning_optim/configs/optimizers/{file}.yaml": {key: PRESET.format(name=name) for key, name in NAMES.items()},
     "tests/optimizers/rows/{file}.py": ROWS,
 }
+
+#: The two commands that a contributor runs.
+COMMANDS = [("docs/generate.py",), ("-m", "tests.optimizers.interface")]
 
 
 def copied(folder: Path) -> Path:
@@ -436,10 +439,29 @@ def test_some_suites_run_and_pass(copy: Path) -> None:
     assert passed == 3 * (2 + 1) + 5 + 6
 
 
+def test_contributing_says_what_is_done_here() -> None:
+    """As many files, in the same folders, and the same commands."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    section = text.partition("## Adding an optimizer\n")[2].partition("\n## ")[0]
+    assert section.strip().startswith("Three new files, one line, and two commands that write what is derived")
+    assert len(FILES) == 3
+    for file in FILES:
+        assert file.rpartition("/")[0].removeprefix("lightning_optim/") in section
+    assert "`python " + " && python ".join(" ".join(command) for command in COMMANDS) + "` writes" in section
+
+
+def test_the_one_line_is_there_of_every_optimizer() -> None:
+    """That of the docs, which no test of the copy can write: what to know about an optimizer."""
+    text = (ROOT / "docs" / "optimizers.md").read_text()
+    table = text.partition("| name | state, in numbers per parameter | what to know |\n")[2].partition("\n\n")[0]
+    names = {name for row in table.splitlines() for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+    assert names == set(rows.OURS)
+
+
 @pytest.mark.slow
 def test_what_is_derived_is_written_by_two_commands(copy: Path) -> None:
-    run(copy, "docs/generate.py")
-    run(copy, "-m", "tests.optimizers.interface")
+    for command in COMMANDS:
+        run(copy, *command)
     readme, stub = ((copy / f).read_text() for f in ("README.md", "lightning_optim/optimizers/__init__.pyi"))
     stored = json.loads((copy / "tests" / "optimizers" / "interface.json").read_text())
     for file, name in NAMES.items():

@@ -155,10 +155,10 @@ def test_engine_names_no_algorithm() -> None:
 # --- the map ----------------------------------------------------------------------------------------------------------
 
 
-def mapped() -> dict[str, str]:
-    """Paths in the table of CONTRIBUTING, and what it says of them."""
+def mapped(heading: str) -> dict[str, str]:
+    """Paths in a table of CONTRIBUTING, and what it says of them."""
     text = (ROOT / "CONTRIBUTING.md").read_text()
-    section = text.partition("## Where things are")[2].partition("\n## ")[0]
+    section = text.partition(f"## {heading}\n")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| (`.*?) \| (.*?) \|$", section, re.M)
     return {path: words for paths, words in rows for path in re.findall(r"`([^`]+)`", paths)}
 
@@ -171,5 +171,12 @@ def test_the_map_is_the_folder_listing() -> None:
     inside = {path for path in (ROOT / "lightning_optim").iterdir() if path.suffix in ("", ".py")}
     hidden = {"__init__.py", "__pycache__"}
     expected = top - {"lightning_optim"} | {f"lightning_optim/{p.name}" for p in inside if p.name not in hidden}
-    assert set(mapped()) == expected
-    assert all(words for words in mapped().values())
+    found = mapped("Where things are")
+    assert set(found) == expected
+    assert all(found.values())
+
+
+def test_the_map_of_the_engine_is_the_folder_listing() -> None:
+    found = mapped("The files of the engine")
+    assert set(found) == {path.name for path in (ROOT / "lightning_optim" / "engine").glob("*.py")} - {"__init__.py"}
+    assert all(found.values())
