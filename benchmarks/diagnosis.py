@@ -66,7 +66,7 @@ class Recipe:
         loss: Of outputs and labels, at a step.
         schedule: Factor of the learning rate at a step.
         examples: How many to train on.
-        shuffle: Whether batches are drawn anew in each epoch.
+        shuffle: Whether each epoch has its own order of the data.
         validate: Whether there are validation examples.
         trainer: Arguments of the Trainer.
     """

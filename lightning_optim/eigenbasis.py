@@ -1,11 +1,11 @@
 """The slowly rotating eigenbasis that SOAP, spectral DeVA and KL-Shampoo work in.
 
-Its products are taken in the precision of the state, whatever autocast and settings like TF32 say: ten bits are too few
-for averages that change by a few percent per step and less.
+Matrix products run in the precision of the state, regardless of autocast and settings such as TF32: ten bits are too
+few for averages that change by a few percent per step or less.
 
-Every axis ``i`` of a tensor (in a stack ``(k, *shape)`` of equal ones) that is not too long has a running average
-``gram{i}`` of the gradient's outer products over the other axes, and a matrix ``basis{i}`` whose columns
-approximate its eigenvectors. Both are ``(k, d, d)``.
+Tensors come in stacks ``(k, *shape)`` of equal shape. Every axis ``i`` that is not too long has a running average
+``gram{i}`` of the gradient's outer products, summed over the other axes, and a matrix ``basis{i}`` whose columns
+approximate the average's eigenvectors. Both are ``(k, d, d)``.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from .engine.arithmetic import squared_norm
 from .engine.rule import Internal, Observer, Shape, ignore
 from .polar import symmetric_product
 
-_KERNEL = 64  # Positions of a kernel up to which its axes are worked on as one, which saves moving them to the end.
-_LONG = 1024  # Lengths up to which float64 eigenvectors take a fraction of a second on any GPU.
-_RIDGE = 1e-9  # Far below float32's resolution of the average, far above float64's.
+_KERNEL = 64  # The axes of a kernel with up to this many positions are treated as one, which saves transposing them.
+_LONG = 1024  # Up to this length, float64 eigenvectors take a fraction of a second on any GPU.
+_RIDGE = 1e-9  # Relative to the mean eigenvalue: float64 resolves it, float32 does not.
 
 
 class Eigenbasis:
-    """The bases of the axes of one stack of tensors, over the state tensors they are kept in.
+    """The bases of the axes of one stack of tensors; they are kept in state tensors.
 
     Args:
-        axes: The preconditioned axes, counted without the stack's own.
-        state: State tensors as attributes, among them those of :func:`axis_buffers`, which are updated in place.
+        axes: The preconditioned axes; axis 0 is the first one after that of the stack.
+        state: State tensors as attributes, including those of :func:`axis_buffers`, which are updated in place.
     """
 
     def __init__(self, axes: tuple[int, ...], state: Any) -> None:
@@ -81,7 +81,7 @@ class Eigenbasis:
                 self.state[f"gram{axis}"].mul_(beta).add_(part, alpha=1 - beta)
 
     def _joined(self) -> list[tuple[int, ...]]:
-        """The axes, those of a small kernel as one."""
+        """The axes to rotate along; the axes of a small kernel count as one."""
         kernel = tuple(axis for axis in self.axes if axis >= 2)
         lengths = [self.state[f"basis{axis}"].shape[-1] for axis in kernel]
         if kernel != tuple(range(2, 2 + len(kernel))) or prod(lengths) > _KERNEL or not kernel:
@@ -89,15 +89,15 @@ class Eigenbasis:
         return [*((axis,) for axis in self.axes if axis < 2), kernel]
 
     def _basis(self, axes: Sequence[int]) -> Tensor:
-        """The basis of joined axes: the Kronecker product of theirs."""
+        """The basis of joined axes: the Kronecker product of their bases."""
         return reduce(_kronecker, (self.state[f"basis{axis}"] for axis in axes))
 
     def start(self) -> None:
         """Set the bases to the eigenvectors of the averages, largest eigenvalue first.
 
-        Eigenvectors of a repeated eigenvalue (zero, for a gradient of low rank) are any basis of their space and
-        differ between LAPACK builds. A tiny diagonal ramp makes them unique. On devices where float64 is slow, those of
-        long axes are computed in float32, whose resolution the ramp is below.
+        Eigenvectors of a repeated eigenvalue (such as zero, for a gradient of low rank) can be any basis of the
+        eigenspace and differ between LAPACK builds. A tiny ramp on the diagonal makes them unique. Where float64 is
+        slow, long axes use float32, which does not resolve the ramp.
         """
         for axis in self.axes:
             gram = self.state[f"gram{axis}"]
@@ -113,9 +113,9 @@ class Eigenbasis:
         """Follow the averages by one step of orthogonal iteration.
 
         Args:
-            permute: Called as ``permute(axis, order)``, with ``order`` of shape ``(k, d)``, for statistics in the
-                rotated coordinates to follow the columns as they are sorted by their estimated eigenvalues. Without
-                it, columns keep their order.
+            permute: Called as ``permute(axis, order)``, with ``order`` of shape ``(k, d)``, when columns are sorted by
+                their estimated eigenvalues, so that statistics in the rotated coordinates can be sorted with them.
+                Without it, columns keep their order.
         """
         for axis in self.axes:
             gram, basis = self.state[f"gram{axis}"], self.state[f"basis{axis}"]
@@ -149,9 +149,9 @@ def phases(h: Any) -> int:
 
 
 def step_numbers(t: int, phase: int, h: Any, keep: float, correct_bias: bool) -> dict[str, Any]:
-    """Numbers of a step ``t``, the first of which only starts the bases and moves nothing.
+    """Numbers of step ``t``. The first step only starts the bases and moves nothing.
 
-    Weight decay comes after the step: ``keep``, its factor, is part of the step, too.
+    Weight decay comes after the step, so the step is multiplied by its factor ``keep``, too.
     """
     n = t - 1
     correction = sqrt(1 - h.beta2**n) / (1 - h.beta1**n) if correct_bias and n else 1.0
@@ -182,7 +182,7 @@ def axis_buffers(shape: Shape, axes: tuple[int, ...]) -> dict[str, Shape | None]
 
 
 def permute_(x: Tensor, axis: int, order: Tensor) -> None:
-    """Reorder ``x`` of shape ``(k, *shape)`` in place along ``axis`` (counted without the stack's own)."""
+    """Reorder ``x`` of shape ``(k, *shape)`` in place along ``axis``; axis 0 is the first one after the stack's."""
     index = order.view(order.shape[0], *(-1 if i == axis else 1 for i in range(x.ndim - 1)))
     x.copy_(x.gather(axis + 1, index.expand_as(x)))
 
@@ -201,7 +201,7 @@ def _kronecker(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _along(x: Tensor, axes: Sequence[int], matrix: Tensor) -> Tensor:
-    """Multiply neighbouring axes of every tensor of the stack, taken as one, by its matrix from the right."""
+    """Treat neighbouring axes of every tensor of the stack as one, and multiply it by the matrix from the right."""
     axis, shape = axes[0], x.shape
     x = _join(x, axes)
     if axis == 0:

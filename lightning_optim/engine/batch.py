@@ -244,10 +244,10 @@ class Batch:
         rounding: str,
         state_dtype: str,
     ) -> bool:
-        """Whether a step of some parameters needs nothing else than this.
+        """Whether a step of some parameters can use this batch as it is.
 
-        Parameters, their state, dtypes and devices have to be those of :meth:`seal`, and step counts that were equal
-        have to be so still.
+        It can as long as parameters, state tensors, dtypes and devices are the same as at :meth:`seal`, and step counts
+        that were equal still are.
 
         Args:
             group: A parameter group.
@@ -293,7 +293,7 @@ class Batch:
         if len(entries) != len(self._entries) or not all(map(is_, entries, self._entries)):
             h = hyperparameters_of(self.rule, self.group)
             self._hyperparameters = h, lasting_numbers(self.rule, h)
-            # What is edited in place has to be read anew in every step.
+            # Values that may be edited in place are read again in every step.
             lasting = not any(isinstance(self.group.get(name), (Tensor, list)) for name in self.rule.fields)
             self._entries = entries if lasting else []
         return self._hyperparameters

@@ -1,9 +1,9 @@
 """State that one optimizer takes over from another one's checkpoint.
 
 What a state tensor means is declared by :attr:`.rule.Rule.moments`. A tensor is kept where both rules have one of the
-same meaning. Averages that start at zero are corrected by one step count, and an old average beside a new one would be
-far too large or too small: a rule whose updates depend on the count gets all of its state or begins anew. One that does
-without the count, such as Muon, keeps what there is.
+same meaning. Averages that start at zero share one step count for bias correction, and an old average next to a new one
+would be far too large or too small. So a rule that uses the count gets all of its state or starts from zero; one that
+does not, such as Muon, keeps whatever the checkpoint has.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def carry_over(optimizer: Optimizer, state_dict: Mapping[str, Any], module: nn.M
         optimizer: A new optimizer of this library, or of torch, with named parameters, as from
             :func:`~lightning_optim.build_optimizer`.
         state_dict: What the ``state_dict()`` of the other optimizer has returned.
-        module: The module, whose parameters' order says what is what in a checkpoint without names.
+        module: The module. In a checkpoint without names, parameters are identified by their order in it.
 
     Returns:
         What was kept and what begins anew, in words.

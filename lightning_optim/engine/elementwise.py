@@ -3,7 +3,7 @@
 An element-wise rule gives the same result on any vector of elements, so small parameters are joined and large ones are
 split:
 
-- ``plain``: each parameter by itself, as it is: the reference.
+- ``plain``: one parameter at a time, unchanged: the reference.
 - ``chunked``: small tensors are joined to vectors, large ones split into views that fit in cache with temporaries.
 - ``compiled``: small tensors are joined, large ones stay whole, since a compiled kernel has no temporaries.
 
@@ -243,7 +243,7 @@ def _run_group_rules(
 
 
 def over_one_model(batches: Sequence[Batch]) -> list[list[Batch]]:
-    """Batches of group rules whose sums are taken together: those of a :class:`.rule.ModelRule`, others alone."""
+    """Batches of group rules by what their sums run over: all batches of a :class:`.rule.ModelRule`, one of others."""
     found: dict[Any, list[Batch]] = {}
     for i, batch in enumerate(batches):
         found.setdefault(batch.rule if issubclass(batch.rule, ModelRule) else i, []).append(batch)

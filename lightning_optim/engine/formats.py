@@ -1,7 +1,7 @@
 """The format of an optimizer's state dict: its number, and how older ones are brought up to date.
 
-The number stands behind the name of the rule in each parameter group, ``"rule": "NAMO (format 3)"``. A key of its own
-would be easier to find, but there is no place where one survives:
+The number follows the name of the rule in each parameter group, ``"rule": "NAMO (format 3)"``. A key of its own would
+be easier to find, but no place keeps one:
 
 - at the top of the state dict, ``get_optimizer_state_dict``, FSDP and DeepSpeed drop it: they keep ``"state"`` and
   ``"param_groups"`` only;
@@ -11,8 +11,8 @@ would be easier to find, but there is no place where one survives:
   for every key that the optimizer has now;
 - in the state, a key that is no parameter ends ``get_optimizer_state_dict`` with a ``KeyError``.
 
-The *value* of a key that was always there survives all of these. And versions from before there was a number refuse the
-name as another rule's, rather than misread the state.
+The *value* of a key that was always there survives all of these. And versions of this library that know no format
+number take the name for another rule's and refuse it, rather than misread the state.
 """
 
 from __future__ import annotations

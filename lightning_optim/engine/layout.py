@@ -2,8 +2,8 @@
 
 A parameter holds ``blocks`` equal matrices, stacked along its first axis, and each of these may be split along its rows
 (its output axis) into several of its own sizes, as in a fused projection with more query than key heads. The matrices
-that one entry of ``split`` stands for, one in each block, are a :class:`Part`: equal matrices, which run as those of a
-parameter of their own. Four entries of a parameter group say this: ``blocks``, ``transposed``, and where there is a
+of one entry of ``split``, one in each block, are a :class:`Part`: equal matrices, which run as if they were a parameter
+of their own. Four entries of a parameter group say this: ``blocks``, ``transposed``, and where there is a
 split ``split`` and ``interleaved``.
 """
 

@@ -117,8 +117,8 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
         work_group: Those of them that share the work, such as the processes of a node; ``None`` for all.
         shard_group: Processes that hold parts of the parameters without saying which, as under FSDP1 and DeepSpeed.
             (``DTensor`` parameters, as under FSDP2, say so themselves.) Set, all have to make every step.
-        statistics: Running statistics of the model, of which a rule that takes a step back takes back what the forward
-            pass at the rejected parameters did; ``None`` if nothing is known of any.
+        statistics: Running statistics of the model. A rule that takes a step back also undoes what the forward pass at
+            the rejected parameters did to them. ``None`` if there are none, or the model is not known.
     """
 
     _of_the_engine = True
@@ -210,7 +210,7 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
 
     @classmethod
     def default_hyperparameters(cls) -> dict[str, Any]:
-        """Hyperparameters and their defaults, those of the fallback included where there is one.
+        """Hyperparameters and their defaults, including the fallback's where there is one.
 
         >>> from lightning_optim import DeVAVector
         >>> DeVAVector.default_hyperparameters()
@@ -466,7 +466,7 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
             loss: The loss of this rank, for a rule that needs it.
 
         Returns:
-            Whether the step was made, which the host may not know yet, and what it did to step counts.
+            Whether the step was made, which the host may not know yet, and the step counts that follow from it.
         """
         held = [self._held(i, group, params) for i, (group, params) in enumerate(work)]
         if None in held:
@@ -481,7 +481,7 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
         workers = processes.nontrivial(self.work_group or self.process_group)
         if replicas and processes.is_joining(self):
             replicas = workers = ()  # Each rank makes the whole step by itself.
-        # Replicas have equal gradients. But if those of one are broken, all have to skip: they wait for each other.
+        # Replicas have equal gradients, but if one rank's are broken all have to skip: the ranks wait for each other.
         involved = tuple(dict.fromkeys((*processes.mesh_groups(params), *parts, *replicas)))
         if loss is not None:
             loss = mean_loss(loss, involved, params[0].device, type(self).__name__)

@@ -209,7 +209,7 @@ class Rule:
         squares: The same of state tensors that are never negative: second moments, variances.
         moments: What state tensors mean to other rules, which take them over when a run goes on with another optimizer
             (:mod:`.carry_over`): by name, what is averaged from zero, and the hyperparameter of its decay, as in
-            ``{"m": ("g", "beta1")}``. Of a tensor with one entry along an axis, the sums along it are averaged.
+            ``{"m": ("g", "beta1")}``. A tensor with one entry along an axis averages the sums along that axis.
         host_state: Names of numbers that ``scalars`` keeps from step to step in its third argument, a dictionary.
         as_fallback: Defaults that differ where it is the fallback rule of an optimizer for matrices.
         fixed: Hyperparameters that cannot change after the first step, besides those that determine the state's shapes.
@@ -239,7 +239,7 @@ class Rule:
     own_decay: ClassVar[bool | str] = False
     capturable: ClassVar[bool] = True
     internals: ClassVar[Mapping[str, Internal]] = {}
-    #: Whether the fields in the body of a class, not in those of its subclasses, are the engine's arguments.
+    #: Whether the fields that this class body declares, not its subclasses', are the engine's arguments.
     _of_the_engine: ClassVar[bool] = False
 
     def __init_subclass__(
@@ -401,14 +401,14 @@ def as_attributes(values: Mapping[str, Any]) -> SimpleNamespace:
 
 
 def numbers_of(rule: type[Rule], t: int, h: SimpleNamespace, *details: Any) -> dict[str, Any]:
-    """The numbers of a step: hyperparameters, those of weight decay, and the rule's scalars."""
+    """The numbers of a step: hyperparameters, the numbers of weight decay, and the rule's scalars."""
     return lasting_numbers(rule, h) | rule.scalars(t, h, *details)
 
 
 def lasting_numbers(rule: type[Rule], h: SimpleNamespace) -> dict[str, Any]:
-    """The numbers that change with the hyperparameters only: those of :func:`.decay.numbers` among them.
+    """The numbers that change only with the hyperparameters, including :func:`.decay.numbers`.
 
-    ``weight_decay`` itself is one for rules with a decay of their own, and ``None`` where that is not in use.
+    Rules with a decay of their own also get ``weight_decay``: ``None`` where another form of decay is in use.
     """
     numbers = {name: x for name, x in vars(h).items() if name not in _NOT_NUMBERS}
     numbers |= decay.numbers(h) if "weight_decay" in rule.fields else decay.NONE

@@ -63,10 +63,10 @@ def _shapes_by_part(
 def states_of_parts(
     rule: type[Rule], p: Tensor, group: Mapping[str, Any], state: State
 ) -> Iterator[tuple[Part, State, State]]:
-    """For each part of a parameter, the state tensors of a step: those of the parameter's shape, and the others.
+    """For each part of a parameter, its state tensors: those of the parameter's shape, and the others.
 
-    The former are those of the whole parameter, or of this rank's shard, and scales of their rows; the latter are views
-    ``(blocks, *shape)``.
+    The first are of the whole parameter or this rank's shard, and include the scales of their rows; the others are
+    views ``(blocks, *shape)``.
     """
     by_part = _shapes_by_part(rule, p, group, hyperparameters_of(rule, group))
     like = {name: state[name] for name, shapes in by_part.items() if shapes is LIKE_PARAMETER}
@@ -122,7 +122,7 @@ def tensor_names(rule: type[Rule], p: Tensor, group: Mapping[str, Any], state: S
 def convert_storage(
     rule: type[Rule], p: Tensor, state: State, group: Mapping[str, Any], state_dtype: str
 ) -> dict[str, int]:
-    """Bring the state of a parameter to the dtypes that it is to be stored in, rounded to nearest.
+    """Convert the state of a parameter to the dtypes in which it should be stored, rounded to nearest.
 
     Returns:
         The state tensors that are in low precision now, and what is added to their random bits.

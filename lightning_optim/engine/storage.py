@@ -1,9 +1,9 @@
-"""State tensors in fewer bits than the arithmetic on them has.
+"""State tensors in fewer bits than the arithmetic uses.
 
-Rules compute in float32. Where ``state_dtype`` asks for it, the engine stores running averages in less: it reads the
-float32 values of a chunk or a stack before the rule's update (:func:`read`), and rounds the new ones after it
-(:func:`write_`). Which tensors these are follows from ``averages`` and ``squares`` of :class:`.rule.Rule`; numbers,
-eigenbases and all else stay as they are. How a tensor is stored shows in its dtype alone:
+Rules compute in float32. Where ``state_dtype`` asks for it, the engine stores running averages in lower precision: it
+converts those of a chunk or a stack to float32 before the rule's update (:func:`read`), and rounds the new values after
+it (:func:`write_`). ``averages`` and ``squares`` of :class:`.rule.Rule` say which tensors these are; numbers,
+eigenbases and everything else stay in float32. The dtype of a tensor says how it is stored:
 
 - ``torch.bfloat16``: rounded;
 - ``torch.int8``, of any sign: a code ``c`` stands for ``sign(c) (c / 127)^2`` times a scale;
@@ -46,7 +46,7 @@ LEAST = 4096
 #: State with shorter rows stays in float32 instead of 8 bits: scales would take more than a sixteenth of the codes.
 SHORTEST_ROW = 64
 
-#: For each dtype of codes the largest code and the power that it stands for.
+#: For each dtype of codes, the largest code and the power that turns a code into a value.
 _CODES = {torch.int8: (127, 2), torch.uint8: (255, 4)}
 #: Added to the 16 random bits of an element for each of its state tensors, so that they are not all rounded alike:
 #: 2^16 times the fractional part of the square root of 2, made odd.
@@ -193,7 +193,7 @@ def _power(x: Tensor, power: int) -> Tensor:
 
 
 def _in_blocks(x: Tensor, scale: Tensor) -> Tensor:
-    """Elements of a tensor as (rows, blocks, elements), with zeros after those of a row that fill no block."""
+    """Elements of a tensor as (rows, blocks, elements); the last block of a row is filled up with zeros."""
     x = x.reshape(prod(scale.shape[:-1]), -1)
     if missing := scale.shape[-1] * BLOCK - x.shape[1]:
         x = pad(x, (0, missing))

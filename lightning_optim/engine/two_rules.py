@@ -14,7 +14,7 @@ from .layout import misfit
 from .optimizer import RuleOptimizer, listed
 from .rule import RULES, MatrixRule, ModelRule, Rule
 
-#: Arguments that set hyperparameters of the fallback rule; ``None`` stands for the rule's own default.
+#: Arguments that set hyperparameters of the fallback rule; ``None`` means the rule's own default.
 _FALLBACK_ARGUMENTS = ("lr", "betas", "eps", "weight_decay", "decay")
 
 
@@ -31,7 +31,7 @@ def fallback_hyperparameters(name: str, arguments: Mapping[str, Any]) -> dict[st
 
     Args:
         name: The rule.
-        arguments: Those of the optimizer: ``weight_decay``, ``fallback_lr`` and so on; ``decay`` if it is not the
+        arguments: The optimizer's arguments: ``weight_decay``, ``fallback_lr`` and so on; ``decay`` if it is not the
             default.
 
     Raises:
