@@ -1,4 +1,4 @@
-"""The time of an optimizer step on many GPUs, computed: no such machine was at hand.
+"""The time of an optimizer step on many GPUs: computed, since no such machine was available.
 
 A model of two numbers per GPU, two per link, and two that are measured: which fractions of the memory's bandwidth and
 of the rate of matrix products our kernels reach (``benchmarks.scaling`` takes them from the machine it runs on, on the
@@ -78,7 +78,7 @@ def orthogonalization_flops(m: int, n: int) -> float:
 
 
 def largest_share(costs: Sequence[float], shares: int) -> float:
-    """What the busiest process has to do, as the optimizers deal out matrices.
+    """The work of the busiest process, as the optimizers distribute matrices.
 
     >>> largest_share([3, 3, 2, 2, 2], 2)
     7.0

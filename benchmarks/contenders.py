@@ -21,8 +21,9 @@ from lightning_optim.registry import OPTIMIZERS
 
 from .workload import Workload
 
-#: Learning rate and weight decay of everything: steps are timed, not taken anywhere, and every implementation
-#: decays weights that can (ELRA and SSO cannot). All other settings are those of the implementation.
+#: Learning rate and weight decay of all contenders. Their values do not matter, since only time is measured, but every
+#: implementation that can apply weight decay has to (ELRA and SSO cannot). All other settings are each implementation's
+#: defaults.
 LR, WEIGHT_DECAY = 1e-4, 0.01
 COMMON: dict[str, Any] = {"lr": LR, "weight_decay": WEIGHT_DECAY}
 
@@ -34,7 +35,7 @@ PEERS = ("torch", "pytorch_optimizer", "timm", "baseline", "heavyball")
 #: Distributions of the peers that are packages.
 PACKAGES = ("pytorch_optimizer", "timm", "heavyball")
 
-#: Steps after which the work of an optimizer repeats itself, where that is not every step.
+#: The period, in steps, of optimizers whose steps do not all cost the same.
 PERIODS = {
     name: info.defaults["precondition_frequency"]
     for name, info in OPTIMIZERS.items()
@@ -65,7 +66,7 @@ class Contender:
 
     @property
     def period(self) -> int:
-        """Steps after which its work repeats itself."""
+        """After how many steps its work repeats."""
         return PERIODS.get(self.optimizer, 1)
 
 

@@ -97,7 +97,7 @@ def _tier(tier: Any) -> Callable[[int], pl.Callback]:
 
 @dataclass
 class Run:
-    """What one run took.
+    """The times of one run.
 
     Args:
         seconds: Each step.
@@ -120,7 +120,7 @@ def _is_measured(step: int, interval: int) -> bool:
 
 
 def train(model: str, optimizer: str, attached: pl.Callback, steps: int, folder: str, accelerator: str = "cpu") -> Run:
-    """Train for some steps after those that warm up; on an accelerator time is that of the wall."""
+    """Train for some steps after the warm-up; on an accelerator wall-clock time is measured."""
     clock = _Clock(_now if accelerator == "cpu" else _now_on_gpu, WARM_UP + steps)
     pl.seed_everything(0, verbose=False)
     module, batch = MODELS[model]()

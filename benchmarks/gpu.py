@@ -1,4 +1,4 @@
-"""Everything that only a GPU can answer, by one command in one sitting.
+"""Everything that has to be checked and measured on a GPU, in one run.
 
     python -m benchmarks.gpu --minutes 10 --json benchmarks/results/gpu-h100.json && python -m benchmarks.report
 
@@ -33,7 +33,7 @@ import torch
 from . import gpu_parts
 from .gpu_parts import PARTS, Sitting
 
-#: Seconds that a part has beyond its share for what it is at, before it is ended.
+#: Seconds beyond its share in which a part may finish what it is doing, before it is killed.
 GRACE, GRACE_OF_THE_SMALLEST = 20.0, 90.0
 #: Parts start from a process that has imported what they need and never touched the GPU.
 _PROCESSES: Any = multiprocessing.get_context("forkserver")
@@ -41,7 +41,7 @@ _PROCESSES.set_forkserver_preload(["benchmarks.gpu_parts", "torch._dynamo"])  # 
 
 
 def run_part(name: str, device: str, seconds: float, folder: Path, smallest: bool) -> None:
-    """Run one part in this process, which is of its own, and write its rows to a file, as lines of JSON."""
+    """Run one part in this process, which runs nothing else, and write its rows to a file, as lines of JSON."""
     os.setsid()  # What it starts ends with it.
     with (folder / "errors").open("w") as log:
         for stream in (sys.stdout, sys.stderr):
@@ -83,7 +83,7 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def _end(process: Any) -> None:
-    """End a process and what it started."""
+    """Kill a process and its children."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.kill()
@@ -91,7 +91,7 @@ def _end(process: Any) -> None:
 
 
 def verdict(part: dict[str, Any]) -> str:
-    """One line on a part."""
+    """A part's result in one line."""
     right = sum(row["ok"] is True for row in part["rows"])
     wrong = [row["what"] for row in part["rows"] if row["ok"] is False]
     text = f"{part['name']}: {part['status']} in {part['seconds']:.0f} s, {len(part['rows'])} rows"

@@ -52,7 +52,7 @@ ROUNDINGS = ("nearest", "stochastic", "kahan", "split")
 
 @dataclass(frozen=True)
 class Sitting:
-    """What a part gets.
+    """The arguments of a part.
 
     Args:
         device: The device.
@@ -83,7 +83,7 @@ class Sitting:
 
 
 def attempt(what: str, work: Callable[[], Row]) -> Row:
-    """A row of something that may fail."""
+    """A row of a check that may fail."""
     try:
         return {"what": what, **work()}
     except Exception as error:
@@ -179,7 +179,7 @@ def waits(sitting: Sitting) -> Iterator[Row]:
 
 
 def graphs(sitting: Sitting) -> Iterator[Row]:
-    """Captured steps are steps: with other gradients, learning rates, and one that is not finite."""
+    """Captured steps equal eager ones: with other gradients and learning rates, and a gradient that is not finite."""
 
     def captured(name: str) -> Row:
         params, others = start(torch.float32, sitting.device), start(torch.float32, sitting.device)
@@ -230,7 +230,7 @@ def global_settings(sitting: Sitting) -> Iterator[Row]:
 
 
 def resume(sitting: Sitting) -> Iterator[Row]:
-    """Saving after some steps and going on is going on, bit for bit."""
+    """A run that is saved and resumed equals one that is not interrupted, bit for bit."""
 
     def resumed(name: str) -> Row:
         params = start(torch.float32, sitting.device)
@@ -362,7 +362,7 @@ def measured_limits(device: torch.device) -> dict[str, Any]:
 
 
 def machine(sitting: Sitting) -> Iterator[Row]:
-    """What the machine is, and its bandwidth and rates of matrix products."""
+    """A description of the machine, its bandwidth, and its rates of matrix products."""
     yield {"what": "machine", "ok": None, **measured_limits(sitting.device)}
 
 
@@ -480,7 +480,7 @@ def training(sitting: Sitting) -> Iterator[Row]:
 
 
 def _diagnostics(sitting: Sitting) -> Row:
-    """Training with diagnostics over training without, in turns."""
+    """Time of training with diagnostics over that without, taken in turns."""
     from . import diagnostics_overhead as overhead
 
     accelerator = "gpu" if sitting.has_streams else "cpu"
@@ -498,7 +498,7 @@ def _diagnostics(sitting: Sitting) -> Row:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the sitting.
+    """A part of the run.
 
     Args:
         run: What it does.
@@ -514,7 +514,7 @@ class Part:
         return " ".join((self.run.__doc__ or "").split())
 
 
-#: The parts by name, in order of worth: correctness before time.
+#: The parts by name, most important first: correctness before time.
 PARTS: dict[str, Part] = {
     "machine": Part(machine, 1),
     "correctness": Part(correctness, 6),
@@ -532,5 +532,5 @@ PARTS: dict[str, Part] = {
 
 
 def threads() -> None:
-    """As many as OMP_NUM_THREADS says, all cores otherwise."""
+    """The number that OMP_NUM_THREADS says, otherwise that of the cores."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))

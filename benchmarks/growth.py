@@ -1,4 +1,4 @@
-"""How the time of a step grows with the number of parameters, and with the number of tensors that they lie in.
+"""How the time of a step grows with the number of parameters, and with the number of tensors that hold them.
 
     python -m benchmarks.growth --json benchmarks/results/growth.json
 
@@ -30,7 +30,7 @@ def _matrices(count: int, rows: int, columns: int) -> nn.Module:
 
 
 def sweeps(largest: float) -> Iterator[tuple[str, tuple[int, int, int]]]:
-    """The points: name of the sweep; number, rows and columns of the matrices.
+    """The points of both sweeps: the sweep's name; number, rows and columns of the matrices.
 
     Args:
         largest: Leave out points with more parameters.
@@ -45,7 +45,7 @@ def sweeps(largest: float) -> Iterator[tuple[str, tuple[int, int, int]]]:
 
 
 def timed() -> list[Contender]:
-    """Who is timed; the peer if it is installed."""
+    """The contenders, including the peer if it is installed."""
     peers = [PEER] if installed(PEER) else []
     # The way of running makes no difference to matrices alone.
     return [*contenders([ELEMENTWISE], ["chunked", "compiled"], peers), *contenders([MATRIX], ["auto"], [])[1:]]

@@ -32,12 +32,12 @@ from .machine import describe
 LENGTH, BATCH, WIDTH, RANK = 64, 16, 64, 8
 #: Patterns of the names of factors that AdamW trains.
 WAYS: dict[str, list[str]] = {"neither": ["*lora_*"], "B": ["*lora_A*"], "A": ["*lora_B*"], "both": []}
-#: AdamW's learning rate, with Muon beside it the best of those of AdamW alone; and those of Muon.
+#: Learning rates: AdamW's, which with Muon is the best one of AdamW alone, and Muon's.
 ADAMW, BESIDE, MUON = (1e-3, 3e-3, 1e-2, 3e-2), 1e-2, (3e-3, 1e-2, 3e-2, 1e-1)
 
 
 class LoRA(nn.Module):
-    """A linear layer with a factor pair beside its frozen weight: ``W x + 2 B A x``, B zero at first."""
+    """A linear layer with a frozen weight and a pair of factors: ``W x + 2 B A x``, with B zero at first."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What figures were measured on, and the two limits of that machine that they are held against."""
+"""The machine that figures were measured on, and the two limits of it that they are compared with."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _processor() -> str:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done its work."""
+    """Wait for the device to finish."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -46,7 +46,7 @@ def _numbers_of(way: str) -> Iterator[None]:
 
 
 class Copies:
-    """The same parameters, stored in each way, that are given the same updates."""
+    """Copies of the same parameters, stored in each way, that get the same updates."""
 
     def __init__(self, initial: Iterable[Tensor]) -> None:
         self.parameters = {way: [x.to(torch.bfloat16) for x in initial] for way in WAYS}
@@ -84,7 +84,7 @@ def row(experiment: str, way: str, wide: list[Tensor], params: list[Tensor], exa
 
 
 def distance(params: Iterable[Tensor], wide: Iterable[Tensor]) -> float:
-    """Of parameters from others, relative to those.
+    """The distance of parameters from others, relative to the norm of those.
 
     >>> distance([torch.tensor([1.0, 2.0])], [torch.tensor([1.0, 1.0])])
     0.7071067811865475
@@ -141,7 +141,7 @@ class Training:
 
 
 def trainings(text: str, seed: int, steps: int) -> Iterator[dict[str, Any]]:
-    """One in float32, whose updates are also given to parameters that are stored in each way; and one in each way."""
+    """One run in float32, whose updates also go to copies stored in each way, and one run in each way."""
     reference = Training(text, seed, torch.float32, "nearest", steps)
     wide = [p.data for p in reference.params.values()]
     copies = Copies(wide)

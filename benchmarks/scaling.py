@@ -1,4 +1,4 @@
-"""What more processes make of a step: measured on this machine, and computed for clusters of GPUs.
+"""How the time of a step changes with the number of processes: measured here, and computed for clusters of GPUs.
 
     python -m benchmarks.scaling --json benchmarks/results/scaling.json
 
@@ -131,7 +131,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def fractions(machine: dict[str, Any], seconds: float = 2.0) -> dict[str, float]:
-    """Which part of the machine's bandwidth element-wise rules reach, and of its matrix products orthogonalisation."""
+    """What share of the machine's bandwidth element-wise rules reach, and of its matrix products orthogonalisation."""
     size, shape = 2**24, (4, 512, 2048)
     p = nn.Parameter(torch.randn(size))
     p.grad = torch.randn(size)

@@ -41,7 +41,7 @@ if TYPE_CHECKING:  # `benchmarks.gpu` uses this file, and does without.
     from rich.progress import Progress
     from rich.table import Table
 
-#: What the numbers of a row are. All but the first two are ``None`` where a note says why nothing was timed.
+#: The entries of a row. All but the first two are ``None`` where a note says why nothing was timed.
 COLUMNS = {
     "parameters": "parameters of the model",
     "tensors": "tensors they lie in",
@@ -69,7 +69,7 @@ _MATRIX_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 
 @dataclass
 class Entry:
-    """A contender, and what was measured of it."""
+    """A contender and its measurements."""
 
     contender: Contender
     steppers: list[Stepper]
@@ -247,7 +247,7 @@ def _milliseconds(seconds: float) -> float:
     return round(seconds * 1e3, 4)
 
 
-#: What is shown of a row, beside who it is: title and how to write it.
+#: The columns that are shown, besides the contender's name: title and format.
 SHOWN: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "median ms (quartiles)": lambda row: f"{row['median_ms']:.3g} ({row['q1_ms']:.3g}-{row['q3_ms']:.3g})",
     "mean ms": lambda row: f"{row['mean_ms']:.3g}",
@@ -267,7 +267,7 @@ def cells(row: Mapping[str, Any]) -> list[str]:
 
 
 def left_out(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Who was not timed, and why."""
+    """The contenders that were not timed, and why."""
     notes: dict[str, list[str]] = {}
     for row in rows:
         if row["note"]:
@@ -276,7 +276,7 @@ def left_out(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def table(model: str, rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The rows of one model, for people."""
+    """The rows of one model as a table."""
     from rich.table import Table
 
     shown = Table("optimizer", "implementation", *SHOWN, title=model, caption="\n".join(left_out(rows)))
@@ -303,7 +303,7 @@ def at_least(least: float, kind: type[Any]) -> Callable[[str], Any]:
 
 
 def device(text: str) -> torch.device:
-    """An argument that must be a device at hand."""
+    """An argument that must be an available device."""
     try:
         found = torch.device(text)
         torch.empty(0, device=found)
@@ -315,7 +315,7 @@ def device(text: str) -> torch.device:
 
 
 def parser(description: str | None, rounds: int, seconds: float) -> argparse.ArgumentParser:
-    """What the timing commands have in common."""
+    """The arguments that all timing commands share."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--threads", type=at_least(1, int), default=os.cpu_count(), help="default: all cores")
     made.add_argument("--device", type=device, default="cpu")
@@ -329,13 +329,13 @@ def parser(description: str | None, rounds: int, seconds: float) -> argparse.Arg
 
 
 def describe_and_measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Set the threads; returns what the machine is and what it can do."""
+    """Set the number of threads; returns a description of the machine and its limits."""
     torch.set_num_threads(options.threads)
     return describe(options.device, PACKAGES) | limits(options.device)
 
 
 def save(options: argparse.Namespace, machine: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write the figures, if a file was asked for."""
+    """Write the figures, if ``--json`` was given."""
     if options.json:
         settings = {name: getattr(options, name) for name in ("rounds", "seconds", "limit")}
         content = {"machine": machine, "settings": settings, "rows": rows}

@@ -1,4 +1,4 @@
-"""Parameters and gradients to step on: the models of the benchmark, of which only the shapes matter."""
+"""The benchmark's models: parameters and random gradients. Only their shapes matter."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ class Workload:
         self._views.append((leaves[-1], index, view))
 
     def groups(self, optimizer: type[Optimizer]) -> list[dict[str, Any]]:
-        """The parameters as one of our optimizers takes them, with its matrices where it has a rule for them."""
+        """The parameters as one of our optimizers takes them: with matrix groups if it has a matrix rule."""
         routed = issubclass(optimizer, MatrixOptimizer)
         routes = route(self.module, self.matrix)
         return parameter_groups(self.module, routes, Grouping(no_decay=[]), routed, lambda groups: [{}] * len(groups))
