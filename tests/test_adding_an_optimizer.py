@@ -165,7 +165,16 @@ class WobbleReference(Reference):
         return p - lr * (s["m"] + self.pull * g)
 
 
-ROWS = [Row("Wobble", WobbleReference, [{}, {"weight_decay": 0.1, "decay": "coupled"}], golden="a throw-away", lr=0.1)]
+ROWS = [
+    Row(
+        "Wobble",
+        WobbleReference,
+        [{}, {"weight_decay": 0.1, "decay": "coupled"}],
+        golden="a throw-away",
+        lr=0.1,
+        proportional=True,
+    )
+]
 ''',
     "choir": '''
 """Choir."""

@@ -43,6 +43,7 @@ class Row:
             ``"cosine"``: its step depends on one minus the ratio of nearly equal inner products. ``"weights"``: it
             multiplies weights by several rounded factors near one. ``"mixing"``: it adds multiples of large entries of
             a gradient to small ones.
+        proportional: Whether its steps are proportional to the gradients, or to a power of them, as SGD's are.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Row:
     trajectory: Strategies = field(default_factory=dict, kw_only=True)
     fuzz: Strategies = field(default_factory=dict, kw_only=True)
     amplifies: Collection[Amplifier] = field(default=(), kw_only=True)
+    proportional: bool = field(default=False, kw_only=True)
 
 
 # --- adapters of golden files -----------------------------------------------------------------------------------------

@@ -92,6 +92,7 @@ ROWS = [
         [{}, {"lam": 0.5, "lookahead_steps": 2, "weight_decay": 0.1}, {"weight_decay": 0.1, "decay": "coupled"}],
         golden={"admeta_r": golden},
         lr=0.01,
+        proportional=True,
     ),
     Row(
         "AdmetaS",
@@ -99,5 +100,6 @@ ROWS = [
         [{}, {"lookahead_steps": 2, "weight_decay": 0.1}, {"weight_decay": 0.1, "decay": "decoupled"}],
         golden={"admeta_s": golden},
         lr=1e-3,
+        proportional=True,
     ),
 ]

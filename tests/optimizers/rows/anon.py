@@ -58,5 +58,6 @@ ROWS = [
         # Larger powers of extreme gradients leave the range of float64, in which the reference is.
         fuzz={"gamma": st.sampled_from([0.0, 0.5, 1.0]), "beta3": st.sampled_from([0.0, 0.5, 0.99])},
         amplifies={"powers"},
+        proportional=True,
     )
 ]

@@ -77,6 +77,7 @@ ROWS = [
         golden={"pnm": pnm},
         lr=0.2,
         trajectory=trajectory,
+        proportional=True,
     ),
     Row(
         "AdaPNM",
