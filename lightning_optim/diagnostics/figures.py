@@ -100,6 +100,7 @@ def draw(axes: Any, panel: Panel, runs: Sequence[Run], marks: Marks | None = Non
     log = log or (bool(finite) and min(finite) > 0 and max(finite) > 50 * min(finite))
     if log:
         axes.set_yscale("log")
+        _few_ticks(axes.yaxis, max(finite) / min(finite))
     _band(axes, panel.chart.healthy, finite, log)
     if len(panel.tags) > 1:
         from matplotlib.lines import Line2D
@@ -126,6 +127,16 @@ def _thinned(steps: Sequence[int], values: Sequence[float], most: int = 600) -> 
             kept |= {int(finite[x[finite].argmin()]), int(finite[x[finite].argmax()])}
     chosen = sorted(kept)
     return [steps[i] for i in chosen], [values[i] for i in chosen]
+
+
+def _few_ticks(axis: Any, ratio: float) -> None:
+    """Ticks at 1 and 3 of each power of ten on a logarithmic axis that is short, where 2 to 9 would be crowded."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    if ratio < 300:
+        axis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+        axis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        axis.set_minor_formatter(NullFormatter())
 
 
 def _band(axes: Any, healthy: tuple[float | None, float | None], values: Sequence[float], log: bool) -> None:
@@ -193,11 +204,18 @@ def curves(group: Sequence[Panel], runs: Sequence[Run], marks: Marks | None = No
 
     columns = min(columns, len(group))
     rows = -(-len(group) // columns)
-    figure = Figure(figsize=(5.6 * columns, 3.1 * rows), layout="constrained")
+    lines = -(-len(runs) // 3) if len(runs) > 1 else 0
+    width, height = 5.6 * columns, 3.1 * rows + 0.22 * lines
+    figure = Figure(figsize=(width, height))
+    # Margins in inches: to find them out takes as long as to draw.
+    figure.subplots_adjust(
+        left=0.7 / width, right=1 - 0.15 / width, bottom=0.5 / height, top=1 - (0.35 + 0.22 * lines) / height,
+        wspace=0.8 / (5.6 - 0.8), hspace=0.85 / (3.1 - 0.85),
+    )  # fmt: skip
     for i, panel in enumerate(group):
         draw(figure.add_subplot(rows, columns, i + 1), panel, runs, marks, size=9)
-    if len(runs) > 1:
-        figure.legend(*legend(runs), loc="outside upper center", ncols=min(3, len(runs)), fontsize=9)
+    if lines:
+        figure.legend(*legend(runs), loc="upper center", ncols=min(3, len(runs)), fontsize=9, frameon=False)
     return figure
 
 
