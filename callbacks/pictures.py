@@ -110,7 +110,7 @@ class Pictures(Monitor):
                 for kind, tensors in (("updates", change.updates), ("weights", change.weights))
             }
             self._keep_matrices(step)
-        return {"numel": change.numel}
+        return {}  # The other ranks draw nothing: what this one asks for must not be part of their reduction.
 
     def _keep_matrices(self, step: Step) -> None:
         fitting = [
