@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .arithmetic import regularize
 from .rounding import RESIDUAL, load, store_
+from .rule import Move
 from .state import compute_dtype
 
 
@@ -23,12 +24,11 @@ def call(
     state: Mapping[str, Tensor],
     scalars: Mapping[str, Any],
     noise: Tensor | None = None,
-    moves: bool = True,
 ) -> Any:
     """Call ``function(grad_scale * g + l2 * p, state, scalars)``, in float32 or float64, and apply its move.
 
     Args:
-        function: Updates the state in place and returns a :class:`.rule.Move`, or changes nothing; see ``moves``.
+        function: Updates the state in place and returns a :class:`.rule.Move` or something else.
         p: A parameter, or a vector of elements of one or more, of any floating-point dtype.
         g: The gradient.
         grad_scale: What the gradient is multiplied by.
@@ -36,7 +36,6 @@ def call(
         state: State tensors of the parameter's size.
         scalars: The numbers of the step; see :func:`.rule.numbers_of`.
         noise: See :func:`.rounding.store_`.
-        moves: Whether the function returns a move.
 
     Returns:
         The function's result if that is not a move, else ``None``.
@@ -52,12 +51,29 @@ def call(
         g = g.to(dtype)
     g = regularize(g if isinstance(grad_scale, float) and grad_scale == 1.0 else g * grad_scale, work, scalars["l2"])
     result = function(g, SimpleNamespace(**state, parameter=work), SimpleNamespace(**scalars))
-    if not moves:
-        return result
-    result.apply_(work, scalars["keep"], scalars["aligned"])
+    moves = isinstance(result, Move)
+    if moves:
+        result.apply_(work, scalars["keep"], scalars["aligned"])
     if finite is not None:
         for x, old in zip(written, before):
             x.copy_(torch.where(finite, x, old))
-    if p.dtype != dtype:
+    if moves and p.dtype != dtype:
         store_(p, work, residual, noise, finite)
-    return None
+    return None if moves else result
+
+
+def move_tensor_(
+    p: Tensor,
+    move: Move,
+    scalars: Mapping[str, Any],
+    residual: Tensor | None,
+    noise: Tensor | None,
+    finite: Tensor | None,
+) -> None:
+    """Move a tensor of any floating-point dtype; for the last three arguments see :func:`.rounding.store_`."""
+    value = load(p, residual, compute_dtype(p.dtype))
+    if value is p and finite is not None:
+        value = p.clone()
+    move.apply_(value, scalars["keep"], scalars["aligned"])
+    if value is not p:
+        store_(p, value, residual, noise, finite)

@@ -66,7 +66,6 @@ def runner(
     state: Mapping[str, Tensor],
     scalars: Mapping[str, Any],
     noisy: bool,
-    moves: bool,
 ) -> Callable[..., Any]:
     """:func:`.call.call` of ``function`` with these scalars on vectors of the same kinds as those given, compiled.
 
@@ -83,7 +82,7 @@ def runner(
         function, p.dtype, g.dtype, own_scale, finite is not None,
         tuple((name, x.dtype) for name, x in state.items()),
         tuple(numbers), tuple((name, x.dtype) for name, x in tensors.items()), tuple(switches.items()),
-        p.device, torch.get_num_threads(), noisy, moves,
+        p.device, torch.get_num_threads(), noisy,
     )  # fmt: skip
     values = (*numbers.values(), 1.0 if isinstance(grad_scale, Tensor) else grad_scale)
     kernel = _kernels.get(key)
@@ -98,7 +97,7 @@ def runner(
             given = {name: next(rest) for name in (*tensors, *numbers)} | switches
             common_factor = next(rest)
             factor = common_factor if factor is None else factor
-            return call(function, p, gradient, factor, verdict, dict(zip(state, vectors)), given, noise, moves) or ()
+            return call(function, p, gradient, factor, verdict, dict(zip(state, vectors)), given, noise) or ()
 
         dtypes = [x.dtype for x in (p, *state.values(), g)] + [torch.int64] * noisy
         others = [x for x in (grad_scale, finite, *tensors.values()) if isinstance(x, Tensor)]

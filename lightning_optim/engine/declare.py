@@ -30,6 +30,12 @@ SHARED_ARGUMENTS = {
     "2506.02285) shrinks by ``1 - lr * weight_decay * lr / lr_max``, with the schedule's highest rate. The default is "
     "the paper's.",
     "decoupled": 'Older name: ``True`` for ``decay="decoupled"``, ``False`` for ``decay="coupled"``.',
+    "cautious": "Mask steps (arXiv 2411.16085): elements whose sign is not the gradient's stay where they are, and the "
+    "others of a matrix, or of any other parameter, move further, by the number of elements over that of the moving "
+    "ones plus one. Weight decay is not masked.",
+    "norm_control": 'What happens to the norms of matrices: ``"none"``, nothing; ``"hyperball"`` (arXiv 2606.16899) '
+    'keeps each at what it is and makes steps of ``lr`` times that, in the place of weight decay; ``"radial"``, the '
+    "radial brake, halves their growth. Vectors, and what the fallback rule has, are not controlled.",
     "orthogonalizer": 'A name in :data:`lightning_optim.polar.METHODS`, or ``"exact"``.',
     "fallback": "Rule for everything that is not a hidden matrix: any element-wise or group optimizer by name, or "
     '``"AdamW"``.',

@@ -31,12 +31,14 @@ from .. import processes
 from ..processes import ProcessGroup, Sharding, TensorSpec
 from . import matrices
 from .batch import Batch, Task, regularized
+from .call import move_tensor_
 from .elementwise import split_by_size
-from .layout import from_blocks, is_split, parts_of, without_split
+from .layout import block_shape, from_blocks, is_split, parts_of, without_split
 from .matrices import Report, Requests, Stack, StackStep
 from .rounding import RESIDUAL
 from .rule import MatrixRule, Move, Polar, decay_of, gives_keep
 from .state import compute_dtype, states_of_parts
+from .switches import adjusting
 
 
 def run_matrices(
@@ -113,6 +115,17 @@ class _ShardedTask:
     @property
     def parameter(self) -> Tensor:
         return self.task.parameter
+
+    @property
+    def adjusting(self) -> dict[str, Any] | None:
+        """The numbers of the step, where it is not that of the rule; see :func:`.switches.adjusting`."""
+        return adjusting(self.task.scalars, len(block_shape(self.parameter.shape, self.batch.group)))
+
+    @property
+    def controls_norm(self) -> bool:
+        """Whether norms are controlled."""
+        k = self.adjusting
+        return k is not None and k["norm_control"] != "none"
 
     @property
     def matrices(self) -> tuple[_Place, ...]:
@@ -260,7 +273,17 @@ def _run_on_rows(
         for stack in matrices.stacks_of(replace(batches[key], tasks=tasks, cache={}), step.plain)
     ]
     solve = partial(_solve_on_owners, bucket=bucket, owner=owner, report=step.report)
-    return matrices.run_stacks(stacks, replace(step, solve=solve, report=_collector(bucket, owner, step.report)))
+    report, total = _collector(bucket, owner, step.report), partial(_total, bucket=bucket)
+    return matrices.run_stacks(stacks, replace(step, solve=solve, report=report, total=total))
+
+
+def _total(stacks: Sequence[tuple[Stack, Tensor]], bucket: Sequence[_ShardedTask]) -> list[Tensor]:
+    """The sums of stacks over the ranks that hold rows of their matrices."""
+    here = {key: x for stack, sums in stacks for key, x in zip(_keys(stack), sums.unbind())}
+    keys = [(x.parameter, i) for x in bucket for i in range(len(x.matrices))]
+    added = processes.all_reduce_sum(torch.stack([here[key] for key in keys]), (bucket[0].sharding.group,))
+    totals = dict(zip(keys, added.unbind()))
+    return [torch.stack([totals[key] for key in _keys(stack)]) for stack, _ in stacks]
 
 
 def _equal_rows(x: _ShardedTask) -> Iterator[tuple[int, Task]]:
@@ -510,24 +533,26 @@ def _run_on_owners(bucket: Sequence[_ShardedTask], step: StackStep) -> Iterator[
 def _needs_of_owner(x: _ShardedTask) -> dict[str, Tensor]:
     """This rank's shards of what the owner runs the rule on: the gradient and, if the rule reads it, the parameter."""
     rule, task = x.batch.rule, x.task
-    reads = issubclass(rule, MatrixRule) and rule.reads_parameter
+    reads = (issubclass(rule, MatrixRule) and rule.reads_parameter) or x.controls_norm
     return {"g": task.g, **({"whole": matrices.parameter_of(task)} if reads else {})}
 
 
 def _pack_move(packed: dict[Tensor, list[Tensor]], stack: Stack, move: Move, finite: Tensor | None) -> None:
     """Keep what other ranks do not know of a move, in the parameters' shape, to send it to them."""
     rule, k = stack.rule, stack.tasks[0].scalars
-    if "step" in k and (isinstance(move.step, Tensor) or move.step != k["step"]) and not isinstance(k["step"], Tensor):
+    is_own = adjusting(k, len(stack.block)) is None
+    known = "step" in k and not isinstance(k["step"], Tensor)
+    if is_own and known and (isinstance(move.step, Tensor) or move.step != k["step"]):
         raise RuntimeError(
             f"{rule.name}: other ranks take k.step for the step of a move, and this move has another; rename one."
         )
     own_decay = gives_keep(rule, decay_of(rule, stack.group))
-    if (move.keep is not None) is not own_decay:
+    if is_own and (move.keep is not None) is not own_decay:
         raise RuntimeError(f"{rule.name}: a rule returns Move(keep=...) if, and only if, its own_decay says so.")
     direction = move.direction if move.over is None else move.direction / move.over
     split = stack.tasks[0].part is not None  # Other matrices of the parameter may have another step.
-    parts = [direction if "step" in k and not split else move.step * direction]
-    if own_decay:
+    parts = [direction if is_own and "step" in k and not split else move.step * direction]
+    if move.keep is not None:
         parts.append(torch.as_tensor(move.keep).expand_as(direction))
     for i, task in enumerate(stack.tasks):
         blocks = slice(i * stack.group["blocks"], (i + 1) * stack.group["blocks"])
@@ -543,17 +568,18 @@ def _pack_move(packed: dict[Tensor, list[Tensor]], stack: Stack, move: Move, fin
 def _packed_specs(x: _ShardedTask) -> list[TensorSpec]:
     """Shapes and dtypes of this rank's shards of a packed move."""
     p, batch = x.task.p, x.batch
-    return [(p.shape, compute_dtype(p.dtype))] * (2 if gives_keep(batch.rule, decay_of(batch.rule, batch.group)) else 1)
+    keeps = x.controls_norm or gives_keep(batch.rule, decay_of(batch.rule, batch.group))
+    return [(p.shape, compute_dtype(p.dtype))] * (2 if keeps else 1)
 
 
 def _move_shard(x: _ShardedTask, packed: Sequence[Tensor], finite: Tensor | None) -> None:
     """Move this rank's shard of a parameter."""
-    task, k, p = x.task, x.task.scalars, x.task.p
+    task, k, p = x.task, x.adjusting or x.task.scalars, x.task.p
     direction, *keep = packed
-    step = 1.0 if is_split(x.batch.group) else k.get("step", 1.0)
+    step = 1.0 if is_split(x.batch.group) or x.adjusting else k.get("step", 1.0)
     move = Move(direction, step, keep=keep[0] if keep else None)
     noise = None
     if task.noise is not None:
         noise = x.sharding.flat_indices(x.sharding.rank, p.device).add_(task.noise - processes.flat_offset(x.parameter))
     finite = None if finite is None else finite.to(p.device)
-    matrices.move_tensor_(p, move, k, task.state.get(RESIDUAL), noise, finite)
+    move_tensor_(p, move, k, task.state.get(RESIDUAL), noise, finite)

@@ -20,18 +20,20 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
 from types import SimpleNamespace
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from .. import private, processes
+from .. import devices, private, processes
 from . import compile
 from .batch import Batch, Task
-from .call import call
-from .rounding import joined_positions, stream_positions
-from .rule import ElementwiseRule, ModelRule
+from .call import call, move_tensor_
+from .displacement import decay_factor, displacing, factors, sums_of
+from .rounding import RESIDUAL, joined_positions, load, stream_positions
+from .rule import ElementwiseRule, ModelRule, Move
 from .state import compute_dtype, tensor_names
+from .switches import adjusting, is_adjusted
 
 #: Tensors of up to this many elements are joined, so that one call updates all: copies cost less than a call for each.
 SMALL = {"cpu": 2**14, "cuda": 2**18}
@@ -46,6 +48,8 @@ CHUNK = {"cpu": 2**18, "cuda": 2**22}
 COMPILE_FROM = 2**23
 #: A compiled kernel checks gradients of this many elements or more; below it, its call costs more than it saves.
 LONG = 2**16
+#: Elements of parameters whose displacements are kept at the same time, where steps depend on sums over parameters.
+BUCKET = 2**24
 #: Longest vector of a compiled kernel, whose indices may have 32 bits on a GPU.
 LONGEST = 2**30
 
@@ -55,7 +59,9 @@ Item = TypeVar("Item")
 
 @dataclass
 class Chunk:
-    """What one call of a rule updates: vectors of equal size, or whole tensors where ``plain``."""
+    """What one call of a rule updates: vectors of equal size, or whole tensors where ``plain``, of some tasks."""
+
+    tasks: Sequence[Task]
 
     p: Tensor
     g: Tensor
@@ -86,11 +92,36 @@ def run_elementwise(
         if batch.rule.kind == "group":
             grouped.append(batch)
             continue
-        update = cast("type[ElementwiseRule]", batch.rule).update
-        for joint in _joint_tasks(batch):
-            _each(update, joint, {}, backend, finite)
+        _update_batch(batch, {}, backend, finite, tuple(groups))
     if grouped:
         _run_group_rules(grouped, backend, finite, tuple(groups), loss)
+
+
+def _update_batch(
+    batch: Batch,
+    coefficients: Mapping[str, Tensor],
+    backend: str,
+    finite: Tensor | None,
+    groups: tuple[processes.ProcessGroup, ...],
+) -> None:
+    """Update the parameters and state of an element-wise rule, or of a group rule with its coefficients."""
+    update = cast("type[ElementwiseRule]", batch.rule).update
+    for some, k in _parts(batch):
+        if k is not None:
+            _update_adjusted(update, some, k, coefficients, backend, finite, groups)
+            continue
+        for joint in _joint_tasks(some):
+            _each(update, joint, _on_host(coefficients, joint, finite) if coefficients else {}, backend, finite)
+
+
+def _on_host(coefficients: Mapping[str, Tensor], joint: JointTasks, finite: Tensor | None) -> dict[str, float | Tensor]:
+    """Coefficients of a group rule where the tasks are.
+
+    Operations with numbers need no temporaries; on an accelerator, the host would have to wait for them.
+    """
+    here = joint.tasks[0].p.device
+    known = finite is None and here.type == "cpu"
+    return {name: float(x) if known else x.to(here) for name, x in coefficients.items()}
 
 
 def _resolve_auto(backend: str, batches: Sequence[Batch]) -> str:
@@ -162,21 +193,22 @@ def _each(
     coefficients: dict[str, float | Tensor],
     backend: str,
     finite: Tensor | None,
-    moves: bool = True,
-) -> list[Any]:
-    """Call ``function`` on every chunk of ``joint``; returns its results.
+    changes: Literal["all", "state", "nothing"] = "all",
+) -> list[tuple[Sequence[Task], Any]]:
+    """Call ``function`` on every chunk of ``joint``; returns the tasks of each and what it returned.
 
-    ``moves`` says whether it returns a move; otherwise it changes nothing.
+    ``changes`` says what it changes: ``"all"``, parameters and state, for an update.
     """
     first = joint.tasks[0]
-    noisy = moves and first.noise is not None
+    moves = changes != "nothing"
+    noisy = changes == "all" and first.noise is not None
     finite = None if finite is None or not moves else finite.to(first.p.device)
     scalars = first.scalars | coefficients if coefficients else first.scalars
     compiled = None
     if backend.startswith("compiled"):
         state = first.read(joint.names, slice(0, 1) if first.p.ndim else None)
         compiled = compile_or_warn(
-            partial(compile.runner, function, first.p, first.g, first.grad_scale, finite, state, scalars, noisy, moves),
+            partial(compile.runner, function, first.p, first.g, first.grad_scale, finite, state, scalars, noisy),
             backend,
         )
     # Random numbers take eight bytes per element, which should stay in cache.
@@ -187,8 +219,8 @@ def _each(
     else:
         chunks = chunks_of(joint, small, limit, noisy, finite, moves)
     if compiled is not None:
-        return [compiled(x.p, x.g, x.grad_scale, x.state, x.noise) for x in chunks]
-    return [call(function, x.p, x.g, x.grad_scale, finite, x.state, scalars, x.noise, moves) for x in chunks]
+        return [(x.tasks, compiled(x.p, x.g, x.grad_scale, x.state, x.noise)) for x in chunks]
+    return [(x.tasks, call(function, x.p, x.g, x.grad_scale, finite, x.state, scalars, x.noise)) for x in chunks]
 
 
 def compile_or_warn(make: Callable[[], Item], backend: str) -> Item | None:
@@ -239,7 +271,7 @@ def _run_group_rules(
         total = torch.stack([totals[i].to(device) for i in indices]).sum(0) if len(indices) > 1 else totals[indices[0]]
         old, new, coefficients = combine(some, total.unbind(), loss)
         for batch in some:
-            _update_group(batch, old, new, coefficients, backend, finite)
+            _update_group(batch, old, new, coefficients, backend, finite, groups)
 
 
 def over_one_model(batches: Sequence[Batch]) -> list[list[Batch]]:
@@ -281,19 +313,27 @@ def _group_sums(
     """
     rule: Any = batch.rule
     device = batch.tasks[0].p.device
-    by_groups: dict[tuple[processes.ProcessGroup, ...], list[Task]] = {}
-    for task in batch.tasks:
-        by_groups.setdefault(processes.shard_groups(task.parameter) or groups, []).append(task)
-    sums = {}
-    for key, tasks in by_groups.items():
-        some = batch if len(tasks) == len(batch.tasks) else replace(batch, tasks=tasks, cache={})
-        parts = [part for joint in _joint_tasks(some) for part in _each(rule.sums, joint, {}, backend, None, False)]
-        if not parts:  # This rank has none of their elements, but the other ranks wait for its zeros.
-            task = tasks[0]
-            state = task.read(_tensor_names(batch, task))
-            parts = [call(rule.sums, task.p, task.g, task.grad_scale, None, state, task.scalars, moves=False)]
-        sums[key] = torch.stack([torch.stack([x.to(device) for x in column]).sum(0) for column in zip(*parts)])
-    return sums
+    found: dict[tuple[processes.ProcessGroup, ...], list[Any]] = {}
+    for whole, _ in _parts(batch):
+        by_groups: dict[tuple[processes.ProcessGroup, ...], list[Task]] = {}
+        for task in whole.tasks:
+            by_groups.setdefault(processes.shard_groups(task.parameter) or groups, []).append(task)
+        for key, tasks in by_groups.items():
+            some = whole if len(tasks) == len(whole.tasks) else replace(whole, tasks=tasks, cache={})
+            parts = [
+                part
+                for joint in _joint_tasks(some)
+                for _, part in _each(rule.sums, joint, {}, backend, None, "nothing")
+            ]
+            if not parts:  # This rank has none of their elements, but the other ranks wait for its zeros.
+                task = tasks[0]
+                state = task.read(_tensor_names(batch, task))
+                parts = [call(rule.sums, task.p, task.g, task.grad_scale, None, state, task.scalars)]
+            found.setdefault(key, []).extend(parts)
+    return {
+        key: torch.stack([torch.stack([x.to(device) for x in column]).sum(0) for column in zip(*parts)])
+        for key, parts in found.items()
+    }
 
 
 def _update_group(
@@ -303,20 +343,129 @@ def _update_group(
     coefficients: Mapping[str, Any],
     backend: str,
     finite: Tensor | None,
+    groups: tuple[processes.ProcessGroup, ...],
 ) -> None:
     """Update the parameters, their state and the state of the group; see :func:`combine`."""
-    rule: Any = batch.rule
-    for joint in _joint_tasks(batch):
-        here = joint.tasks[0].p.device
-        # Operations with numbers need no temporaries; on an accelerator, the host would have to wait for them.
-        known = finite is None and here.type == "cpu"
-        coefficients_here = {name: float(x) if known else x.to(here) for name, x in coefficients.items()}
-        _each(rule.update, joint, coefficients_here, backend, finite)
+    _update_batch(batch, coefficients, backend, finite, groups)
     states = [*(task.state for task in batch.tasks), *batch.idle]  # Without a gradient they get the new state, too.
     for name, value in new.items():
         if finite is not None:
             value = torch.where(finite.to(value.device), value, old[name])
         private.copy_each_([state[name] for state in states], [value] * len(states))
+
+
+# --- cautious steps and control of norms ------------------------------------------------------------------------
+
+
+def _parts(batch: Batch) -> list[tuple[Batch, dict[str, Any] | None]]:
+    """Parts of a batch and the numbers of their steps, ``None`` where these are those of the rule.
+
+    A part has matrices or vectors, which may have other steps, and as many as have their displacements kept at the same
+    time. The parts are the same on all ranks. Whatever runs on the batch in a step has to run on them, since each keeps
+    state of its own joined.
+    """
+    if not is_adjusted(batch.tasks[0].scalars):
+        return [(batch, None)]
+    if not (batch.even and "parts" in batch.cache):
+        found = []
+        for axes in (1, 2):
+            tasks = [task for task, p in zip(batch.tasks, batch.params) if (p.ndim > 1) is (axes > 1)]
+            sizes = [task.parameter.numel() for task in tasks]
+            limit = BUCKET if adjusting(batch.tasks[0].scalars, axes) else sum(sizes)
+            for some in split_by_size(tasks, sizes, limit):
+                found.append((axes, replace(batch, tasks=some, cache={})))
+        batch.cache["parts"] = found
+    return [(some, adjusting(some.tasks[0].scalars, axes)) for axes, some in batch.cache["parts"]]
+
+
+def _update_adjusted(
+    update: Callable[..., Move],
+    batch: Batch,
+    k: Mapping[str, Any],
+    coefficients: Mapping[str, Tensor],
+    backend: str,
+    finite: Tensor | None,
+    groups: tuple[processes.ProcessGroup, ...],
+) -> None:
+    """Make steps that depend on sums over whole parameters: update all states, add up the sums, move the parameters.
+
+    Args:
+        update: The update of the rule.
+        batch: The parameters.
+        k: The numbers of the step, from :func:`.switches.adjusting`.
+        coefficients: Those of a group rule.
+        backend: One of :data:`.BACKENDS`.
+        finite: ``None``, or a 0-d boolean tensor: where it is ``False`` nothing may change.
+        groups: Process groups that hold the other shards of parameters that are not ``DTensor``.
+    """
+    displace = displacing(update, k["cautious"])
+    pieces: list[tuple[Sequence[Task], list[Tensor]]] = []  # Of a task that is split, several.
+    for joint in _joint_tasks(batch):
+        for tasks, (d,) in _each(displace, joint, _on_host(coefficients, joint, finite), backend, finite, "state"):
+            if pieces and len(tasks) == 1 and pieces[-1][0][-1] is tasks[0]:
+                pieces[-1][1].append(d.reshape(-1))
+            else:
+                pieces.append((tasks, [d.reshape(-1)]))
+    displaced = [(tasks, ds[0] if len(ds) == 1 else torch.cat(ds)) for tasks, ds in pieces]
+    sums = {id(task): x for tasks, d in displaced for task, x in zip(tasks, _sums(tasks, d, k))}
+    totals = _totals(batch.tasks, sums, groups)
+    for tasks, d in displaced:
+        total = torch.stack([totals[id(task)].to(d.device) for task in tasks])
+        _move(tasks, d, *factors(total, k), k, None if finite is None else finite.to(d.device))
+
+
+def _sums(tasks: Sequence[Task], d: Tensor, k: Mapping[str, Any]) -> list[Tensor]:
+    """The sums over each task's part of a vector of displacements."""
+    found = []
+    for task, part in zip(tasks, d.split([task.p.numel() for task in tasks])):
+        p = None if k["norm_control"] == "none" else load(task.p, task.state.get(RESIDUAL), d.dtype).reshape(1, -1)
+        found.append(sums_of(part[None], p, None, k)[0])
+    return found
+
+
+def _totals(
+    tasks: Sequence[Task], sums: Mapping[int, Tensor], groups: tuple[processes.ProcessGroup, ...]
+) -> dict[int, Tensor]:
+    """The sums of each task over all ranks, of which some have none of its elements; by its identity."""
+    device = tasks[0].p.device
+    zero = torch.zeros(5, dtype=devices.widest(device), device=device)
+    by_groups: dict[tuple[processes.ProcessGroup, ...], list[int]] = {}
+    for task in tasks:
+        by_groups.setdefault(processes.shard_groups(task.parameter) or groups, []).append(id(task))
+    totals: dict[int, Tensor] = {}
+    for sharing, keys in by_groups.items():
+        here = torch.stack([sums[key].to(zero) if key in sums else zero for key in keys])
+        totals |= zip(keys, processes.all_reduce_sum(here, sharing).unbind())
+    return totals
+
+
+def _move(
+    tasks: Sequence[Task], d: Tensor, kept: Tensor | None, step: Tensor, k: Mapping[str, Any], finite: Tensor | None
+) -> None:
+    """Move the parameters of some tasks, whose displacements are one vector, and their factors one number each."""
+    step = step.to(d.dtype)
+    kept = None if kept is None else kept.to(d.dtype) * decay_factor(None, k)
+    if len(tasks) == 1:
+        (task,) = tasks
+        noise = None if task.noise is None else _chunk_noise(task, 0, len(d)).view(task.p.shape)
+        move = Move(d.view(task.p.shape), step[0], keep=None if kept is None else kept[0])
+        move_tensor_(task.p, move, k, task.state.get(RESIDUAL), noise, finite)
+        return
+    sizes = [task.p.numel() for task in tasks]
+    targets = [[task.p for task in tasks]]
+    if RESIDUAL in tasks[0].state:
+        targets.append([task.state[RESIDUAL] for task in tasks])
+    p, *residual = vectors = [private.flatten(xs) for xs in targets]
+    firsts = [task.noise for task in tasks if task.noise is not None]
+    noise = joined_positions(firsts, sizes, p.device) if firsts else None
+    move = Move(d, _per_element(step, sizes), keep=None if kept is None else _per_element(kept, sizes))
+    move_tensor_(p, move, k, residual[0] if residual else None, noise, finite)
+    for xs, vector in zip(targets, vectors):
+        private.copy_each_(xs, private.unflatten(vector, xs))
+
+
+def _per_element(x: Tensor, sizes: Sequence[int]) -> Tensor:
+    return torch.cat([y.expand(n) for y, n in zip(x.unbind(), sizes)])
 
 
 # --- chunks -----------------------------------------------------------------------------------------------------
@@ -326,7 +475,7 @@ def _whole(joint: JointTasks, noisy: bool, finite: Tensor | None, moves: bool) -
     for task in joint.tasks:
         noise = _chunk_noise(task, 0, task.p.numel()).view(task.p.shape) if noisy else None
         state = task.read(joint.names)
-        yield Chunk(task.p, task.g, task.grad_scale, state, noise)
+        yield Chunk([task], task.p, task.g, task.grad_scale, state, noise)
         if moves and task.low:
             task.write(state, finite)
 
@@ -430,7 +579,7 @@ class FlatBuffer:
             # In place, since a compiled kernel expects the gradients' dtype.
             g, grad_scale = g.mul_(torch.cat(scales)), torch.ones_like(grad_scale)
         firsts = [task.noise for task in tasks if task.noise is not None] if noisy else []
-        return Chunk(p, g, grad_scale, state, joined_positions(firsts, self.sizes, p.device) if noisy else None)
+        return Chunk(tasks, p, g, grad_scale, state, joined_positions(firsts, self.sizes, p.device) if noisy else None)
 
     def write_back(self, chunk: Chunk) -> None:
         """Copy the vectors back to the tensors that they were joined from."""
@@ -470,7 +619,7 @@ def _slices(
         for start in range(0, n, length):
             p, g, *state = vectors if length >= n else [x[start : start + length] for x in vectors]
             noise = _chunk_noise(task, start, start + p.numel()) if noisy else None
-            yield Chunk(p, g, task.grad_scale, dict(zip(names, state)), noise)
+            yield Chunk([task], p, g, task.grad_scale, dict(zip(names, state)), noise)
         return
     # State in low precision, or strides other than the state's: copy rows, as many as a chunk holds.
     width = n // p.shape[0]
@@ -480,7 +629,7 @@ def _slices(
         some = slice(i, i + rows)
         rows_state = {name: x.reshape(-1) for name, x in task.read(names, some).items()}
         noise = _chunk_noise(task, i * width, i * width + len(part)) if noisy else None
-        yield Chunk(part, g_part, task.grad_scale, rows_state, noise)
+        yield Chunk([task], part, g_part, task.grad_scale, rows_state, noise)
         if not moves:
             continue
         if part.data_ptr() != p[some].data_ptr():

@@ -22,11 +22,14 @@ from torch import Tensor
 from .. import private
 from ..polar import orthogonalize
 from .batch import Batch, Task, in_parts
+from .call import move_tensor_
+from .displacement import adjusted, displacement, sums_of
 from .elementwise import split_by_size
 from .layout import block_shape, from_blocks, is_split, to_blocks
-from .rounding import RESIDUAL, joined_positions, load, store_
+from .rounding import RESIDUAL, joined_positions, load
 from .rule import LIKE_PARAMETER, MatrixRule, Move, Polar, buffers_of, hyperparameters_of, ignore
 from .state import compute_dtype
+from .switches import adjusting
 
 #: Called as ``report(task, name, value)`` with what rules report of the matrices of a task.
 Report: TypeAlias = Callable[[Task, str, Tensor], None]
@@ -52,7 +55,7 @@ class Stack:
     tasks: list[Task]
 
     def __post_init__(self) -> None:
-        block = block_shape(self.tasks[0].g.shape, self.group)
+        self.block = block = block_shape(self.tasks[0].g.shape, self.group)
         #: Shapes of the state tensors of one matrix; ``None`` for the shape of the matrix.
         self.shapes = buffers_of(self.rule, block, hyperparameters_of(self.rule, self.group))
         self.elements = sum(task.g.numel() for task in self.tasks)
@@ -64,6 +67,12 @@ class Stack:
         self._alone = len(self.tasks) == 1 and as_computed and RESIDUAL not in first.state and first.whole is None
         self._places: list[int] = []
         self._in_place: tuple[Tensor, dict[str, Tensor]] | None = None
+
+    @property
+    def scalars(self) -> Mapping[str, Any]:
+        """The numbers of the step."""
+        scalars = self.tasks[0].scalars
+        return adjusting(scalars, len(self.block)) or scalars
 
     def view(self, x: Tensor) -> Tensor:
         """The matrices in a tensor of a parameter's shape, as ``(blocks, m, n)``."""
@@ -118,33 +127,16 @@ def move_parameters_(stack: Stack, move: Move, finite: Tensor | None) -> None:
     if RESIDUAL in tasks[0].state:
         residuals = [task.state[RESIDUAL] for task in tasks]
         residual = stack.joined(RESIDUAL, residuals)
-        move_tensor_(p, move, tasks[0].scalars, residual, _stack_noise(stack), finite)
+        move_tensor_(p, move, stack.scalars, residual, _stack_noise(stack), finite)
         _unstack(residual, residuals, stack.group)
     else:
-        move_tensor_(p, move, tasks[0].scalars, None, _stack_noise(stack), finite)
+        move_tensor_(p, move, stack.scalars, None, _stack_noise(stack), finite)
     _unstack(p, params, stack.group)
 
 
 def parameter_of(task: Task) -> Tensor:
     """The value of a parameter in the dtype of the arithmetic; read only, as it may be the parameter itself."""
     return task.whole if task.whole is not None else load(task.p, task.state.get(RESIDUAL), compute_dtype(task.p.dtype))
-
-
-def move_tensor_(
-    p: Tensor,
-    move: Move,
-    scalars: Mapping[str, Any],
-    residual: Tensor | None,
-    noise: Tensor | None,
-    finite: Tensor | None,
-) -> None:
-    """Move a tensor of any floating-point dtype; for the last three arguments see :func:`.rounding.store_`."""
-    value = load(p, residual, compute_dtype(p.dtype))
-    if value is p and finite is not None:
-        value = p.clone()
-    move.apply_(value, scalars["keep"], scalars["aligned"])
-    if value is not p:
-        store_(p, value, residual, noise, finite)
 
 
 @dataclass
@@ -158,6 +150,7 @@ class StackStep:
         move: Moves the parameters of a stack; see :func:`move_parameters_`.
         solve: Orthogonalises what stacks request, with the help of other ranks, for which it waits at each ``yield``.
             It returns a polar factor and total sums for each request. ``None``: this rank does it alone.
+        total: Adds up the sums of stacks over ranks that hold other rows of their matrices; ``None``: there are none.
         ranks: How many ranks share the orthogonalisation of a bucket.
     """
 
@@ -166,6 +159,7 @@ class StackStep:
     report: Report | None
     move: Callable[[Stack, Move, Tensor | None], None] = move_parameters_
     solve: Callable[[Requests], Generator[None, None, list[tuple[Tensor, tuple[Tensor, ...]]]]] | None = None
+    total: Callable[[Sequence[tuple[Stack, Tensor]]], list[Tensor]] | None = None
     ranks: int = 1
 
 
@@ -245,11 +239,34 @@ def _elements_of_matrix(rule: type[MatrixRule], group: Mapping[str, Any], shape:
     return sum(prod(x) for x in (block, block, *state))
 
 
-def _update_stack(stack: Stack, step: StackStep) -> Iterator[Polar]:
-    """Run the rule on a stack; yields its requests for orthogonalisation and sums, and is sent the results."""
+@dataclass
+class _Displaced:
+    """Steps of a stack that wait for sums over ranks.
+
+    Args:
+        stack: The stack.
+        d: Its displacements.
+        sums: See :func:`.displacement.sums_of`.
+        keep: The factor of weight decay, if the rule's move says it.
+        finite: ``None``, or a 0-d boolean tensor: where it is ``False`` nothing may change.
+    """
+
+    stack: Stack
+    d: Tensor
+    sums: Tensor
+    keep: float | Tensor | None
+    finite: Tensor | None
+
+
+def _update_stack(stack: Stack, step: StackStep, waiting: list[_Displaced]) -> Iterator[Polar]:
+    """Run the rule on a stack; yields its requests for orthogonalisation and sums, and is sent the results.
+
+    Where the step depends on sums over whole matrices, it is not made but added to ``waiting``.
+    """
     rule, group, tasks = stack.rule, stack.group, stack.tasks
     observe = ignore if step.report is None else partial(_report_parts, step.report, stack)
-    if step.finite is None and step.move is move_parameters_ and (views := stack.in_place()) is not None:
+    k = adjusting(tasks[0].scalars, len(stack.block))
+    if k is None and step.finite is None and step.move is move_parameters_ and (views := stack.in_place()) is not None:
         p, own = views
         s = SimpleNamespace(**own, parameter=p) if rule.reads_parameter else SimpleNamespace(**own)
         update = rule.update(_stack_gradient(stack), s, SimpleNamespace(**tasks[0].scalars), observe)
@@ -279,7 +296,12 @@ def _update_stack(stack: Stack, step: StackStep) -> Iterator[Polar]:
     for task, own in zip(tasks, values):
         if task.low:
             task.write(own, finite)
-    step.move(stack, move, finite)
+    if k is None:
+        step.move(stack, move, finite)
+        return
+    d = displacement(move, g, k["cautious"])
+    p = None if k["norm_control"] == "none" else _concatenated([stack.view(parameter_of(task)) for task in tasks])
+    waiting.append(_Displaced(stack, d, sums_of(d, p, move.keep, k), move.keep, finite))
 
 
 def _concatenated(xs: list[Tensor]) -> Tensor:
@@ -332,9 +354,9 @@ def _report_parts(report: Report, stack: Stack, name: str, x: Tensor) -> None:
 
 def run_stacks(stacks: Sequence[Stack], step: StackStep) -> Iterator[None]:
     """Run stacks concurrently and orthogonalise together what they request at the same time."""
-    waiting = []
+    waiting, displaced = [], list[_Displaced]()
     for stack in stacks:
-        update = _update_stack(stack, step)
+        update = _update_stack(stack, step, displaced)
         if (request := next(update, None)) is not None:
             waiting.append((stack, update, request))
     while waiting:
@@ -345,6 +367,12 @@ def run_stacks(stacks: Sequence[Stack], step: StackStep) -> Iterator[None]:
             for (stack, update, _), answer in zip(waiting, answers)
             if (request := _resumed(update, answer)) is not None
         ]
+    if displaced:
+        totals = [x.sums for x in displaced]
+        if step.total is not None:
+            totals = step.total([(x.stack, x.sums) for x in displaced])
+        for x, total in zip(displaced, totals):
+            step.move(x.stack, adjusted(x.d, total, x.keep, x.stack.scalars), x.finite)
 
 
 def _resumed(update: Any, answer: Any) -> Polar | None:

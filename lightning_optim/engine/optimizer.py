@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import processes
 from ..devices import read_later
 from ..processes import ProcessGroup
-from . import checkpoint, decay, declare, formats, owned_state, storage
+from . import checkpoint, decay, declare, formats, owned_state, storage, switches
 from .batch import Batch, SharedStep, prepare, usable_gradient, write_step_counts
 from .checkpoint import CheckpointError
 from .gradients import inspect_gradients
@@ -28,7 +28,7 @@ from .hyperparameters import NUMBERS, count, satisfies
 from .losses import RunningStatistics, loss_of, mean_loss
 from .plain_values import is_plain, plain_hyperparameters
 from .rounding import RESIDUAL, Rounding, load, residual_dtype
-from .rule import MatrixRule, ModelRule, Rule, as_attributes, averages_of, decay_of
+from .rule import OPTIONAL, MatrixRule, ModelRule, Rule, as_attributes, averages_of, entry
 from .state import expected_state, has_begun, has_owner, load_state, state_shapes
 from .step import Backend, run_rules
 from .storage import StateDtype
@@ -214,7 +214,8 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
 
         >>> from lightning_optim import DeVAVector
         >>> DeVAVector.default_hyperparameters()
-        {'lr': 0.02, 'betas': (0.9, 0.999), 'weight_decay': 0.0, 'nesterov': False, 'decay': 'decoupled'}
+        {'lr': 0.02, 'betas': (0.9, 0.999), 'weight_decay': 0.0, 'nesterov': False, 'decay': 'decoupled', \
+'cautious': False, 'norm_control': 'none'}
         """
         own = {name: field for name, field in cls.arguments.items() if name not in RuleOptimizer.arguments}
         return {name: field.default for name, field in (cls.fields | own).items()}
@@ -223,13 +224,22 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
         """Refuse settings that do not go with a :attr:`shard_group`.
 
         Raises:
-            ValueError: State in 8 bits, which needs rows.
+            ValueError: State in 8 bits, which needs rows, or steps that need sums over whole parameters.
         """
-        if self.shard_group is not None and self.state_dtype == "8bit":
+        if self.shard_group is None:
+            return
+        if self.state_dtype == "8bit":
             raise ValueError(
                 f"{type(self).__name__}: state_dtype='8bit' stores blocks of a row, and under FSDP1 and DeepSpeed "
                 "parameters are parts of vectors; use FSDP2, or state_dtype='bfloat16'."
             )
+        for group in self.param_groups:
+            for name, field in switches.FIELDS.items():
+                if (value := group.get(name, field.default)) != field.default:
+                    raise ValueError(
+                        f"{type(self).__name__}: {name}={value!r} needs sums over whole parameters, and under FSDP1 "
+                        f"and DeepSpeed parameters are parts of vectors; use FSDP2, or leave {name} out."
+                    )
 
     # --- parameter groups ---------------------------------------------------------------------------------------
 
@@ -274,8 +284,9 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
             self.defaults = defaults
         group = self.param_groups[-1]
         try:
-            if decay_of(self.rule(group), {}) == group.get("decay", ""):
-                del group["decay"]
+            for name in OPTIONAL:
+                if name in group and _same(group[name], entry(self.rule(group), {}, name)):
+                    del group[name]
             self._check(group)
         except ValueError:
             self.param_groups.pop()
@@ -306,6 +317,7 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
             residual_dtype(self.rounding, p.dtype)
             processes.refuse_partial(p)
             self._check_storage(group, p)
+            self._check_norm(group, p)
             if p.is_complex():
                 self._check_complex(group, p)
             if p.numel() and any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape)):
@@ -313,6 +325,17 @@ class RuleOptimizer(torch.optim.Optimizer, Rule):
                     f"{type(self).__name__} does not take expanded parameters (shape {tuple(p.shape)}, strides "
                     f"{p.stride()}), whose entries share memory; optimize parameter.contiguous() instead."
                 )
+
+    def _check_norm(self, group: Mapping[str, Any], p: Tensor) -> None:
+        """Refuse a matrix of zeros whose norm is to be kept, as far as this process sees it."""
+        if group.get("norm_control") != "hyperball" or p.ndim < 2 or p.is_meta or has_begun(self.state.get(p)):
+            return
+        if processes.placements(p) is None and p.numel() and not p.any():
+            raise ValueError(
+                f"{type(self).__name__}: norm_control='hyperball' keeps the norms that matrices begin with, and a "
+                f"parameter of shape {tuple(p.shape)} is zero; initialise it otherwise, or give its group "
+                "norm_control='none'."
+            )
 
     def _check_storage(self, group: Mapping[str, Any], p: Tensor) -> None:
         """Refuse a parameter whose state cannot be stored as ``state_dtype`` says."""

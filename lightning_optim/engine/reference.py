@@ -16,11 +16,13 @@ from torch import Tensor
 from ..polar import orthogonalize
 from .arithmetic import regularize
 from .batch import Batch, Task, in_parts, regularized
+from .displacement import adjusted, displacement, sums_of
 from .elementwise import combine, over_one_model
-from .layout import from_blocks, to_blocks
+from .layout import block_shape, from_blocks, to_blocks
 from .rounding import RESIDUAL, load, store_
 from .rule import LIKE_PARAMETER, GroupRule, MatrixRule, Move, ignore
 from .state import compute_dtype, state_shapes
+from .switches import adjusting
 
 
 def run_reference(
@@ -42,21 +44,28 @@ def run_reference(
             continue
         if issubclass(batch.rule, MatrixRule):
             batch = in_parts(regularized(batch))
-        for task in batch.tasks:
-            if issubclass(batch.rule, MatrixRule):
+        if issubclass(batch.rule, MatrixRule):
+            for task in batch.tasks:
                 _update_matrices(batch.rule, batch, task, observer)
-            else:
-                _update(batch, task, task.scalars)
+        else:
+            for task, p in zip(batch.tasks, batch.params):
+                _update(batch, task, task.scalars, p.ndim)
 
 
-def _update(batch: Batch, task: Task, scalars: dict[str, Any]) -> None:
+def _update(batch: Batch, task: Task, scalars: dict[str, Any], axes: int) -> None:
     """One step of an element-wise or group rule for one parameter."""
     rule: Any = batch.rule
     value = load(task.p, task.state.get(RESIDUAL), compute_dtype(task.p.dtype))
     g = regularize(_gradient(task), value, scalars["l2"])
     state = task.read(state_shapes(rule, task.parameter, batch.group))
     move = rule.update(g, SimpleNamespace(**state, parameter=value), SimpleNamespace(**scalars))
-    _store(task, move.apply_(value, scalars["keep"], scalars["aligned"]))
+    k = adjusting(scalars, axes)
+    if k is None:
+        _store(task, move.apply_(value, scalars["keep"], scalars["aligned"]))
+    else:
+        d = displacement(move, g, k["cautious"])[None]
+        move = adjusted(d, sums_of(d, value[None], None, k), None, k)
+        _store(task, move.apply_(value[None], k["keep"], k["aligned"])[0])
     if task.low:
         task.write(state, None)
 
@@ -65,6 +74,7 @@ def _update_groups(batches: Sequence[Batch], loss: float | None) -> None:
     """One step of a group rule for all of its parameters."""
     rule: Any = batches[0].rule
     tasks = [(batch, task) for batch in batches for task in batch.tasks]
+    axes = [p.ndim for batch in batches for p in batch.params]
     sums: list[Any] = []
     for batch, task in tasks:
         value = load(task.p, task.state.get(RESIDUAL), compute_dtype(task.p.dtype))
@@ -75,10 +85,10 @@ def _update_groups(batches: Sequence[Batch], loss: float | None) -> None:
     device = tasks[0][1].p.device
     totals = [torch.stack([x.to(device) for x in column]).sum(0) for column in zip(*sums)]
     _, new, coefficients = combine(batches, totals, loss)
-    for batch, task in tasks:
+    for (batch, task), n in zip(tasks, axes):
         known = task.p.is_cpu
         here = {name: float(x) if known else x.to(task.p.device) for name, x in coefficients.items()}
-        _update(batch, task, task.scalars | here)
+        _update(batch, task, task.scalars | here, n)
     for state in [*(task.state for _, task in tasks), *(state for batch in batches for state in batch.idle)]:
         for name, x in new.items():
             state[name].copy_(x)
@@ -113,7 +123,11 @@ def _update_matrices(
         _copy(stored[name], from_blocks(state[name], task.p.shape, batch.group))
     if task.low:
         task.write(stored, None)
-    stacked = move.apply_(stack(value), task.scalars["keep"], task.scalars["aligned"])
+    scalars = task.scalars
+    if k := adjusting(scalars, len(block_shape(task.p.shape, batch.group))):
+        d = displacement(move, stack(_gradient(task)), k["cautious"])
+        move, scalars = adjusted(d, sums_of(d, stack(value), move.keep, k), move.keep, k), k
+    stacked = move.apply_(stack(value), scalars["keep"], scalars["aligned"])
     _store(task, from_blocks(stacked, task.p.shape, batch.group))
 
 

@@ -38,7 +38,7 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias
 from torch import Tensor
 from typing_extensions import dataclass_transform
 
-from . import decay
+from . import decay, switches
 from .arithmetic import add_, add_quotient_, shrink_, shrink_aligned_
 from .hyperparameters import GROUP_ENTRIES, Constraint, Field
 
@@ -258,6 +258,9 @@ class Rule:
         if "weight_decay" in cls.fields:
             form = cls.fields.get("decay", decay.FIELD)
             cls.fields = cls.fields | {"decay": dataclasses.replace(form, kw_only=True)}
+        if cls.fields:
+            declared = {name: cls.fields.get(name, field) for name, field in switches.FIELDS.items()}
+            cls.fields |= {name: dataclasses.replace(field, kw_only=True) for name, field in declared.items()}
         cls.constraints = GROUP_ENTRIES | {name: field.constraint for name, field in cls.fields.items()}
         arguments = {name: field for name, field in own.items() if name in engine}
         cls.arguments = arguments | {name: field for name, field in cls.arguments.items() if name not in arguments}
@@ -379,9 +382,7 @@ class ModelRule(GroupRule):
 
 def hyperparameters_of(rule: type[Rule], group: Mapping[str, Any]) -> SimpleNamespace:
     """The hyperparameters of a parameter group as attributes, all of them plain numbers."""
-    values = {name: group[name] for name in rule.fields if name != "decay"}
-    if "decay" in rule.fields:
-        values["decay"] = decay_of(rule, group)
+    values = {name: group[name] if name not in OPTIONAL else entry(rule, group, name) for name in rule.fields}
     if values.get("decay") == "corrected":
         values["lr_max"] = decay.highest_rate(group)
     if "betas" in values and "momentum" in group:
@@ -412,6 +413,7 @@ def lasting_numbers(rule: type[Rule], h: SimpleNamespace) -> dict[str, Any]:
     """
     numbers = {name: x for name, x in vars(h).items() if name not in _NOT_NUMBERS}
     numbers |= decay.numbers(h) if "weight_decay" in rule.fields else decay.NONE
+    numbers |= switches.numbers(h) if "cautious" in rule.fields else {}
     if rule.own_decay:
         own = gives_keep(rule, getattr(h, "decay", None))
         numbers["weight_decay"] = getattr(h, "weight_decay", 0.0) if own else None
@@ -419,13 +421,19 @@ def lasting_numbers(rule: type[Rule], h: SimpleNamespace) -> dict[str, Any]:
     return numbers
 
 
-def decay_of(rule: type[Rule], group: Mapping[str, Any]) -> str | None:
-    """The form of weight decay of a parameter group; ``None`` if the rule has no weight decay.
+#: Hyperparameters that a parameter group has no entry for where they have the rule's default:
+#: :mod:`torch.distributed.checkpoint` could not read folders of shards from before there were such entries.
+OPTIONAL = ("decay", *switches.FIELDS)
 
-    A group with the rule's default form has no such entry: :mod:`torch.distributed.checkpoint` could not read folders
-    of shards from before there was one.
-    """
-    return group.get("decay", rule.fields["decay"].default) if "decay" in rule.fields else None
+
+def entry(rule: type[Rule], group: Mapping[str, Any], name: str) -> Any:
+    """The value in a parameter group of one of the hyperparameters :data:`OPTIONAL`, ``None`` if the rule has none."""
+    return group.get(name, rule.fields[name].default) if name in rule.fields else None
+
+
+def decay_of(rule: type[Rule], group: Mapping[str, Any]) -> str | None:
+    """The form of weight decay of a parameter group; ``None`` if the rule has no weight decay."""
+    return entry(rule, group, "decay")
 
 
 def gives_keep(rule: type[Rule], form: str | None) -> bool:
@@ -434,7 +442,7 @@ def gives_keep(rule: type[Rule], form: str | None) -> bool:
 
 
 #: Hyperparameters that the numbers of a step hold in another form.
-_NOT_NUMBERS = ("betas", "weight_decay", "decay", "lr_max")
+_NOT_NUMBERS = ("betas", "weight_decay", "decay", "lr_max", *switches.FIELDS)
 
 
 def buffers_of(rule: type[Rule], shape: Shape, h: Any) -> dict[str, Shape | None]:

@@ -8,6 +8,7 @@ and state in place. Rules stay free of everything that depends on how they are r
 - :mod:`.rounding`: how results are rounded into low-precision parameters;
 - :mod:`.reference`: the reference, one parameter at a time;
 - :mod:`.call`: one call of a rule's function;
+- :mod:`.displacement`: steps that depend on sums over whole matrices;
 - :mod:`.elementwise`: element-wise and group rules, on joined and chunked tensors;
 - :mod:`.compile`: the same, compiled;
 - :mod:`.matrices`: matrix rules on stacks, which are orthogonalised together;

@@ -27,7 +27,8 @@ def fallback_hyperparameters(name: str, arguments: Mapping[str, Any]) -> dict[st
     """All hyperparameters of a fallback rule.
 
     Weight decay that is multiplied by the learning rate means the same in both rules, so a value that is given for
-    matrices also holds for the fallback, and so does another form than the default. Learning rates are not shared.
+    matrices also holds for the fallback, and so does another form than the default. Updates are cautious in both rules.
+    Learning rates are not shared, and norms are those of matrices.
 
     Args:
         name: The rule.
@@ -39,7 +40,8 @@ def fallback_hyperparameters(name: str, arguments: Mapping[str, Any]) -> dict[st
 
     >>> import lightning_optim
     >>> fallback_hyperparameters("AdamW", {"lr": 0.02, "weight_decay": 0.1, "fallback_lr": 3e-4})
-    {'lr': 0.0003, 'betas': (0.9, 0.999), 'eps': 1e-08, 'weight_decay': 0.1, 'decay': 'decoupled'}
+    {'lr': 0.0003, 'betas': (0.9, 0.999), 'eps': 1e-08, 'weight_decay': 0.1, 'decay': 'decoupled', \
+'cautious': False, 'norm_control': 'none'}
     """
     if name not in fallbacks():
         raise ValueError(f"fallback={name!r} is not one of {', '.join(sorted(fallbacks()))}.")
@@ -53,6 +55,9 @@ def fallback_hyperparameters(name: str, arguments: Mapping[str, Any]) -> dict[st
         named = all(isinstance(x, (str, type(None))) for x in (own, form))  # Others are refused where they are set.
         if named and (own == form or {own, form or "decoupled"} <= BY_LR):
             values["weight_decay"] = arguments.get("weight_decay", values["weight_decay"])
+    cautious = arguments.get("cautious", False)
+    if satisfies(rule.fields["cautious"].constraint, cautious):
+        values["cautious"] = cautious
     for key in _FALLBACK_ARGUMENTS:
         value = arguments.get(f"fallback_{key}")
         if value is None:

@@ -7,6 +7,7 @@ from ..engine.arithmetic import add_, ema_, ema_product_
 from ..engine.decay import UniformDecay
 from ..engine.hyperparameters import count, number
 from ..engine.kinds import Elementwise, Move
+from ..engine.switches import NotCautious, Uncontrolled
 
 
 def _scalars(t, h):
@@ -103,6 +104,8 @@ class AdmetaR(
     lookahead_steps: Annotated[int, count()] = 6
     weight_decay: float = 0.0
     decay: UniformDecay = "decoupled"
+    cautious: NotCautious = False
+    norm_control: Uncontrolled = "none"
     decoupled: bool | None = None
 
     buffers = ("inner", "m", "v", "slow")
@@ -168,6 +171,8 @@ class AdmetaS(
     lookahead_steps: Annotated[int, count()] = 6
     weight_decay: float = 0.0
     decay: UniformDecay = "coupled"
+    cautious: NotCautious = False
+    norm_control: Uncontrolled = "none"
     decoupled: bool | None = None
 
     buffers = ("inner", "m", "slow")

@@ -9,6 +9,7 @@ from ..devices import widest
 from ..engine.arithmetic import add_
 from ..engine.kinds import Model, Move
 from ..engine.rule import LIKE_PARAMETER, Internal
+from ..engine.switches import NotCautious, Uncontrolled
 
 _GUESS = 2.35  # About ln 10, the loss of a guess among ten classes.
 _SLOWEST, _FASTEST = 1e-3, 1e11  # Bounds of the factor: 1e-8 and 1e6 at the default learning rate.
@@ -153,6 +154,8 @@ class ELRA(
 
     lr: float = 1e-5
     form: Literal["p2min", "c2min"] = "p2min"
+    cautious: NotCautious = False
+    norm_control: Uncontrolled = "none"
 
     group_state = {
         "fresh": 1.0, "taken_back": 0.0, "factor": 1.0, "first": 0.0, "best": 0.0, "smooth": 0.0, "noise": 0.0,

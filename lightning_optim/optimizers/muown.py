@@ -10,6 +10,7 @@ from ..engine.decay import UniformDecay, rate
 from ..engine.hyperparameters import fraction
 from ..engine.kinds import Matrix, Move
 from ..engine.rule import LIKE_PARAMETER, Polar, mean_of
+from ..engine.switches import NotCautious, Uncontrolled
 
 #: Rows with no larger norm count as zero.
 _ZERO = 1e-30
@@ -92,6 +93,8 @@ class Muown(
     weight_decay: float = 0.0
     decay: UniformDecay = "decoupled"
     orthogonalizer: str = "kj5"
+    cautious: NotCautious = False
+    norm_control: Uncontrolled = "none"
 
     reads_parameter = True
     own_decay = True

@@ -9,6 +9,7 @@ from ..engine.arithmetic import ema_, mix
 from ..engine.hyperparameters import SMALLEST, count, number
 from ..engine.kinds import Matrix, Move
 from ..engine.rule import LIKE_PARAMETER, Polar, mean_of
+from ..engine.switches import NotCautious, Uncontrolled
 
 #: First step from a multiplier in search of one on the other side of the root; doubled each time. As released.
 _FIRST_STEP = 1e-3
@@ -119,6 +120,8 @@ class SSO(
     tolerance: Annotated[float, number(1e-12)] = 1e-6
     max_tries: Annotated[int, count()] = 31
     orthogonalizer: str = "pe8"
+    cautious: NotCautious = False
+    norm_control: Uncontrolled = "none"
 
     reads_parameter = True
     own_decay = True

@@ -285,6 +285,21 @@ def decay() -> dict[str, Any]:
     }
 
 
+def switches() -> dict[str, Any]:
+    """Steps that depend on sums over whole matrices."""
+    forms: list[dict[str, Any]] = [
+        {"cautious": True},
+        {"norm_control": "hyperball"},
+        {"cautious": True, "norm_control": "radial", "weight_decay": 0.5, "decay": "cautious"},
+    ]
+    return {
+        f"{name} {i} {kind}": run(name, CONFIGURATIONS[name][0] | form, **where)
+        for i, form in enumerate(forms)
+        for name in ("Muon", "NAMO", "SOAP", "HVAdam", "MVNGrad")
+        for kind, where in (("fsdp2", {"mesh": line()}), ("ddp", {"group": dist.group.WORLD}))
+    }
+
+
 def unused() -> dict[str, Any]:
     """One parameter gets a gradient only later, one only in the beginning."""
     return few(mesh=line(), without=lambda name, t: name == ("up" if t < 3 else "qkv"))
@@ -523,6 +538,7 @@ CASES: dict[int, dict[str, Callable[[], Any]]] = {
         "ddp": lambda: each(group=dist.group.WORLD),
         "ddp float32": lambda: each(group=dist.group.WORLD, dtype=torch.float32),
         "decay": decay,
+        "switches": switches,
         "on accelerators": on_accelerators,
         "unused": unused,
         "checkpoint": lambda: checkpoint(line()),
@@ -544,6 +560,7 @@ CASES: dict[int, dict[str, Callable[[], Any]]] = {
         "tensor parallel lives of state": lambda: lives_of_state(square()),
         "tensor parallel low state": lambda: low_state(square()),
         "tensor parallel split": lambda: few(mesh=square(), dtype=torch.bfloat16, extra={"rounding": "split"}),
+        "switches": switches,
         "bytes": bytes_sent,
         "refused": refused,
         "leaked": leaked,

@@ -164,6 +164,14 @@ def test_weight_decay_on_shards(results: Results) -> None:
             assert found["difference"] <= 1e-13, name  # Float64: sums in another order.
 
 
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_cautious_steps_and_control_of_norms_on_shards(processes: int, results: Results) -> None:
+    for result in results(processes, "switches"):
+        assert len(result) == 30
+        for name, found in result.items():
+            assert found["difference"] <= 1e-13, name  # Float64: sums in another order.
+
+
 def test_parameters_without_a_gradient_for_a_while(results: Results) -> None:
     for result in results(2, "unused"):
         for name, found in result.items():

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -92,12 +93,15 @@ class Reference:
     """Counts steps and calls `update` for every tensor.
 
     `update` has the form of weight decay that is its optimizer's default, with the coefficient `weight_decay`. All
-    other forms are here, from one step without weight decay.
+    other forms are here, from one step without weight decay. So are `cautious` and `norm_control`, which take a step
+    apart: into what it makes of the parameter, and how far it goes.
     """
 
     params: list[np.ndarray]
     lr: float
     decay: str = field(default="decoupled", kw_only=True)
+    cautious: bool = field(default=False, kw_only=True)
+    norm_control: str = field(default="none", kw_only=True)
     lr_max: float | None = field(default=None, kw_only=True)  #: The highest rate of a schedule.
 
     decays_afterwards: ClassVar[bool] = False  #: Whether weight decay comes after the step.
@@ -113,6 +117,46 @@ class Reference:
         self.t += 1
         lr = self.lr if lr is None else lr
         grads = [np.asarray(g, np.float64) for g in grads]
+        if self.cautious or self.norm_control != "none":
+            self.adjusted_step(grads, lr)
+        else:
+            self.plain_step(grads, lr)
+
+    def adjusted_step(self, grads: Sequence[Array], lr: float) -> None:
+        """A step that goes by signs of the gradient, or by norms."""
+        before, weight_decay = self.params, getattr(self, "weight_decay", 0.0)
+        if self.decay == "coupled":
+            grads = [g + weight_decay * p for g, p in zip(grads, before)]
+            vars(self)["weight_decay"] = 0.0
+        other = deepcopy(self)
+        other.plain_step(grads, lr)
+        self.params = [np.zeros_like(p) for p in before]
+        self.plain_step(grads, lr)
+        steps, self.params = self.params, []
+        for p, g, there, step in zip(before, grads, other.params, steps):
+            mask = step * g < 0 if self.cautious else np.ones_like(step, bool)
+            base = there - step  # With weight decay.
+            if self.decay == "cautious":
+                base = self.decayed(p, step * mask, self.rate(lr)) - step * mask
+            grown = step.size / (mask.sum() + 1) if self.cautious else 1.0
+            self.params.append(self.controlled(p, base, step * mask * grown, lr))
+        if self.decay == "coupled":
+            vars(self)["weight_decay"] = weight_decay
+
+    def controlled(self, p: Array, base: Array, step: Array, lr: float) -> Array:
+        """Where a step leads from `base`, which is `p` with weight decay."""
+        if self.norm_control == "none" or p.ndim < 2:
+            return base + step
+        if self.norm_control == "hyperball":
+            radius, length = np.linalg.norm(p), np.linalg.norm(step)
+            moved = p + lr * radius * step / length if length else p
+            return moved * radius / np.linalg.norm(moved)
+        moved = base + step
+        growth = np.linalg.norm(moved) - np.linalg.norm(base)
+        return moved * (np.linalg.norm(base) + growth * (0.5 if growth > 0 else 1)) / np.linalg.norm(moved)
+
+    def plain_step(self, grads: Sequence[Array], lr: float) -> None:
+        """A step with any form of weight decay."""
         weight_decay = getattr(self, "weight_decay", 0.0)
         if not weight_decay or (self.decay != "coupled" and (self.own_decay or self.decay == type(self).decay)):
             self.move(grads, lr)
