@@ -300,8 +300,8 @@ def _update_stack(stack: Stack, step: StackStep, waiting: list[_Displaced]) -> I
         step.move(stack, move, finite)
         return
     d = displacement(move, g, k["cautious"])
-    p = None if k["norm_control"] == "none" else _concatenated([stack.view(parameter_of(task)) for task in tasks])
-    waiting.append(_Displaced(stack, d, sums_of(d, p, move.keep, k), move.keep, finite))
+    whole = None if k["norm_control"] == "none" else _concatenated([stack.view(parameter_of(task)) for task in tasks])
+    waiting.append(_Displaced(stack, d, sums_of(d, whole, move.keep, k), move.keep, finite))
 
 
 def _concatenated(xs: list[Tensor]) -> Tensor:
