@@ -80,21 +80,23 @@ def _decayed(p: Tensor, d: Tensor, keep: float | Tensor | None, k: Mapping[str, 
     return p * decay_factor(keep, k)
 
 
-def factors(sums: Tensor, k: Mapping[str, Any]) -> tuple[Tensor | None, Tensor]:
+def factors(sums: Tensor, k: Mapping[str, Any], dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
     """By what decayed parameters and displacements are multiplied: ``None`` for 1, or a vector; and a vector.
 
     Args:
         sums: Those of :func:`sums_of` over all elements.
         k: The numbers of the step.
+        dtype: Their dtype, that of the displacements.
     """
     elements, moving, pp, dd, pd = sums.unbind(1)
     step = elements / (moving + 1) if k["cautious"] else torch.ones_like(elements)
     control = k["norm_control"]
     if control == "none":
-        return None, step
+        return None, step.to(dtype)
     if control == "hyperball":
-        length = torch.where(dd > 0, k["lr"] * (pp / dd).sqrt(), 0.0)
-        step = torch.where(pp > 0, length, step)  # Zero has no direction.
+        length = k["lr"] * (pp / dd).sqrt()
+        # Zero has no direction, nor does what is so small that its factor is out of range: it consists of roundings.
+        step = torch.where(pp > 0, torch.where((dd > 0) & (length <= torch.finfo(dtype).max), length, 0.0), step)
     before = pp.sqrt()
     after = (pp - 2 * step * pd + step.square() * dd).clamp(min=0).sqrt()
     if control == "hyperball":
@@ -102,7 +104,7 @@ def factors(sums: Tensor, k: Mapping[str, Any]) -> tuple[Tensor | None, Tensor]:
     else:
         target = before + torch.where(after > before, OUTWARD, 1.0) * (after - before)
     kept = torch.where(after > 0, target / after, 1.0)
-    return kept, kept * step
+    return kept.to(dtype), (kept * step).to(dtype)
 
 
 def adjusted(d: Tensor, sums: Tensor, keep: float | Tensor | None, k: Mapping[str, Any]) -> Move:
@@ -114,11 +116,11 @@ def adjusted(d: Tensor, sums: Tensor, keep: float | Tensor | None, k: Mapping[st
         keep: The factor of weight decay, if the rule's move says it.
         k: The numbers of the step, from :func:`.switches.adjusting`.
     """
-    kept, step = factors(sums, k)
+    kept, step = factors(sums, k, d.dtype)
     shape = (len(d), *[1] * (d.ndim - 1))
     if kept is not None:
-        keep = kept.to(d.dtype).view(shape) * decay_factor(keep, k)
-    return Move(d, step.to(d.dtype).view(shape), keep=keep)
+        keep = kept.view(shape) * decay_factor(keep, k)
+    return Move(d, step.view(shape), keep=keep)
 
 
 def decay_factor(keep: float | Tensor | None, k: Mapping[str, Any]) -> Any:

@@ -411,7 +411,7 @@ def _update_adjusted(
     totals = _totals(batch.tasks, sums, groups)
     for tasks, d in displaced:
         total = torch.stack([totals[id(task)].to(d.device) for task in tasks])
-        _move(tasks, d, *factors(total, k), k, None if finite is None else finite.to(d.device))
+        _move(tasks, d, *factors(total, k, d.dtype), k, None if finite is None else finite.to(d.device))
 
 
 def _sums(tasks: Sequence[Task], d: Tensor, k: Mapping[str, Any]) -> list[Tensor]:
@@ -443,8 +443,7 @@ def _move(
     tasks: Sequence[Task], d: Tensor, kept: Tensor | None, step: Tensor, k: Mapping[str, Any], finite: Tensor | None
 ) -> None:
     """Move the parameters of some tasks, whose displacements are one vector, and their factors one number each."""
-    step = step.to(d.dtype)
-    kept = None if kept is None else kept.to(d.dtype) * decay_factor(None, k)
+    kept = None if kept is None else kept * decay_factor(None, k)
     if len(tasks) == 1:
         (task,) = tasks
         noise = None if task.noise is None else _chunk_noise(task, 0, len(d)).view(task.p.shape)
