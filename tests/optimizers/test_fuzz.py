@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from lightning_optim.engine.hyperparameters import Field
 from lightning_optim.engine.rounding import ROUNDINGS
 from lightning_optim.engine.rule import RULES, ModelRule, decay_of
+from lightning_optim.engine.switches import FIELDS
 from lightning_optim.registry import OPTIMIZERS
 
 from . import references
@@ -69,8 +70,12 @@ OF_GROUPS: dict[str, list[Any]] = {
 
 
 def hyperparameters(name: str) -> dict[str, Field]:
-    """What is drawn for an optimizer: the hyperparameters that it declares."""
-    return RULES[name].fields
+    """What is drawn for an optimizer: the hyperparameters that it declares, without the switches of all.
+
+    Of a few elements, one whose sign rounding decides changes the cautious step of all, and a displacement that is
+    rounding has a norm like any other: ``test_switches.py`` compares these in float64, and for extreme gradients.
+    """
+    return {key: field for key, field in RULES[name].fields.items() if key not in FIELDS}
 
 
 def values(name: str, key: str) -> st.SearchStrategy[Any]:
