@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_optim as lo
-from lightning_optim.engine.rule import RULES
+from lightning_optim.engine.rule import OPTIONAL, RULES
 from lightning_optim.engine.two_rules import fallbacks
 from lightning_optim.registry import OPTIMIZERS
 
@@ -94,7 +94,7 @@ def test_groups_hold_their_own_rule_only(name: str) -> None:
     optimizer = build(name, [nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(3))], fallback="LaProp")
     matrix, fallback = optimizer.param_groups
     assert (matrix["rule"], fallback["rule"]) == (name, "LaProp")
-    assert set(fallback) - {"params", "role", "rule", "maximize"} == set(OPTIMIZERS["LaProp"].defaults) - {"decay"}
+    assert set(fallback) - {"params", "role", "rule", "maximize"} == set(OPTIMIZERS["LaProp"].defaults) - {*OPTIONAL}
     assert fallback["lr"] == OPTIMIZERS["LaProp"].defaults["lr"]
 
 
