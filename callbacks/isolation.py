@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import copy
 import functools
+import random
 import sys
 import types
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
+import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from lightning_optim.trainer import is_lightning
 
 #: Hooks of a module that run in a forward or backward pass.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 #: Attributes that every LightningModule has, or that the command line sets, and that a training step does not use.
 _OWN = {*vars(pl.LightningModule()), "configure_optimizers", "log", "log_dict"}
 _CONTAINERS = (list, dict, set, deque)
-_CONSTANTS = (type(None), bool, int, float, complex, str, bytes, range, type, types.ModuleType, types.FunctionType)
+_VALUES = (type(None), bool, int, float, complex, str, bytes, range, type, types.ModuleType)
+_CONSTANTS = (*_VALUES, types.FunctionType)
 
 
 class StandInTrainer:
@@ -137,11 +143,16 @@ def _globals_of(classes: Iterable[type]) -> Iterator[tuple[str, Any]]:
             if isinstance(value, (*_CONTAINERS, Tensor)) and not attribute.startswith("__"):
                 yield f"{cls.__name__}.{attribute}", value
         for method in vars(cls).values():
-            for function in _functions(method):
-                if not _is_installed(function):
-                    for name in (name for code in _codes(function.__code__) for name in code.co_names):
-                        if name in function.__globals__:
-                            yield name, function.__globals__[name]
+            yield from _globals_used(method)
+
+
+def _globals_used(method: Any) -> Iterator[tuple[str, Any]]:
+    """Globals that a function or method uses, and those that it wraps."""
+    for function in _functions(method):
+        if not _is_installed(function):
+            for name in (name for code in _codes(function.__code__) for name in code.co_names):
+                if name in function.__globals__:
+                    yield name, function.__globals__[name]
 
 
 def _is_installed(x: type | types.FunctionType) -> bool:
@@ -181,20 +192,83 @@ def _is_torch_constant(x: Any) -> bool:
 @contextmanager
 def kept_globals(classes: Iterable[type]) -> Iterator[None]:
     """Containers that the methods of classes use hold afterwards what they held before."""
-    kept = [(y, copy.copy(y)) for _, x in _globals_of(classes) for y in _containers(x)]
+    with kept_state(x for _, x in _globals_of(classes) if isinstance(x, _CONTAINERS)):
+        yield
+
+
+@contextmanager
+def kept_state(objects: Iterable[Any]) -> Iterator[None]:
+    """Objects that a copy of a module shares with the run hold afterwards what they held before.
+
+    That is their attributes, what containers hold, and the states of random generators, also of objects within them.
+    What is changed in a tensor or an array stays changed, and so does a container of more than 10,000 elements. The
+    Trainer and its module are left alone.
+    """
+    undo = [restore for x in _reachable(objects) if (restore := _restoring(x)) is not None]
     try:
         yield
     finally:
-        for x, before in kept:
-            # Not only if they differ: tensors in them cannot be compared as one.
-            x.clear()
-            x.update(before) if isinstance(x, (dict, set)) else x.extend(before)
+        for restore in undo:
+            restore()
 
 
-def _containers(x: Any) -> Iterator[Any]:
-    """A container and those in it."""
-    if isinstance(x, (*_CONTAINERS, tuple)):
-        for y in x.values() if isinstance(x, dict) else x:
-            yield from _containers(y)
-    if isinstance(x, _CONTAINERS):
+#: How many objects are looked at, and how long containers may be whose elements are.
+_OBJECTS, _ELEMENTS = 20_000, 10_000
+#: Objects of the run itself, which a probe does not get.
+_RUN = ("Trainer", "LightningModule")
+#: Modules whose objects threads and processes share.
+_THREADS = ("queue", "threading", "_thread", "multiprocessing", "concurrent", "asyncio")
+
+
+def _reachable(objects: Iterable[Any]) -> Iterator[Any]:
+    """Objects, and what they hold."""
+    seen: dict[int, Any] = {}
+    queue = deque(objects)
+    while queue and len(seen) < _OBJECTS:
+        x = queue.popleft()
+        if id(x) in seen or isinstance(x, (*_VALUES, Tensor)) or type(x).__module__.partition(".")[0] in _THREADS:
+            continue
+        if any(is_lightning(x, name) for name in _RUN):
+            continue
+        seen[id(x)] = x
         yield x
+        if isinstance(x, (*_CONTAINERS, tuple)):
+            if len(x) <= _ELEMENTS:
+                queue.extend(x.values() if isinstance(x, dict) else x)
+        elif isinstance(x, (types.FunctionType, types.MethodType)):
+            queue.extend(y for _, y in _globals_used(x) if isinstance(y, _CONTAINERS))
+            queue.extend([*(y for f in _functions(x) for y in _held(f)), getattr(x, "__self__", None)])
+        elif isinstance(x, functools.partial):
+            queue.extend([x.func, *x.args, *x.keywords.values()])
+        elif hasattr(x, "__dict__"):
+            queue.append(vars(x))
+            queue.extend(y for _, y in _globals_of(type(x).__mro__) if isinstance(y, _CONTAINERS))
+
+
+def _restoring(x: Any) -> Callable[[], Any] | None:
+    """What puts back what an object holds now."""
+    if isinstance(x, torch.Generator):
+        return functools.partial(x.set_state, x.get_state())
+    if isinstance(x, random.Random):
+        return functools.partial(x.setstate, x.getstate())
+    if isinstance(x, np.random.Generator):
+        return functools.partial(setattr, x.bit_generator, "state", copy.deepcopy(x.bit_generator.state))
+    if isinstance(x, np.random.RandomState):
+        return functools.partial(x.set_state, x.get_state(legacy=False))
+    if not isinstance(x, _CONTAINERS) or len(x) > _ELEMENTS:
+        return None
+    before: Any = copy.copy(x)
+
+    def restore() -> None:
+        # By identity: tensors cannot be compared as one. What has not changed is left alone, as threads may read it.
+        if isinstance(x, dict):
+            for key in [key for key in x if key not in before]:
+                del x[key]
+            for key, value in before.items():
+                if key not in x or x[key] is not value:
+                    x[key] = value
+        elif len(x) != len(before) or any(now is not then for now, then in zip(x, before)):
+            x.clear()
+            x.update(before) if isinstance(x, set) else x.extend(before)
+
+    return restore

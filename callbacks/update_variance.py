@@ -32,7 +32,7 @@ from lightning_optim.diagnostics.what_if import VirtualOptimizer, fork_rng, grad
 from lightning_optim.processes import all_gather_equal, local, strategies, world
 from lightning_optim.trainer import is_lightning
 
-from .isolation import StandInTrainer, classes_of, isolated_steps, kept_globals, not_isolated
+from .isolation import StandInTrainer, classes_of, isolated_steps, kept_globals, kept_state, not_isolated
 from .loop import Loop
 from .monitor import ProbingMonitor, Results, layers_of
 from .recorder import Step, StepRecorder
@@ -355,6 +355,7 @@ class _Batches(_Source):
         optimizer = self.trainer.optimizers[0]
         with (
             kept_globals(classes_of(self.module)),
+            kept_state(self._shared()),
             isolate_rng(include_cuda=False),
             fork_rng(self.module.device),
             torch.enable_grad(),
@@ -371,6 +372,13 @@ class _Batches(_Source):
                 gradients = outside | {p: copied.grad for copied, p in real.items() if copied.grad is not None}
                 updates.append(_sampled(step, self.update(gradients)))
         return updates
+
+    def _shared(self) -> list[Any]:
+        """What a training step of the copy, and the loading of its data, can reach of the run."""
+        loader: DataLoader[Any] = self.trainer.train_dataloader  # type: ignore[assignment]
+        schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+        groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
+        return [loader.dataset, loader.collate_fn, getattr(self.trainer, "datamodule", None), *schedulers, *groups]
 
     def _copy(self) -> pl.LightningModule:
         try:
@@ -413,8 +421,15 @@ class _Batches(_Source):
     def _backward(self, module: pl.LightningModule, batch: Any, number: int) -> None:
         # What Lightning does between the loader and the optimizer.
         plugin = self.trainer.precision_plugin
-        batch = self.module._on_before_batch_transfer(plugin.convert_input(batch), dataloader_idx=0)
-        batch = self.trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+        batch = plugin.convert_input(batch)
+        device = self.trainer.strategy.root_device
+        for hook, *more in (
+            ("on_before_batch_transfer", 0),
+            ("transfer_batch_to_device", device, 0),
+            ("on_after_batch_transfer", 0),
+        ):
+            owner = self.trainer._data_connector._datahook_selector.get_instance(hook)  # type: ignore[union-attr]
+            batch = getattr(module if owner is self.module else owner, hook)(batch, *more)
         numbered = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
         with plugin.train_step_context():
             output = module.training_step(batch, number) if numbered else module.training_step(batch)

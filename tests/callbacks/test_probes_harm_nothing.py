@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import random
 import warnings
 from collections import deque
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
-from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
 from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from lightning_optim.callbacks import SpikeResponse, UpdateVariance
 
@@ -296,10 +299,148 @@ class OptimizerWithAClassVariable(OwnOptimizer):
         return CountsInItsClass
 
 
+# --- data and settings of the run -------------------------------------------------------------------------------
+
+
+GIVEN: list[int] = []
+
+
+def stacked(samples: list[Tensor]) -> Tensor:
+    GIVEN.append(len(GIVEN))
+    return torch.stack(samples) / len(GIVEN)
+
+
+class Counting(Dataset[Tensor]):
+    """Adds noise that falls with the number of samples given so far, from a generator of its own."""
+
+    seen: ClassVar[dict[int, int]] = {}
+
+    def __init__(self) -> None:
+        self.seen.clear()
+        GIVEN.clear()
+        self.given = 0
+        self.log: dict[str, list[int]] = {"indices": []}
+        self.noise = np.random.default_rng(0)
+        self.shift = random.Random(1)
+        self.scale = torch.Generator().manual_seed(2)
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, i: int) -> Tensor:
+        self.given += 1
+        self.seen[i] = self.given
+        self.log["indices"].append(i)
+        noise = torch.from_numpy(self.noise.standard_normal(32)).float() * torch.rand(1, generator=self.scale)
+        return noise / self.given + self.shift.random()
+
+
+class OwnData(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.data = [Counting()]
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(Subset(self.data[0], range(60)), batch_size=4, collate_fn=stacked)
+
+    def kept(self) -> list[Any]:
+        return [self.data[0].given, self.data[0].log["indices"], dict(Counting.seen), list(GIVEN)]
+
+
+class Mixes:
+    def __init__(self) -> None:
+        self.calls = 0
+        self.random = np.random.RandomState(0)
+
+    def __call__(self, samples: list[Tensor]) -> Tensor:
+        self.calls += 1
+        return torch.stack(samples) * float(self.random.rand()) / self.calls
+
+
+class OwnCollate(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixes = [Mixes()]
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(RandomDataset(32, 64), batch_size=4, collate_fn=self.mixes[0])
+
+    def kept(self) -> list[Any]:
+        return [self.mixes[0].calls]
+
+
+class ClosureCollate(OwnCollate):
+    def train_dataloader(self) -> Any:
+        mixes = self.mixes[0]
+        return DataLoader(RandomDataset(32, 64), batch_size=4, collate_fn=lambda samples: mixes(samples))
+
+
+class TransfersBatches(Base):
+    """Augments batches by hooks that count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = [0, 0]
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        self.calls[0] += 1
+        return batch / self.calls[0]
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        self.calls[1] += 1
+        return batch * self.calls[1] ** 0.5
+
+    def kept(self) -> list[Any]:
+        return list(self.calls)
+
+
+class Augments(pl.LightningDataModule):
+    """As :class:`TransfersBatches`, in the data module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(RandomDataset(32, 64), batch_size=4)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        self.calls += 1
+        return batch / self.calls
+
+
+class WithDataModule(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.data = [Augments()]
+
+    def kept(self) -> list[Any]:
+        return [self.data[0].calls]
+
+
+class SetsTheRate(Base):
+    def extra(self, out: Tensor) -> Any:
+        for group in self.trainer.optimizers[0].param_groups:
+            group["lr"] *= 0.9
+        return 0.0
+
+
+class StepsTheSchedule(Base):
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        return [optimizer], [torch.optim.lr_scheduler.CyclicLR(optimizer, 0.01, 0.1, 3)]
+
+    def extra(self, out: Tensor) -> Any:
+        schedule: Any = self.lr_schedulers()
+        schedule.step()
+        return 0.0
+
+
 MODULES = [
     BufferBank, GlobalBank, ClassBank, ListHook, CountingHook, HookWithModule, KeepsGraph, KeepsList, KeepsInLayer,
     LogsMetrics, LogsToExperiment, LogsThroughTrainer, OwnOptimizer, DecoratedOptimizer,
-    OptimizerWithAGlobal, DecoratedOptimizerWithAGlobal, OptimizerWithAClassVariable,
+    OptimizerWithAGlobal, DecoratedOptimizerWithAGlobal, OptimizerWithAClassVariable, OwnData, OwnCollate,
+    ClosureCollate, TransfersBatches, WithDataModule, SetsTheRate, StepsTheSchedule,
 ]  # fmt: skip
 
 
@@ -321,7 +462,7 @@ def trained(cls: type[Base], probes: bool) -> tuple[list[Tensor], list[Any], lis
             max_steps=8, callbacks=monitors, accelerator="cpu", devices=1, logger=logger, limit_val_batches=0,
             enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1,
         )  # fmt: skip
-        trainer.fit(module)
+        trainer.fit(module, datamodule=next((x for x in getattr(module, "data", ()) if isinstance(x, Augments)), None))
     assert trainer.global_step == 8
     return [p.detach() for p in module.parameters()], module.kept(), logger.lines
 
