@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_optim.optimizers import NonFiniteGradientsError
-from lightning_optim.processes import all_gather_object, world
+from lightning_optim.processes import all_gather_object, strategies, world
 from lightning_optim.trainer import is_lightning
 
 from . import run_position
@@ -135,7 +135,9 @@ class ExactResume(pl.Callback):
             "frozen": [name for name, p in pl_module.named_parameters() if not p.requires_grad],
             "metrics": {name: x.detach().clone() for name, x in trainer.callback_metrics.items()},
         }
-        self._warn(trainer, [*reasons, *reason, *self._half_done(pl_module, position)])
+        self._warn(
+            trainer, [*reasons, *reason, *self._half_done(pl_module, position), *_not_restored(trainer.strategy)]
+        )
 
     def _works(self, trainer: pl.Trainer) -> bool:
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
@@ -285,6 +287,15 @@ class _Resumed:
     def numbers(self, trainer: pl.Trainer) -> RandomNumbers | None:
         rank = trainer.global_rank
         return RandomNumbers.of(self.states[rank]) if rank < len(self.states) else None
+
+
+def _not_restored(strategy: Any) -> Iterator[str]:
+    """Why a strategy does not restore what it saves to the last bit."""
+    if strategies.saves_flat_file(strategy):
+        yield (
+            "FSDPStrategy does not restore the state of optimizers from a file to the last bit, but does from a folder "
+            'of shards, which state_dict_type="sharded" writes'
+        )
 
 
 def _has_state(loader: Any) -> bool:

@@ -80,6 +80,11 @@ def is_fsdp1(strategy: Any) -> bool:
     return is_lightning(strategy, "FSDPStrategy")
 
 
+def saves_flat_file(strategy: Any) -> bool:
+    """Whether a strategy is FSDPStrategy and writes one file, not a folder of shards."""
+    return is_fsdp1(strategy) and not private.saves_sharded(strategy)
+
+
 def shards_parameters(fsdp_strategy: Any) -> bool:
     """Whether an FSDPStrategy gives each rank a part of the parameters."""
     return fsdp_strategy.sharding_strategy is not ShardingStrategy.NO_SHARD

@@ -17,11 +17,13 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_optim import configure_optimizers
+from lightning_optim.callbacks.exact_resume import _not_restored
 from lightning_optim.checkpoint_io import CheckpointError, SafeFSDPStrategy
 
 REPOSITORY = Path(__file__).parents[2]
@@ -113,6 +115,22 @@ def main(out: Path) -> None:
     if Path("executed").exists():
         wrong.append("a made-up table was executed")
     torch.save(wrong, out / f"{rank}.pt")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "said"),
+    [
+        (FSDPStrategy(state_dict_type="full"), 'state_dict_type="sharded"'),
+        (SafeFSDPStrategy(state_dict_type="full"), 'state_dict_type="sharded"'),
+        (SafeFSDPStrategy(state_dict_type="sharded"), ""),
+        (DDPStrategy(), ""),
+    ],
+    ids=["Lightning's file", "a file", "a folder of shards", "DDP"],
+)
+def test_a_file_is_said_not_to_continue_exactly(strategy: Strategy, said: str) -> None:
+    reasons = list(_not_restored(strategy))
+    assert len(reasons) == bool(said)
+    assert said in "".join(reasons)
 
 
 @pytest.mark.slow
