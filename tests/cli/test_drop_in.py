@@ -180,10 +180,28 @@ def callable_arguments(base: type[LightningCLI]) -> Any:
     return [type(made) for made in model.made], model.scheduler.gamma
 
 
+class Deep(Wide):
+    def __init__(self, gain: float = 1.0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+
+
+def checkpoint_of_a_named_class(base: type[LightningCLI]) -> Any:
+    """Its hyperparameters hold, however the class is written and whatever it is loaded for."""
+    run = [*QUIET, *(f"--trainer.{name}=1" for name in ("max_epochs", "limit_train_batches", "limit_val_batches"))]
+    made = ["--model.width=5", "--model.gain=0.5"]
+    cli = base(Wide, subclass_mode_model=True, args=["fit", "--model=Deep", *made, *run])
+    path = next(Path(cli.trainer.log_dir or "").glob("checkpoints/*.ckpt"))
+    named = [("validate", "--model=Deep"), ("test", f"--model={__name__}.Deep"), ("test", "--model.class_path=Deep")]
+    more = [f"--ckpt_path={path}", "--trainer.logger=false", *QUIET]
+    options: dict[str, Any] = {"subclass_mode_model": True, "save_config_callback": None}
+    found = [base(Wide, args=[command, model, *more], **options).model for command, model in named]
+    return [(type(model), dict(model.hparams)) for model in found]
+
+
 USES: list[Callable[[type[LightningCLI]], Any]] = [
     registered, registered_types, overridden_hook, linked, without_automatic, inline_config, config_before_the_command,
     nested_file, files_in_order, dictionary, hparams, hook_with_an_error, config_of_another_run, header, two_automatic,
-    own_parser, callable_arguments,
+    own_parser, callable_arguments, checkpoint_of_a_named_class,
 ]  # fmt: skip
 
 
