@@ -171,10 +171,10 @@ class _Study:
         """Say what is known, time one run, print the plan, and make the design fit the budget."""
         console = self.console
         if lost := self.ledger.recover():
-            console.print(f"{lost} {_runs(lost)} of a process that has ended begin anew.")
+            console.print(f"Made again, because their process ended: {lost} {_runs(lost)}.")
         results = self.ledger.results().values()
         if mine := sum(outcome["task"] == self.task for outcome in results):
-            console.print(f"The study goes on: {mine} {_runs(mine)} have been made.")
+            console.print(f"The study goes on, with {mine} {_runs(mine)} made so far.")
         if others := len(results) - mine:
             console.print(f"{others} {_runs(others)} of other settings of the task, or of another version of the code.")
         asked = digest(self.task, str(self.design), budget)
