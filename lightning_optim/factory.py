@@ -38,7 +38,7 @@ from .grouping import Grouping, ParameterSettings, parameter_groups, suggestion
 from .modes import attach_modes
 from .own_optimizers import FollowingSchedule, OwnOptimizer, own_optimizers
 from .peers import check_peer, declared_arguments, entry_of_role
-from .processes import placements, strategies
+from .processes import local, placements, strategies
 from .routing import Route, clean_name, routing_table, shares_line
 from .safe_classes import safe_in_checkpoints
 from .seen import attach_check
@@ -190,7 +190,9 @@ def build_optimizer(
     ``LearningRateMonitor`` logs, and an order that depends on the module and the settings alone. Optimizers
     with a matrix rule get the groups that :func:`lightning_optim.routing.route` finds in the module. ``SGD``,
     ``Adam`` and ``AdamW`` are torch's, with fused kernels where torch has them, but not at mixed precision with a loss
-    scaler or where gradients are clipped, since Lightning refuses to clip those of fused optimizers there. HVAdam takes
+    scaler or where gradients are clipped, since Lightning refuses to clip those of fused optimizers there. If you
+    write gradients yourself whose memory is laid out otherwise than the parameter's (a transpose, a slice), say
+    ``fused=False``: torch's fused kernels on a CPU mix up their elements (torch 2.15). HVAdam takes
     its inner products over one group: ``Grouping(no_decay=[])`` keeps all parameters in one when there is weight decay.
 
     The optimizer is told which ranks hold equal parameters under the Trainer's strategy: under DDP those of a node
@@ -255,6 +257,7 @@ def _build(
         # Otherwise None, with which torch chooses between the other two.
         # torch's fused SGD does not know sharded parameters.
         unknown = cls is SGD and any(placements(p) is not None for p in trained)
+        fused = fused and all(map(_is_dense, trained))
         args["fused"] = True if fused and not unknown and not _may_clip_fused(trainer) else None
 
     def construct(groups: list[dict[str, Any]]) -> Optimizer:
@@ -388,6 +391,16 @@ def optimizer_class(name: str) -> type[Optimizer]:
     True
     """
     return _import("optimizer", name, Optimizer) if "." in name else registry.get(name).cls
+
+
+def _is_dense(p: Tensor) -> bool:
+    """Whether a parameter fills its memory without gaps, as a view of every other column does not.
+
+    torch's fused kernels on a CPU go through the memory of a parameter, its gradient and its state side by side (torch
+    2.15). Autograd and ``zeros_like`` lay these out as the parameter only if it is dense; else wrong elements meet.
+    """
+    p = local(p.detach())
+    return torch.empty_like(p, device="meta").stride() == p.stride()
 
 
 def _may_clip_fused(trainer: Any | None) -> bool:

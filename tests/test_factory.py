@@ -213,6 +213,42 @@ def test_no_fused_kernel_for_parameters_it_cannot_take():
     assert group["foreach"] is None  # torch's choice
 
 
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
+@pytest.mark.parametrize(
+    ("memory", "fused"),
+    [
+        (lambda: torch.randn(6, 10)[:, ::2], None),
+        (lambda: torch.randn(6, 7)[:, :5], None),
+        (lambda: torch.randn(6, 10)[::2].t(), None),
+        (lambda: torch.randn(5, 6).t(), True),
+        (lambda: torch.randn(40)[4:34].view(6, 5), True),
+        (lambda: torch.randn(6, 5, 3, 3).to(memory_format=torch.channels_last), True),
+    ],
+    ids=["every other column", "part of the columns", "every other row", "transposed", "part of a buffer", "channels"],
+)
+def test_no_fused_kernel_for_parameters_with_gaps_in_memory(name, memory, fused):
+    class Weight(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.weight = nn.Parameter(memory())
+
+    module, other = Weight(), Weight()
+    optimizer = build_optimizer(module, name, lr=0.1)
+    assert optimizer.param_groups[0]["fused"] is fused
+    settings = {"lr": 0.1, "fused": False, "weight_decay": optimizer.param_groups[0]["weight_decay"]}
+    settings |= {"momentum": optimizer.param_groups[0]["momentum"]} if name == "SGD" else {}
+    expected = getattr(torch.optim, name)([other.weight], **settings)
+    for step in range(3):
+        for model, trained in ((module, optimizer), (other, expected)):
+            model.zero_grad()
+            torch.manual_seed(step)
+            (model.weight * torch.randn(model.weight.shape)).sum().backward()
+            trained.step()
+    # The fused kernels round in another order.
+    torch.testing.assert_close(module.weight, other.weight, rtol=1e-5, atol=1e-6)
+
+
 def test_no_fused_kernel_under_a_loss_scaler_so_that_gradients_can_be_clipped():
     scaler = torch.amp.GradScaler("cpu")
     plugin = MixedPrecision("16-mixed", "cpu", scaler)
