@@ -466,7 +466,7 @@ def _numbers(scalars: Sequence[Tensor]) -> list[float]:
     """Tensors with one element as numbers, from an accelerator by one transfer."""
     if all(map(_is_on_host, scalars)):
         return [x.item() for x in scalars]
-    return torch.stack([x.reshape(()).float().to(scalars[0].device) for x in scalars]).tolist()
+    return torch.stack([x.reshape(()).float().to(scalars[0].device) for x in scalars]).cpu().tolist()
 
 
 def _short(x: float) -> float:

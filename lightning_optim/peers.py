@@ -18,8 +18,8 @@ __all__ = ["check_peer", "declared_arguments", "entry_of_role"]
 def declared_arguments(cls: type[Optimizer]) -> dict[str, Any]:
     """The arguments of an optimizer and their defaults, as the signatures of it and its base classes say.
 
-    >>> declared_arguments(torch.optim.SGD)["momentum"]
-    0.0
+    >>> declared_arguments(torch.optim.Adam)["betas"]
+    (0.9, 0.999)
     """
     declared: dict[str, Any] = {}
     for base in reversed(cls.__mro__):  # A class may hand what it does not name to its base class.

@@ -985,6 +985,8 @@ def test_state_of_flat_parameters_in_8_bits_is_refused_before_training(name: str
     strategy: Any = DeepSpeedStrategy.__new__(DeepSpeedStrategy)  # its own constructor wants DeepSpeed installed
     strategy.config = {"zero_optimization": {"stage": 1}}
     trainer: Any = types.SimpleNamespace(strategy=strategy, num_devices=2, callbacks=[], precision_plugin=None)
+    if dist.is_initialized():  # by a test before, in the same process
+        dist.destroy_process_group()
     dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
     try:
         with pytest.raises(ValueError, match=rf"{name}: state_dtype='8bit' stores blocks of a row.*use FSDP2, or"):

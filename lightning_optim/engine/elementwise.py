@@ -369,7 +369,8 @@ def _parts(batch: Batch) -> list[tuple[Batch, dict[str, Any] | None]]:
     if not (batch.even and "parts" in batch.cache):
         found = []
         for axes in (1, 2):
-            tasks = [task for task, p in zip(batch.tasks, batch.params) if (p.ndim > 1) is (axes > 1)]
+            pairs = zip(batch.tasks, batch.params, strict=True)
+            tasks = [task for task, p in pairs if (p.ndim > 1) is (axes > 1)]
             sizes = [task.parameter.numel() for task in tasks]
             limit = BUCKET if adjusting(batch.tasks[0].scalars, axes) else sum(sizes)
             for some in split_by_size(tasks, sizes, limit):

@@ -48,7 +48,7 @@ def run_reference(
             for task in batch.tasks:
                 _update_matrices(batch.rule, batch, task, observer)
         else:
-            for task, p in zip(batch.tasks, batch.params):
+            for task, p in zip(batch.tasks, batch.params, strict=True):
                 _update(batch, task, task.scalars, p.ndim)
 
 
@@ -85,7 +85,7 @@ def _update_groups(batches: Sequence[Batch], loss: float | None) -> None:
     device = tasks[0][1].p.device
     totals = [torch.stack([x.to(device) for x in column]).sum(0) for column in zip(*sums)]
     _, new, coefficients = combine(batches, totals, loss)
-    for (batch, task), n in zip(tasks, axes):
+    for (batch, task), n in zip(tasks, axes, strict=True):
         known = task.p.is_cpu
         here = {name: float(x) if known else x.to(task.p.device) for name, x in coefficients.items()}
         _update(batch, task, task.scalars | here, n)

@@ -147,7 +147,7 @@ def test_probes_use_the_modules_hooks_and_do_not_log() -> None:
     module = Logging(normal(16, 500), sgd(0.0), batch_size=4)
     trainer = fit(module, [callback], steps=4)
     assert trainer.callback_metrics["step_epoch"] == 0 + 1 + 2 + 3
-    assert module.transferred == 4 + 2 * 3
+    assert module.transferred == 4  # What the hook counts in probes is put back; that they call it, the factor shows.
 
     # lr = 0 moves nothing.
     assert values(callback, "conditional") == [0, 0]

@@ -58,7 +58,7 @@ def test_list_as_json_has_every_optimizer(capsys: pytest.CaptureFixture[str]) ->
     assert internals["SGD"] == {}
     assert [row["name"] for row in rows] == list(OPTIMIZERS)
     for row in rows:
-        assert set(row) == {"name", "kind", "description", "paper", "experimental", "defaults", "internals"}
+        assert set(row) == {"name", "kind", "description", "paper", "idea", "experimental", "defaults", "internals"}
         assert row["defaults"]["lr"] >= 0
 
 

@@ -321,7 +321,7 @@ def added(
                 g = 1e-3 * torch.randn(p.shape, generator=generator).to(device)
                 noise = stream_start(t, i) if rounding == "stochastic" else None
                 tasks.append(Task(t, p, g, 1.0, state, scalars, p, noise=noise))
-            run_rules([Batch(rule, group, tasks)], backend, finite)
+            run_rules([Batch(rule, group, tasks, params=params)], backend, finite)
     return [x for p, state in zip(params, states) for x in (p, *state.values())]
 
 
