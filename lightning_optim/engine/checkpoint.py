@@ -152,7 +152,7 @@ def _has_form(state_dict: Any) -> bool:
         names = group.get("param_names", [str(key) for key in group["params"]])
         if not isinstance(names, list) or len(names) != len(group["params"]):
             return False
-        if not all(isinstance(name, str) for name in names):
+        if not all(isinstance(name, str) for name in [group.get("rule", ""), *names]):
             return False
         if not all(isinstance(group.get(key, ""), (str, int, tuple, list)) for key in STRUCTURE):
             return False

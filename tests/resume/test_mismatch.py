@@ -201,6 +201,16 @@ def test_hyperparameters_out_of_range_are_refused(name: str) -> None:
     assert "lr must be" in refused(trained(build(name, params), 3), saved)
 
 
+@pytest.mark.parametrize("rule", [[], {}, None, 3, torch.zeros(3)], ids=["list", "dict", "None", "number", "tensor"])
+def test_a_rule_that_is_no_name_is_refused(rule: Any) -> None:
+    optimizer = build_optimizer(net(), "NAMO")
+    saved = trained(build_optimizer(net(), "NAMO")).state_dict()
+    saved["param_groups"][0]["rule"] = rule
+    with pytest.raises(CheckpointError):
+        optimizer.load_state_dict(saved)
+    assert not optimizer.state
+
+
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_whatever_is_changed_is_refused_or_loads_whole(data: st.DataObject) -> None:
